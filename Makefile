@@ -1,0 +1,70 @@
+# `make` prints what there is to do. Everything runs from .venv, which is made when first needed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := xinglin-data
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# Without compiled files, every engine process takes three times as long to import torch.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-cuda demo test check format lock image clean
+
+help: ## Print this
+	@echo "Xinglin 杏林: train, version, prove and serve medical LoRA adapters"
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+demo: install ## Build a small base model, train two adapters, serve them on http://127.0.0.1:8000
+	@$(BIN)/python -m training demo --data-dir $(DATA)
+	@XINGLIN_DATA_DIR=$(DATA) exec $(BIN)/python -m app serve --show-admin-key
+
+test: $(VENV)/dev.done ## Run all tests: real training steps, and the real vLLM engine on CPU
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/dev.done ## Check format, lint, types and import rules
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/dev.done ## Format the code and mend what ruff can mend
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+install: $(VENV)/cpu.done ## Install for a machine without a GPU (done by itself when needed)
+
+install-cuda: $(VENV)/bin/python requirements/cuda.txt ## Install for an NVIDIA GPU instead
+	@$(BIN)/pip install --no-deps -r requirements/cuda.txt
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(VENV)/cpu.done
+
+lock: $(VENV)/bin/python ## Renew requirements/*.txt from requirements/*.in
+	@$(BIN)/python requirements/lock.py
+
+image: ## Build the container images xinglin-app and xinglin-training
+	docker build --target app --tag xinglin-app .
+	docker build --target training --tag xinglin-training .
+
+clean: ## Remove everything the demo and the tests made (not .venv)
+	rm -rf $(DATA) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+
+# The lock is complete, so nothing is resolved. torch has a CPU build of its own, which the configured
+# index may have; if not, PyTorch's index does.
+$(VENV)/cpu.done: $(VENV)/bin/python requirements/cpu.txt
+	@echo "Installing (once, a few minutes) ..."
+	@$(BIN)/pip install --no-deps --no-compile $$(grep '^torch==' requirements/cpu.txt) || \
+		$(BIN)/pip install --no-deps --no-compile --index-url $(TORCH_CPU_INDEX) $$(grep '^torch==' requirements/cpu.txt)
+	@$(BIN)/pip install --no-deps --no-compile -r requirements/cpu.txt
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev.done: $(VENV)/cpu.done requirements/dev.txt
+	@$(BIN)/pip install --quiet --no-deps --no-compile -r requirements/dev.txt
+	@touch $@
