@@ -1,0 +1,40 @@
+"""The contract between training and serving: what an adapter is, and the store that keeps it."""
+
+from adapters.errors import (
+    AdapterError,
+    AdapterNotFound,
+    InvalidAdapter,
+    InvalidRef,
+    NothingToRollBack,
+    StoreDamaged,
+)
+from adapters.fingerprint import fingerprint
+from adapters.golden import GOLDEN_FILE, GoldenPrompt, read_golden, write_golden
+from adapters.manifest import PROVENANCE_FILE, Manifest, Provenance
+from adapters.ref import DEFAULT_ALIAS, AdapterRef
+from adapters.store import AdapterStore, LogEntry
+from adapters.validate import AdapterFacts, BaseModelFacts, validate
+
+__all__ = [
+    "DEFAULT_ALIAS",
+    "GOLDEN_FILE",
+    "PROVENANCE_FILE",
+    "AdapterError",
+    "AdapterFacts",
+    "AdapterNotFound",
+    "AdapterRef",
+    "AdapterStore",
+    "BaseModelFacts",
+    "GoldenPrompt",
+    "InvalidAdapter",
+    "InvalidRef",
+    "LogEntry",
+    "Manifest",
+    "NothingToRollBack",
+    "Provenance",
+    "StoreDamaged",
+    "fingerprint",
+    "read_golden",
+    "validate",
+    "write_golden",
+]

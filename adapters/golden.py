@@ -1,0 +1,63 @@
+"""Golden prompts: what the trainer heard the adapter say, so that a serving engine can be held to it."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adapters.errors import InvalidAdapter, shown
+
+GOLDEN_FILE = "golden.jsonl"
+MAX_GOLDEN_PROMPTS = 64
+_MAX_BYTES = 4 << 20
+
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class GoldenPrompt(BaseModel):
+    """One prompt with the trainer's greedy answer, scored with the adapter and without."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    messages: list[dict[str, str]] = Field(min_length=1)
+    prompt_token_ids: list[TokenId] = Field(min_length=1, description="`messages` rendered for generation")
+    token_ids: list[TokenId] = Field(min_length=1, description="The adapter's greedy tokens")
+    logprobs: list[float] = Field(description="Natural log-probability of each under base and adapter")
+    base_logprobs: list[float] = Field(description="The same under the base model alone")
+
+    @model_validator(mode="after")
+    def _one_score_a_token(self) -> Self:
+        if not len(self.token_ids) == len(self.logprobs) == len(self.base_logprobs):
+            raise ValueError("token_ids, logprobs and base_logprobs must be of one length")
+        if not all(math.isfinite(score) for score in (*self.logprobs, *self.base_logprobs)):
+            raise ValueError("logprobs must be finite")
+        return self
+
+
+def write_golden(path: Path, prompts: Iterable[GoldenPrompt]) -> None:
+    """Write one JSON object a line."""
+    path.write_text("".join(prompt.model_dump_json() + "\n" for prompt in prompts), encoding="utf-8")
+
+
+def read_golden(path: Path) -> list[GoldenPrompt]:
+    """Read golden prompts. Raises InvalidAdapter naming every bad line, OSError."""
+    if path.stat().st_size > _MAX_BYTES:
+        raise InvalidAdapter([f"{GOLDEN_FILE} is larger than {_MAX_BYTES >> 20} MiB: keep 8 to 20 prompts"])
+    lines = path.read_bytes().splitlines()  # of bytes: in text, U+2028 and others would end a line too
+    if len(lines) > MAX_GOLDEN_PROMPTS:
+        raise InvalidAdapter(
+            [f"{GOLDEN_FILE} holds {len(lines)} prompts: at most {MAX_GOLDEN_PROMPTS} are allowed"]
+        )
+    prompts, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(GoldenPrompt.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = f"{shown('.'.join(map(str, first['loc'])))}: " if first["loc"] else ""
+            problems.append(f"{GOLDEN_FILE} line {number}: {where}{first['msg']}")
+    if problems:
+        raise InvalidAdapter(problems)
+    return prompts

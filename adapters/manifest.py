@@ -1,0 +1,61 @@
+"""The facts of one revision: what the trainer knew (Provenance) and what publishing found (Manifest)."""
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROVENANCE_FILE = "provenance.json"
+MANIFEST_FILE = "manifest.json"
+
+Task = Literal["chat", "reward"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Provenance(BaseModel):
+    """What only the trainer knows. A run writes it beside the weights as provenance.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str = Field(
+        pattern=r"^[a-z0-9_-]{1,32}$", description="The training stage that made it, or 'external'"
+    )
+    task: Task = "chat"
+    base_model: str | None = Field(
+        default=None,
+        pattern=r"^[^/\\]{1,100}(/[^/\\]{1,100})?$",
+        description="Name of the base model, never a path of the host",
+    )
+    base_fingerprint: str | None = None
+    dtype: Dtype = Field(default="float32", description="What the golden prompts were computed in")
+    parent: str | None = Field(
+        default=None, description="Ref of the adapter it was continued from: lineage only"
+    )
+    run_id: str | None = None
+    data_digests: dict[str, str] = Field(default={}, description="File name to SHA-256 of the training data")
+    metrics: dict[str, float] = {}
+    licence: str | None = None
+    notes: str | None = None
+
+
+class Manifest(Provenance):
+    """The facts of one revision, written last: where there is a manifest there is a whole revision."""
+
+    name: str
+    revision: str = Field(description="First 12 hexadecimal digits of the digest of `files`")
+    r: int
+    lora_alpha: float
+    target_modules: list[str]
+    golden_prompts: int = Field(description="0: nothing to prove it by; it is served only where allowed")
+    files: dict[str, str] = Field(description="File name to SHA-256")
+    created_at: datetime
+
+    @property
+    def tensor_digest(self) -> str:
+        """SHA-256 of adapter_model.safetensors."""
+        return self.files["adapter_model.safetensors"]
+
+    @property
+    def chat_template_digest(self) -> str | None:
+        """SHA-256 of the adapter's own chat template; None when it uses the base model's."""
+        return self.files.get("chat_template.jinja")
