@@ -1,0 +1,133 @@
+"""python -m app serve: run the service."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+from pydantic import ValidationError
+
+from app.access import stored_admin_key
+from app.settings import Settings
+
+EXIT_CANNOT_START = 1
+EXIT_BAD_SETTINGS = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if value is not None and name in Settings.model_fields
+    }
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = ".".join(map(str, problem["loc"]))
+            print(f"setting {name} (XINGLIN_{name.upper()}): {problem['msg']}", file=sys.stderr)
+        return EXIT_BAD_SETTINGS
+    return serve(settings, show_admin_key=options.show_admin_key)
+
+
+def serve(settings: Settings, *, show_admin_key: bool) -> int:
+    """Serve until a signal comes; not 0 when the engine could not be started."""
+    if not Path(settings.base_model).exists() and settings.model is None:
+        print("there is no demo base model yet: run `python -m training demo`, or name a model with --model",
+              file=sys.stderr)  # fmt: skip
+        return EXIT_BAD_SETTINGS
+    _prepare_process(settings)
+    # Imported late, so that --help and a wrong setting answer at once.
+    from app.banner import banner  # noqa: PLC0415
+    from app.main import create_app  # noqa: PLC0415
+
+    key = settings.admin_key.get_secret_value() if settings.admin_key else stored_admin_key(settings.data_dir)
+    exit_code = 0
+
+    def give_up() -> None:
+        nonlocal exit_code
+        exit_code = EXIT_CANNOT_START
+        server.should_exit = True
+
+    app = create_app(
+        settings,
+        on_ready=lambda served: print(banner(settings, served, key if show_admin_key else None), flush=True),
+        on_give_up=give_up,
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            loop="uvloop",
+            http="httptools",
+            access_log=False,
+            log_config=None,
+            # Running streams may finish; a stop must not take for ever.
+            timeout_graceful_shutdown=20,
+        )
+    )
+    print(
+        f"Xinglin is starting on http://{settings.host}:{settings.port}; /readyz says when it can answer",
+        flush=True,
+    )
+    # uvicorn stops gracefully, then raises the signal once more for the handlers that stood before its own.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    server.run()
+    return exit_code
+
+
+def _prepare_process(settings: Settings) -> None:
+    """Environment that torch and vLLM read once, when first imported."""
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("uvicorn.error").setLevel(
+        max(logging.getLevelName(settings.log_level.upper()), logging.WARNING)
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG" if settings.log_level == "debug" else "ERROR")
+    # One core is left to this process; more threads than cores make the engine crawl.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(settings.data_dir.absolute() / "cache" / "vllm"))
+    # Engine processes import torch and vLLM anew: without compiled files that takes three times as long.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m app", description="The serving side of Xinglin.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "serve",
+        help="serve a base model and its adapters over an OpenAI-compatible API",
+        description="Serve a base model and its adapters. Every setting is an environment variable too; the "
+        "README's table has them all, and an option given here wins.",
+        epilog="example: python -m app serve --model Qwen/Qwen3-8B --max-lora-rank 64",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, field in Settings.model_fields.items():
+        if name in ("admin_key", "publish_roots"):
+            continue  # a secret on a command line is seen by everybody; a list is clearer in the environment
+        flag = "--" + name.replace("_", "-")
+        text = f"{field.description} [XINGLIN_{name.upper()}]"
+        if field.annotation is bool:
+            command.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            command.add_argument(flag, metavar=name.upper(), help=text)
+    command.add_argument("--show-admin-key", action="store_true", help="print the admin key in the banner")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

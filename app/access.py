@@ -1,0 +1,59 @@
+"""Who may do what: one admin key for everything that changes adapters, and for chat beyond loopback."""
+
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from fastapi import Request
+
+from app.errors import Unauthorized
+
+KEY_FILE = "admin.key"
+
+
+class Access:
+    """Checks `Authorization: Bearer KEY`."""
+
+    def __init__(self, admin_key: str, *, is_chat_open: bool) -> None:
+        self._admin_key = admin_key.encode()
+        self._is_chat_open = is_chat_open
+
+    def require_admin(self, request: Request) -> None:
+        """Raises Unauthorized without the admin key."""
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self._admin_key):
+            raise Unauthorized("this needs the admin key: send Authorization: Bearer XINGLIN_ADMIN_KEY")
+
+    def require_chat(self, request: Request) -> None:
+        """Raises Unauthorized without the admin key, unless chat is open."""
+        if not self._is_chat_open:
+            self.require_admin(request)
+
+
+async def admin(request: Request) -> None:
+    """Route dependency: only with the admin key."""
+    request.state.access.require_admin(request)
+
+
+async def chat(request: Request) -> None:
+    """Route dependency: whoever may chat."""
+    request.state.access.require_chat(request)
+
+
+def stored_admin_key(data_dir: Path) -> str:
+    """The key kept in the data directory, made on first use and readable by its owner alone."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    path = data_dir / KEY_FILE
+    if not path.exists():
+        temporary = data_dir / f".{KEY_FILE}.{os.getpid()}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"xl-{secrets.token_urlsafe(24)}\n")
+        try:
+            os.link(temporary, path)  # fails if another process was first
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+    return path.read_text().strip()

@@ -1,0 +1,35 @@
+"""What `serve` prints once it can answer: where it is, what it serves, and two ways to try it."""
+
+from app.served_models import ServedModels
+from app.settings import Settings
+
+_QUESTION = "感冒有什么症状？"
+
+
+def banner(settings: Settings, served: ServedModels, admin_key: str | None) -> str:
+    """Lines that work when pasted into a shell or into Python."""
+    url = f"http://{settings.host}:{settings.port}"
+    adapters = [name for name, _ in served.named()]
+    model = adapters[0] if adapters else served.base_model_name
+    key = "unused" if settings.is_loopback else "$XINGLIN_ADMIN_KEY"
+    auth = "" if settings.is_loopback else ' -H "Authorization: Bearer $XINGLIN_ADMIN_KEY"'
+    lines = [
+        "",
+        f"  Xinglin 杏林 is ready: {url}",
+        f"  base model  {served.base_model_name}",
+        f"  adapters    {', '.join(adapters) or 'none yet'}",
+        *([f"  admin key   {admin_key}"] if admin_key else []),
+        "",
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} \\",
+        f"""  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "{_QUESTION}"}}]}}'""",
+        "",
+        "from openai import OpenAI",
+        f'client = OpenAI(base_url="{url}/v1", api_key="{key}")',
+        "stream = client.chat.completions.create(",
+        f'    model="{model}", stream=True, messages=[{{"role": "user", "content": "{_QUESTION}"}}]',
+        ")",
+        "for chunk in stream:",
+        '    print(chunk.choices[0].delta.content or "", end="")',
+        "",
+    ]
+    return "\n".join(lines)

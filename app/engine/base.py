@@ -1,0 +1,81 @@
+"""What the service needs of an engine. app.engine.vllm is the one there is."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from adapters import BaseModelFacts
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in the engine. `engine_id` is new for every load and never used again."""
+
+    name: str
+    """`name@revision`"""
+    engine_id: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """How likely the engine holds one given token to be."""
+
+    logprob: float
+    """Natural logarithm."""
+    best: float
+    """The same for the likeliest token at this place."""
+
+
+class Engine(Protocol):
+    """One base model, ready to answer. Methods raise EngineUnavailable once it is dead."""
+
+    facts: BaseModelFacts
+    dtype: str
+    max_model_len: int
+
+    @property
+    def is_dead(self) -> bool:
+        """True once it can answer no more."""
+        ...
+
+    async def load(self, name: str, folder: Path) -> LoadedAdapter:
+        """Load a validated adapter between two steps. Raises AdapterRefused; then nothing of it is left."""
+        ...
+
+    async def remove(self, adapter: LoadedAdapter) -> None:
+        """Remove an adapter that no request uses any more, and free its memory."""
+        ...
+
+    async def resident(self) -> set[int]:
+        """The engine ids of all adapters held, asked from the workers themselves."""
+        ...
+
+    async def score(
+        self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], adapter: LoadedAdapter | None
+    ) -> list[TokenScore]:
+        """Score `token_ids` after `prompt_token_ids`, teacher-forced in one prefill: one score a token."""
+        ...
+
+    async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The token ids of a chat prompt, as a request would have them."""
+        ...
+
+    async def chat(
+        self,
+        body: Mapping[str, Any],
+        *,
+        request_id: str,
+        adapter: LoadedAdapter | None,
+        fingerprint: str,
+    ) -> dict[str, Any] | AsyncGenerator[str]:
+        """Answer one chat completion request: a whole reply, or ready server-sent events.
+
+        A stream's first event has been awaited, so that what fails before it raises an ApiError here.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End the engine and its processes."""
+        ...

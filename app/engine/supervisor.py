@@ -1,0 +1,102 @@
+"""Keeps an engine running: builds it off the event loop, watches it, and builds another when it dies."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from app.engine.base import Engine
+from app.errors import EngineUnavailable
+
+logger = logging.getLogger(__name__)
+
+_WATCH_SECONDS = 0.25
+_MAX_FAILURES = 3
+"""Engines in a row that never became ready before the supervisor gives up."""
+
+T = TypeVar("T")
+
+
+class Supervisor:
+    """One for each base model; `run` it as a task. `engine` is there while requests can be answered."""
+
+    def __init__(
+        self,
+        build: Callable[[], Awaitable[Engine]],
+        *,
+        on_ready: Callable[[Engine], Awaitable[None]],
+        on_death: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.waiting_for = "the engine to start"
+        self._engine: Engine | None = None
+        self._build = build
+        self._on_ready = on_ready
+        self._on_death = on_death
+
+    @property
+    def engine(self) -> Engine:
+        """The live engine. Raises EngineUnavailable."""
+        if self._engine is None or self._engine.is_dead:
+            raise EngineUnavailable(f"waiting for {self.waiting_for}; try again in a moment")
+        return self._engine
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be answered now."""
+        return self._engine is not None and not self._engine.is_dead
+
+    async def run(self) -> None:
+        """Run until cancelled.
+
+        Raises what the build raised: at once if the very first fails, since that is a wrong setting, and
+        after three in a row later.
+        """
+        failures, has_been_ready = 0, False
+        while True:
+            try:
+                await self._live_once()
+                failures, has_been_ready = 0, True
+                logger.error("the engine died; building another")
+            except Exception:
+                failures += 1
+                if not has_been_ready or failures == _MAX_FAILURES:
+                    raise
+                logger.exception("the engine could not be rebuilt (%d of %d)", failures, _MAX_FAILURES)
+
+    async def _live_once(self) -> None:
+        """Build an engine and return when it has died."""
+        engine = await self._build()
+        try:
+            self.waiting_for = "adapters to be loaded and proved"
+            await self._on_ready(engine)
+            self._engine = engine
+            while not engine.is_dead:  # noqa: ASYNC110 - vLLM has no event for it
+                await asyncio.sleep(_WATCH_SECONDS)
+        finally:
+            self._engine = None
+            self.waiting_for = "the engine to start"
+            await self._on_death()
+            await engine.close()
+
+
+async def in_daemon_thread(function: Callable[[], T]) -> T:
+    """Run something slow without blocking the loop, and without the process waiting for it at exit."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_outcome: Callable[[], None]) -> None:
+        if not future.done():
+            set_outcome()
+
+    def work() -> None:
+        try:
+            result = function()
+        except BaseException as error:  # handed to whoever awaits
+            failure = error
+            loop.call_soon_threadsafe(settle, lambda: future.set_exception(failure))
+        else:
+            loop.call_soon_threadsafe(settle, lambda: future.set_result(result))
+
+    threading.Thread(target=work, name="build", daemon=True).start()
+    return await future

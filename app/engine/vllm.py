@@ -1,0 +1,376 @@
+"""vLLM behind the Engine protocol: the one module that names vLLM's symbols, so an upgrade breaks one file.
+
+vLLM's entry points are no public API and move with every release. The engine is embedded (AsyncLLM) with
+vLLM's own OpenAI serving classes, which bring every feature of its server. Three rules keep it alive:
+
+- an adapter gets a new id for every load, and one that failed to load is removed before its id is burnt;
+- a request never names an adapter that is not resident, since loading inside a step that fails kills it;
+- vLLM's own eviction never happens: its limits lie above ours.
+"""
+
+import asyncio
+import copy
+import itertools
+import json
+import logging
+import os
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import vllm.envs
+from huggingface_hub import snapshot_download
+from pydantic import ValidationError
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from adapters import BaseModelFacts, fingerprint
+from app import errors
+from app.engine.base import LoadedAdapter, TokenScore
+
+logger = logging.getLogger(__name__)
+
+CPU_WORKER_EXTENSION = "app.engine.cpu_worker.WorkerExtension"
+CUDA_WORKER_EXTENSION = "app.engine.worker.WorkerExtension"
+
+_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_HEAD_DIMS_ON_CPU = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What one engine is built with; the same names and meanings as the settings."""
+
+    model: str
+    name: str
+    dtype: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_lora_rank: int
+    max_loras: int
+    max_adapters: int
+    kv_cache_gib: float
+    gpu_memory_utilization: float
+
+
+class VllmEngine:
+    """One base model on vLLM. `build` it in a thread, `start` it on the event loop."""
+
+    facts: BaseModelFacts
+
+    def __init__(self, llm: AsyncLLM, options: EngineOptions, folder: Path) -> None:
+        self._llm = llm
+        self._options = options
+        self._folder = folder
+        self._adapter_ids = itertools.count(1)
+        self._request_ids = itertools.count(1)
+        self.dtype = str(llm.model_config.dtype).removeprefix("torch.")
+        self.max_model_len = int(llm.model_config.max_model_len)
+        models = OpenAIServingModels(llm, [BaseModelPath(options.name, options.name)])
+        renderer = OnlineRenderer(
+            llm.model_config,
+            llm.renderer,
+            request_logger=None,
+            chat_template=None,
+            chat_template_content_format="auto",
+        )
+        self._chat = _Chat(
+            llm,
+            models,
+            "assistant",
+            online_renderer=renderer,
+            request_logger=None,
+            chat_template=None,
+            chat_template_content_format="auto",
+        )
+
+    @classmethod
+    def build(cls, options: EngineOptions) -> "VllmEngine":
+        """Start the engine's processes and load the base model. Blocks for 20 to 50 seconds.
+
+        Raises AdapterError or ValueError when the model cannot be served.
+        """
+        on_cpu = current_platform.is_cpu()
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"
+        if on_cpu:
+            # One process less, and a third less CPU a token; safe because OMP_NUM_THREADS is set by then.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{options.kv_cache_gib:g}"
+            # Compiling the samplers costs 20 s at start and needs a C++ compiler, and wins nothing here:
+            # with LoRA the model itself is never compiled on CPU.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        folder = Path(options.model)
+        if not folder.is_dir():
+            if options.model.startswith(("/", ".")):
+                raise ValueError(
+                    f"there is no base model folder {folder.name}: set XINGLIN_MODEL to one that exists"
+                )
+            folder = Path(snapshot_download(options.model, allow_patterns=_MODEL_FILES))
+        arguments = AsyncEngineArgs(
+            model=str(folder),
+            served_model_name=[options.name],
+            dtype=_saved_dtype(folder) if on_cpu and options.dtype == "auto" else options.dtype,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            enable_lora=True,
+            max_lora_rank=options.max_lora_rank,
+            max_loras=options.max_loras,
+            # Old and new revisions overlap while an alias moves.
+            max_cpu_loras=max(2 * options.max_adapters, options.max_loras) + 1,
+            worker_extension_cls=CPU_WORKER_EXTENSION if on_cpu else CUDA_WORKER_EXTENSION,
+            disable_log_stats=True,
+        )
+        config = arguments.create_engine_config()
+        head_dim = config.model_config.get_head_size()
+        if on_cpu and head_dim not in _HEAD_DIMS_ON_CPU:
+            # vLLM finds out at the first request, and dies of it.
+            raise ValueError(
+                f"head_dim {head_dim} of {options.name} has no CPU attention kernel: a base model for CPU needs "
+                f"one of {sorted(_HEAD_DIMS_ON_CPU)}"
+            )
+        llm = _AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        return cls(llm, options, folder)
+
+    async def start(self) -> None:
+        """Learn the module shapes from the worker, and run what would stall everybody at its first use."""
+        (shapes, *_) = await self._llm.collective_rpc("xinglin_module_shapes")
+        self.facts = BaseModelFacts(
+            name=self._options.name,
+            fingerprint=await asyncio.to_thread(fingerprint, self._folder),
+            module_shapes={name: tuple(shape) for name, shape in shapes.items()},
+            max_lora_rank=self._options.max_lora_rank,
+        )
+        vllm.envs.enable_envs_cache()
+        self._chat.online_renderer.warmup()
+        await self._warm_up()
+
+    async def _warm_up(self) -> None:
+        """Compile sampling and grammar code before anybody waits for it."""
+        ask = {"messages": [{"role": "user", "content": "warm-up"}], "max_tokens": 2}
+        schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+        for extra in (
+            {"temperature": 0, "logprobs": True, "top_logprobs": 1},
+            {"temperature": 1, "top_k": 5, "top_p": 0.9},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}},
+        ):
+            request_id = f"warm-up-{next(self._request_ids)}"
+            body = {**ask, **extra, "model": self.facts.name}
+            await self.chat(body, request_id=request_id, adapter=None, fingerprint="")
+        await self.score([0], [0], None)
+
+    @property
+    def is_dead(self) -> bool:
+        """True once the engine core has ended; nothing revives it."""
+        return bool(self._llm.errored)
+
+    async def load(self, name: str, folder: Path) -> LoadedAdapter:
+        """See Engine.load."""
+        adapter = LoadedAdapter(name, next(self._adapter_ids), folder)
+        try:
+            await self._llm.add_lora(_lora_request(adapter))
+        except EngineDeadError as error:
+            raise _unavailable() from error
+        except Exception as error:  # untyped in vLLM: everything that can be wrong with an adapter
+            logger.exception("the engine refused %s", name)
+            # vLLM may have registered a half-written adapter under the id: this takes it out.
+            await self._llm.remove_lora(adapter.engine_id)
+            raise errors.AdapterRefused(f"the engine could not load {name}; its log says why") from error
+        return adapter
+
+    async def remove(self, adapter: LoadedAdapter) -> None:
+        """See Engine.remove."""
+        try:
+            await self._llm.remove_lora(adapter.engine_id)
+        except EngineDeadError as error:
+            raise _unavailable() from error
+
+    async def resident(self) -> set[int]:
+        """See Engine.resident."""
+        try:
+            return {id_ for ids in await self._llm.collective_rpc("xinglin_resident") for id_ in ids}
+        except EngineDeadError as error:
+            raise _unavailable() from error
+
+    async def score(
+        self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], adapter: LoadedAdapter | None
+    ) -> list[TokenScore]:
+        """See Engine.score."""
+        given = [*prompt_token_ids, *token_ids]
+        # The given token's logprob and the best one's. The one token that is generated is not used.
+        parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
+        lora = None if adapter is None else _lora_request(adapter)
+        request_id = f"score-{next(self._request_ids)}"
+        try:
+            outputs = self._llm.generate(tokens_input(given), parameters, request_id, lora_request=lora)
+            (output,) = [output async for output in outputs]
+        except EngineDeadError as error:
+            raise _unavailable() from error
+        except ValueError as error:
+            raise errors.BadRequest(str(error)) from error
+        scores = output.prompt_logprobs[len(prompt_token_ids) :]
+        return [
+            TokenScore(score[token].logprob, max(entry.logprob for entry in score.values()))
+            for score, token in zip(scores, token_ids, strict=True)
+        ]
+
+    async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """See Engine.render."""
+        request = ChatCompletionRequest(model=self.facts.name, messages=list(messages))
+        rendered = await self._chat.online_renderer.render_chat(request)
+        if isinstance(rendered, ErrorResponse):
+            raise _api_error(rendered)
+        _, (prompt,) = rendered
+        return list(prompt["prompt_token_ids"])
+
+    async def chat(
+        self,
+        body: Mapping[str, Any],
+        *,
+        request_id: str,
+        adapter: LoadedAdapter | None,
+        fingerprint: str,
+    ) -> dict[str, Any] | AsyncGenerator[str]:
+        """See Engine.chat."""
+        try:
+            # Ids come from us: two requests of one id would be an error inside the engine.
+            request = ChatCompletionRequest.model_validate({**body, "request_id": request_id})
+        except ValidationError as error:
+            raise _bad_request(error) from error
+        lora = None if adapter is None else _lora_request(adapter)
+        chat = self._chat.for_one_request(str(request.model), lora, fingerprint)
+        try:
+            reply = await chat.create_chat_completion(request)
+            if isinstance(reply, AsyncGenerator):
+                first = await anext(reply)
+                if chat.failure is None:
+                    return _continued(first, reply)
+                await reply.aclose()
+                raise chat.failure
+        except errors.ApiError:
+            raise
+        except Exception as error:  # vLLM raises its own and built-in errors alike
+            raise chat.translated(error) from error
+        if isinstance(reply, ErrorResponse):
+            raise _api_error(reply)
+        return {**reply.model_dump(), "system_fingerprint": fingerprint}
+
+    async def close(self) -> None:
+        """See Engine.close."""
+        await asyncio.to_thread(self._llm.shutdown)
+
+
+async def _continued(first: str, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        await rest.aclose()  # a client that leaves aborts its request in the engine
+
+
+class _AsyncLLM(AsyncLLM):
+    def __del__(self) -> None:
+        """VllmEngine.close shuts it down; at interpreter exit vLLM's own finalizer finds its modules gone."""
+
+
+class _OneModel(OpenAIServingModels):
+    """The only model vLLM's serving code sees while it answers one request: the one that is leased."""
+
+    def __init__(self, name: str, lora: LoRARequest | None) -> None:
+        self._name = name
+        self.lora_requests = {} if lora is None else {name: lora}
+        self.base_model_paths = [BaseModelPath(name, name)]
+
+    def is_base_model(self, model_name: str) -> bool:
+        return model_name == self._name and not self.lora_requests
+
+    def model_name(self, lora_request: LoRARequest | None = None) -> str:
+        return self._name  # the reply echoes what was asked, not name@revision
+
+
+class _Chat(OpenAIServingChat):
+    """vLLM's chat serving with our errors. A shallow copy serves each request."""
+
+    failure: errors.ApiError | None = None
+
+    def for_one_request(self, model: str, lora: LoRARequest | None, fingerprint: str) -> "_Chat":
+        one = copy.copy(self)
+        one.models = _OneModel(model, lora)
+        one.system_fingerprint = fingerprint
+        return one
+
+    def create_streaming_error_response(
+        self,
+        message: str | Exception,
+        err_type: str = "BadRequestError",
+        status_code: HTTPStatus = HTTPStatus.BAD_REQUEST,
+        param: str | None = None,
+    ) -> str:
+        """The event that ends a broken stream; `failure` keeps it, for when no status was sent yet."""
+        if isinstance(message, Exception):
+            self.failure = self.translated(message)
+        else:
+            self.failure = _api_error(create_error_response(message, err_type, status_code, param))
+        return json.dumps(errors.body(self.failure))
+
+    def translated(self, error: Exception) -> errors.ApiError:
+        if isinstance(error, EngineDeadError) or self.engine_client.errored:
+            return _unavailable()
+        return _api_error(create_error_response(error))
+
+
+def _saved_dtype(folder: Path) -> str:
+    """What the model was saved in. vLLM's own "auto" would round float32 to bfloat16, which no CPU needs."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
+
+
+def _lora_request(adapter: LoadedAdapter) -> LoRARequest:
+    # The prefix cache is keyed by name and path: both are new with every revision.
+    return LoRARequest(adapter.name, adapter.engine_id, str(adapter.folder))
+
+
+def _unavailable() -> errors.EngineUnavailable:
+    return errors.EngineUnavailable("the engine stopped and is being restarted; try again in a moment")
+
+
+def _bad_request(error: ValidationError) -> errors.BadRequest:
+    """The first problem of a request body, by the field it lies in; values are not repeated."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    fields = [str(part) for part in first["loc"] if not any(mark in str(part) for mark in "[(-")]
+    param = ".".join(fields) or None
+    missing = first["type"] == "missing"
+    return errors.BadRequest(
+        f"{param}: {first['msg']}" if param else first["msg"],
+        code="missing_required_parameter" if missing else "invalid_value",
+        param=param,
+    )
+
+
+def _api_error(response: ErrorResponse) -> errors.ApiError:
+    error = response.error
+    if error.code == HTTPStatus.NOT_FOUND:
+        return errors.ModelNotFound(error.message, param=error.param)
+    if error.code == HTTPStatus.SERVICE_UNAVAILABLE:
+        return errors.EngineUnavailable(error.message, param=error.param)
+    if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return errors.EngineFailed(error.message or "the engine failed on this request", param=error.param)
+    too_long = "maximum context length" in error.message or "max_model_len" in error.message
+    return errors.BadRequest(
+        error.message, code="context_length_exceeded" if too_long else "invalid_value", param=error.param
+    )

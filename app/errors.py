@@ -1,0 +1,129 @@
+"""Every error a client can see: the tree, and the one table that turns it into an OpenAI-shaped body.
+
+ApiError
+├── BadRequest            the request cannot be understood or carried out; `code` and `param` say where
+├── Unauthorized          no key, or a wrong one
+├── ModelNotFound         no served model of that name
+├── PathNotAllowed        a folder outside the allow-listed roots
+├── AdapterRefused        the engine or the proof turned an adapter down; the alias did not move
+├── AdapterUnavailable    the alias exists, but nothing proven stands behind it (yet)
+├── TooManyRequests       above the limit of concurrent requests
+├── EngineUnavailable     starting, or being rebuilt after it died
+└── EngineFailed          the engine failed on this request
+
+adapters.AdapterError and its subclasses reach clients through the same table.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from adapters import (
+    AdapterError,
+    AdapterNotFound,
+    InvalidAdapter,
+    InvalidRef,
+    NothingToRollBack,
+    StoreDamaged,
+)
+
+
+class ApiError(Exception):
+    """Base of the tree. The message goes to the client as it is."""
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class BadRequest(ApiError):
+    """The request cannot be understood or carried out."""
+
+
+class Unauthorized(ApiError):
+    """No key, or a wrong one."""
+
+
+class ModelNotFound(ApiError):
+    """No served model of that name."""
+
+
+class PathNotAllowed(ApiError):
+    """A folder outside the allow-listed roots."""
+
+
+class AdapterRefused(ApiError):
+    """The engine or the proof turned an adapter down; the alias did not move."""
+
+
+class AdapterUnavailable(ApiError):
+    """The alias exists, but nothing proven stands behind it (yet)."""
+
+
+class TooManyRequests(ApiError):
+    """Above the limit of concurrent requests."""
+
+
+class EngineUnavailable(ApiError):
+    """Starting, or being rebuilt after it died."""
+
+
+class EngineFailed(ApiError):
+    """The engine failed on this request."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table. `retry_after` is in seconds; None when trying again as it is cannot help."""
+
+    status: int
+    type: str
+    code: str
+    retry_after: int | None = None
+
+
+_INVALID = "invalid_request_error"
+
+TABLE: dict[type[Exception], Row] = {
+    BadRequest: Row(400, _INVALID, "invalid_request"),
+    Unauthorized: Row(401, _INVALID, "invalid_api_key"),
+    ModelNotFound: Row(404, _INVALID, "model_not_found"),
+    PathNotAllowed: Row(403, _INVALID, "path_not_allowed"),
+    AdapterRefused: Row(400, _INVALID, "adapter_refused"),
+    AdapterUnavailable: Row(503, "server_error", "adapter_unavailable", retry_after=1),
+    TooManyRequests: Row(429, "rate_limit_error", "too_many_requests", retry_after=1),
+    EngineUnavailable: Row(503, "server_error", "engine_unavailable", retry_after=5),
+    EngineFailed: Row(500, "server_error", "engine_failed"),
+    InvalidRef: Row(400, _INVALID, "invalid_ref"),
+    InvalidAdapter: Row(400, _INVALID, "invalid_adapter"),
+    AdapterNotFound: Row(404, _INVALID, "adapter_not_found"),
+    NothingToRollBack: Row(400, _INVALID, "nothing_to_roll_back"),
+    StoreDamaged: Row(500, "server_error", "store_damaged"),
+    AdapterError: Row(400, _INVALID, "invalid_adapter"),
+}
+
+
+def row(error: Exception) -> Row:
+    """The row of `error`'s class, or of its nearest base class in the table."""
+    return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+
+
+def body(error: Exception) -> dict[str, Any]:
+    """What the client reads: OpenAI's error object, and the single problems of a refused adapter."""
+    detail: dict[str, Any] = {
+        "message": str(error),
+        "type": row(error).type,
+        "param": getattr(error, "param", None),
+        "code": getattr(error, "code", None) or row(error).code,
+    }
+    if isinstance(error, InvalidAdapter):
+        detail["problems"] = error.problems
+    return {"error": detail}
+
+
+def headers(error: Exception) -> dict[str, str]:
+    """OpenAI's clients obey both: when to try again, and whether to."""
+    seconds = row(error).retry_after
+    if seconds is None:
+        return {"x-should-retry": "false"}
+    return {"retry-after": str(seconds)}

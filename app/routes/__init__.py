@@ -1,0 +1,1 @@
+"""What clients and operators can ask for over HTTP."""

@@ -1,0 +1,53 @@
+"""GET /v1/models: what a client may send as `model`, in OpenAI's shape with vLLM's extra fields."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+
+from app.access import chat as may_chat
+from app.errors import EngineUnavailable, ModelNotFound
+
+router = APIRouter(dependencies=[Depends(may_chat)])
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """The base model first, then every adapter that is pointed at."""
+    return {"object": "list", "data": _cards(request)}
+
+
+@router.get("/v1/models/{model:path}")
+async def show_model(request: Request, model: str) -> dict[str, Any]:
+    """One served model."""
+    for card in _cards(request):
+        if card["id"] == model:
+            return card
+    with request.state.served_models.lease(model) as lease:  # raises for what is not served
+        if lease.resident is None:
+            raise ModelNotFound(f"the model {model!r} does not exist", param="model")
+        return _card(request, model, lease.resident.manifest)
+
+
+def _cards(request: Request) -> list[dict[str, Any]]:
+    served = request.state.served_models
+    cards = [_card(request, served.base_model_name, None)]
+    return cards + [_card(request, name, resident.manifest) for name, resident in served.named()]
+
+
+def _card(request: Request, id_: str, manifest: Any) -> dict[str, Any]:
+    state = request.state
+    try:
+        max_model_len = state.supervisor.engine.max_model_len
+    except EngineUnavailable:
+        max_model_len = None
+    base = state.served_models.base_model_name
+    return {
+        "id": id_,
+        "object": "model",
+        "created": int(manifest.created_at.timestamp()) if manifest else state.started_at,
+        "owned_by": "xinglin",
+        "root": f"{manifest.name}@{manifest.revision}" if manifest else id_,
+        "parent": base if manifest else None,
+        "max_model_len": max_model_len,
+        "permission": [],
+    }

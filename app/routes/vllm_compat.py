@@ -1,0 +1,54 @@
+"""vLLM's own load and unload endpoints, so that tooling written for `vllm serve` works unchanged.
+
+Same requests, same replies. Loading publishes the folder and points the alias `default` at it, after the
+same validation and proof as everywhere; unloading removes the alias, and the weights really leave.
+"""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Depends, Request
+from fastapi.responses import PlainTextResponse
+
+from adapters import DEFAULT_ALIAS, AdapterNotFound, AdapterRef
+from app.access import admin
+from app.errors import BadRequest
+from app.reconciler import Reconciler
+from app.routes.adapters import allowed_folder
+
+router = APIRouter(dependencies=[Depends(admin)])
+
+ACTOR = "http:vllm"
+
+Text = Annotated[str, Body()]
+
+
+@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+async def load_lora_adapter(
+    request: Request, lora_name: Text, lora_path: Text, load_inplace: Annotated[bool, Body()] = False
+) -> str:
+    """Publish `lora_path` as `lora_name` and serve it; with `load_inplace` also when it is served already."""
+    reconciler: Reconciler = request.state.reconciler
+    if not load_inplace and request.state.served_models.find(AdapterRef.parse(lora_name)):
+        raise BadRequest(
+            f"The lora adapter '{lora_name}' has already been loaded. If you want to load the adapter in place, "
+            "set 'load_inplace' to True.",
+            param="lora_name",
+        )
+    folder = allowed_folder(lora_path, request.state.publish_roots)
+    manifest = await reconciler.publish(folder, lora_name, actor=ACTOR, why="load_lora_adapter")
+    await reconciler.point(lora_name, DEFAULT_ALIAS, manifest.revision, actor=ACTOR, why="load_lora_adapter")
+    return f"Success: LoRA adapter '{lora_name}' added successfully."
+
+
+@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+async def unload_lora_adapter(
+    request: Request, lora_name: Text, lora_int_id: Annotated[int | None, Body()] = None
+) -> str:
+    """Stop serving `lora_name`; its revisions stay in the store. `lora_int_id` is accepted, as in vLLM."""
+    try:
+        await request.state.reconciler.remove(
+            lora_name, DEFAULT_ALIAS, actor=ACTOR, why="unload_lora_adapter"
+        )
+    except AdapterNotFound as error:
+        raise AdapterNotFound(f"The lora adapter '{lora_name}' cannot be found.") from error
+    return f"Success: LoRA adapter '{lora_name}' removed successfully."

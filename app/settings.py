@@ -1,0 +1,95 @@
+"""How the service is set up: environment variables named XINGLIN_*, read once by app.main."""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Every setting; the README's table is made of these descriptions."""
+
+    model_config = SettingsConfigDict(env_prefix="XINGLIN_", frozen=True, extra="forbid")
+
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on. Beyond loopback, chat needs the admin key too"
+    )
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on")
+    data_dir: Path = Field(
+        Path("xinglin-data"), description="Folder of everything the service keeps: store, key, models"
+    )
+    admin_key: SecretStr | None = Field(
+        None,
+        description="Key for everything that changes adapters; if not set, one is made in the data directory",
+    )
+    model: str | None = Field(
+        None,
+        description="Base model: a folder or a Hugging Face id. Default: the demo base in the data directory",
+    )
+    served_model_name: str | None = Field(
+        None, description="Name of the base model on the wire. Default: the last part of its folder or id"
+    )
+    publish_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (),
+        description="Folders, separated by ':', that POST /v1/adapters may read besides the data directory",
+    )
+    allow_unproven: bool = Field(
+        False, description="Serve adapters that bring no golden prompts to prove them by"
+    )
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = Field(
+        16, description="Largest rank of an adapter; memory is reserved for it"
+    )
+    max_loras: int = Field(
+        4, ge=1, description="Adapters that may share one batch; memory is reserved for each"
+    )
+    max_adapters: int = Field(32, ge=1, description="Revisions that may be pointed at, at once")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Context length in tokens. Default: the model's own"
+    )
+    max_num_seqs: int = Field(64, ge=1, description="Requests that may share one batch")
+    max_concurrent_requests: int = Field(
+        256, ge=1, description="Requests above this get 429 with Retry-After"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of the engine"
+    )
+    kv_cache_gib: float = Field(1.0, gt=0, description="Memory for attention caches, CPU only")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of the GPU's memory to use, GPU only"
+    )
+    reconcile_seconds: float = Field(
+        1.0, gt=0, description="How often the store is looked at for moved aliases"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="What the service logs"
+    )
+
+    @field_validator("publish_roots", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part for part in value.split(":") if part) if isinstance(value, str) else value
+
+    @property
+    def base_model(self) -> str:
+        """The folder or Hugging Face id to load."""
+        return self.model or str(self.data_dir / "models" / "demo-base")
+
+    @property
+    def base_model_name(self) -> str:
+        """The name of the base model on the wire: never a path."""
+        return self.served_model_name or (Path(self.model).name if self.model else "xinglin-demo")
+
+    @property
+    def store_dir(self) -> Path:
+        """The adapter store."""
+        return self.data_dir / "store"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
