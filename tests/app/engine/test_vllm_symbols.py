@@ -1,0 +1,65 @@
+"""Everything of vLLM that this product rests on, by name: an upgrade that moves one fails here first."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent.parent
+
+CHECK = textwrap.dedent(
+    """
+    import inspect
+    import os
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    from vllm.version import __version__
+    assert __version__.startswith("0.32."), __version__
+
+    from app.engine import cpu_worker, vllm as door, worker
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    def has(owner, name, *parameters):
+        found = inspect.signature(getattr(owner, name)).parameters
+        missing = [p for p in parameters if p not in found]
+        assert not missing, f"{owner.__name__}.{name} lacks {missing}"
+
+    has(door.AsyncLLM, "from_vllm_config", "vllm_config", "disable_log_stats")
+    has(door.AsyncLLM, "generate", "prompt", "sampling_params", "request_id", "lora_request")
+    for name in ("add_lora", "remove_lora", "collective_rpc", "shutdown"):
+        has(door.AsyncLLM, name)
+    assert isinstance(door.AsyncLLM.errored, property)
+    has(door.OpenAIServingChat, "create_chat_completion", "request", "raw_request")
+    has(door.OpenAIServingChat, "create_streaming_error_response", "message", "err_type", "status_code", "param")
+    has(door.OpenAIServingModels, "is_base_model", "model_name")
+    has(door.OpenAIServingModels, "model_name", "lora_request")
+    has(door.OnlineRenderer, "render_chat", "request")
+    has(door.OnlineRenderer, "warmup")
+    assert door.LoRARequest.__struct_fields__[:3] == ("lora_name", "lora_int_id", "lora_path")
+    assert "request_id" in door.ChatCompletionRequest.model_fields
+    has(door.AsyncEngineArgs, "__init__", "enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras",
+        "worker_extension_cls", "disable_log_stats", "gpu_memory_utilization", "served_model_name")
+    has(door.vllm.envs, "enable_envs_cache")
+    # The repair on CPU replaces these, with the parameters the layers pass.
+    assert PunicaWrapperCPU.add_lora_linear is cpu_worker._add_lora_linear
+    assert PunicaWrapperCPU.add_lora_logits is cpu_worker._add_no_lora_logits
+    has(PunicaWrapperBase, "add_lora_logits", "y", "x")
+    has(PunicaWrapperBase, "add_lora_linear", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices")
+    assert isinstance(PunicaWrapperBase.token_lora_indices, property)
+    # The worker extension is mixed in: its names must be free.
+    assert not [n for n in vars(worker.WorkerExtension) if not n.startswith("__") and hasattr(WorkerBase, n)]
+    source = inspect.getsource(LoRAModelManager) + inspect.getsource(LRUCacheLoRAModelManager)
+    for name in ("packed_modules", "modules", "lora_index_to_id", "_registered_adapters"):
+        assert f"self.{name}" in source, name
+    print("all there")
+    """
+)
+
+
+def test_every_symbol_is_there() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.stdout.strip().endswith("all there"), result.stderr[-3000:]

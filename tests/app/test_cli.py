@@ -1,0 +1,41 @@
+"""`python -m app`: help that teaches, and wrong settings that say how to mend them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.settings import Settings
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments],
+        capture_output=True, text=True, cwd=ROOT, check=False, env=environment, timeout=60,
+    )  # fmt: skip
+
+
+def test_help_names_every_setting() -> None:
+    text = _run("serve", "--help").stdout
+    for name in Settings.model_fields.keys() - {"admin_key", "publish_roots"}:
+        assert f"XINGLIN_{name.upper()}" in "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [({"XINGLIN_PORT": "http"}, "XINGLIN_PORT"), ({"XINGLIN_MAX_LORA_RANK": "17"}, "XINGLIN_MAX_LORA_RANK")],
+)
+def test_a_wrong_setting_is_named(environment: dict[str, str], named: str) -> None:
+    result = _run("serve", **environment)
+    assert result.returncode == 2
+    assert named in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_no_demo_base_yet_says_how_to_make_one(tmp_path: Path) -> None:
+    result = _run("serve", "--data-dir", str(tmp_path))
+    assert result.returncode == 2
+    assert "python -m training demo" in result.stderr

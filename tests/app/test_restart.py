@@ -1,0 +1,71 @@
+"""What survives: a restart, a killed engine, and a killed service."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from adapters import AdapterStore
+from tests.service import Service, free_port
+from tests.trainer import Trainer
+
+QUESTION = "What are the symptoms of gout?"
+
+
+def _state(service: Service) -> dict[str, object]:
+    shown = service.adapters()
+    answers = {model.id: service.answer(model.id, QUESTION) for model in service.client().models.list()}
+    return {"adapters": shown, "answers": answers}
+
+
+@pytest.mark.timeout(400)
+def test_restart_engine_death_and_kill(data_dir: Path, trainer: Trainer) -> None:
+    store = AdapterStore(data_dir / "store")
+    canary = store.publish(trainer.variant(data_dir / "canary", seed=7), "doctor", actor="test")
+    store.set_alias("doctor", "canary", canary.revision, actor="test")
+    service = Service(data_dir, free_port())
+    service.start()
+    before = _state(service)
+    assert "doctor@canary" in before["answers"]  # type: ignore[operator]
+
+    # A restart brings back the same adapters, aliases and statuses, and the same answers.
+    engines = service.engine_pids()
+    assert service.stop() == 0
+    assert not _alive(engines)
+    service.start()
+    assert _state(service) == before
+
+    # A killed engine ends running streams in an error, and is rebuilt with all it held.
+    (engine,) = service.engine_pids()
+    stream = service.client().chat.completions.create(
+        model="doctor", messages=[{"role": "user", "content": QUESTION}], stream=True,
+        max_tokens=900, extra_body={"min_tokens": 900, "ignore_eos": True},
+    )  # fmt: skip
+    next(iter(stream))
+    os.kill(engine, signal.SIGKILL)
+    with pytest.raises(openai.APIError) as caught:
+        for _ in stream:
+            pass
+    assert caught.value.code == "engine_unavailable"
+    service.wait_for(lambda: service.call("GET", "/readyz")[0] == 503)
+    status, reply = service.call("POST", "/v1/chat/completions", {"model": "doctor", "messages": []})
+    assert (status, reply["error"]["code"]) == (503, "engine_unavailable")
+    service.wait_until_ready()
+    assert _state(service) == before
+    assert "xinglin_engine_restarts_total 1.0" in str(service.call("GET", "/metrics")[1])
+
+    # A killed service leaves no engine behind.
+    engines = service.engine_pids()
+    service.process.kill()
+    service.process.wait()
+    deadline = time.monotonic() + 10
+    while _alive(engines) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(engines)
+
+
+def _alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]

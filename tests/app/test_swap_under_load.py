@@ -1,0 +1,122 @@
+"""Revisions come and go under 32 running streams, and nobody notices but by the better answer."""
+
+import asyncio
+import os
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai
+import pytest
+
+from adapters import AdapterStore
+from tests.service import ADMIN_KEY, Service
+from tests.trainer import Trainer
+
+STREAMS = 32
+SECONDS = float(os.environ.get("XINGLIN_TEST_SWAP_SECONDS", "30"))
+REVISIONS = 10
+ROLLBACKS_AFTER = (4, 7, 10)
+QUESTIONS = (
+    "感冒有什么症状？",
+    "如何预防糖尿病？",
+    "What are the symptoms of gout?",
+    "How can I prevent influenza?",
+)
+MODELS = ("doctor", "doctor", "leaflet", "xinglin-demo")
+
+
+@dataclass
+class Report:
+    answers: list[tuple[str, str, str]] = field(default_factory=list)
+    """(revision or base, question, text)"""
+    failures: list[str] = field(default_factory=list)
+
+
+async def _stream(client: openai.AsyncOpenAI, report: Report, until: float, seed: int) -> None:
+    choice = random.Random(seed)
+    while time.monotonic() < until:
+        model, question = choice.choice(MODELS), choice.choice(QUESTIONS)
+        try:
+            raw = await client.chat.completions.with_raw_response.create(
+                model=model, messages=[{"role": "user", "content": question}], temperature=0, stream=True
+            )
+            text, finish = "", None
+            async for chunk in raw.parse():
+                text += chunk.choices[0].delta.content or ""
+                finish = chunk.choices[0].finish_reason or finish
+        except openai.OpenAIError as error:
+            report.failures.append(repr(error))
+            continue
+        if finish != "stop":
+            report.failures.append(f"ended with {finish}")
+        revision = raw.headers.get("x-adapter-revision")
+        report.answers.append((f"{model}@{revision}" if revision else model, question, text))
+
+
+async def _operate(service: Service, folders: list[str]) -> None:
+    async def call(method: str, path: str, body: Any) -> None:
+        status, reply = await asyncio.to_thread(service.call, method, path, body, ADMIN_KEY)
+        assert status == 200, reply
+
+    pause = SECONDS / (len(folders) + len(ROLLBACKS_AFTER) + 1) / 2
+    for number, folder in enumerate(folders, start=1):
+        await asyncio.sleep(pause)
+        await call("POST", "/v1/adapters", {"name": "doctor", "path": folder})
+        if number in ROLLBACKS_AFTER:
+            await asyncio.sleep(pause)
+            await call("POST", "/v1/adapters/doctor/rollback", {})
+
+
+async def _run(service: Service, folders: list[str]) -> Report:
+    report = Report()
+    until = time.monotonic() + SECONDS
+    async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0) as client:
+        streams = [_stream(client, report, until, seed) for seed in range(STREAMS)]
+        await asyncio.gather(_operate(service, folders), *streams)
+    return report
+
+
+@pytest.fixture(scope="module")
+def folders(service: Service, trainer: Trainer) -> list[str]:
+    incoming = service.data_dir / "incoming"
+    return [str(trainer.variant(incoming / f"swap-{seed}", seed=100 + seed)) for seed in range(REVISIONS)]
+
+
+def test_swap_under_load(service: Service, folders: list[str]) -> None:
+    first = service.adapters()["doctor@default"]["actual"]
+    report = asyncio.run(_run(service, folders))
+
+    assert not report.failures, Counter(report.failures).most_common(3)
+    answered_by = Counter(who for who, _, _ in report.answers)
+    assert len([who for who in answered_by if who.startswith("doctor@")]) >= REVISIONS // 2, answered_by
+
+    # The engine, asked itself, holds what is pointed at and nothing else.
+    def pointed() -> set[str]:
+        shown = service.adapters()
+        return {f"{entry['name']}@{entry['actual']}" for key, entry in shown.items() if key != "engine"}
+
+    service.wait_for(lambda: set(service.adapters()["engine"]["held"]) == pointed())
+
+    # Every answer is the one its revision gives when nobody else asks anything.
+    store = AdapterStore(service.data_dir / "store")
+    for who in answered_by:
+        asked = {question for name, question, _ in report.answers if name == who}
+        if "@" in who:
+            name, revision = who.split("@")
+            path = f"/v1/adapters/{name}/aliases/alone"
+            assert service.call("PUT", path, {"revision": revision})[0] == 200
+        model = f"{name}@alone" if "@" in who else who
+        for question in asked:
+            alone = service.answer(model, question)
+            given = {
+                text for name_, question_, text in report.answers if (name_, question_) == (who, question)
+            }
+            assert given == {alone}, (who, question)
+    for name in ("doctor", "leaflet"):
+        store.remove_alias(name, "alone", actor="test")
+    assert service.call("PUT", "/v1/adapters/doctor/aliases/default", {"revision": first})[0] == 200
+    service.wait_for(lambda: set(service.adapters()["engine"]["held"]) == pointed())
+    print(f"\n{len(report.answers)} answers by {dict(answered_by)}")

@@ -1,0 +1,51 @@
+"""What tests share: the demo's products, and one running service on them with the real vLLM engine."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from tests.service import ROOT, Service, free_port
+from tests.trainer import Trainer
+
+
+@pytest.fixture(scope="session")
+def demo_dir() -> Path:
+    """The demo's data directory. Kept between test sessions: the demo rebuilds what has changed."""
+    folder = ROOT / ".cache" / "demo"
+    subprocess.run([sys.executable, "-m", "training", "demo", "--data-dir", folder], check=True, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture
+def data_dir(demo_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the demo's products that a test may change."""
+    return copy_products(demo_dir, tmp_path / "data")
+
+
+def copy_products(source: Path, target: Path) -> Path:
+    """Copy what a service needs: the base model and the store."""
+    for part in ("models", "store"):
+        copytree(source / part, target / part)
+    return target
+
+
+@pytest.fixture(scope="session")
+def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One service for the whole session. Tests leave its aliases `default` of doctor and leaflet as they were."""
+    data_dir = copy_products(demo_dir, tmp_path_factory.mktemp("service") / "data")
+    service = Service(data_dir, free_port())
+    service.start()
+    yield service
+    engines = service.engine_pids()
+    assert engines, "the service runs no engine process that a test could look for"
+    assert service.stop() == 0, service.log[-4000:]
+    assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()], "an engine outlived its service"
+
+
+@pytest.fixture(scope="session")
+def trainer(demo_dir: Path) -> Trainer:
+    return Trainer(demo_dir)
