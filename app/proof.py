@@ -5,6 +5,7 @@ The live engine scores the same tokens both ways. It must agree with the trainer
 token for the likeliest; and the two must differ, or the adapter has no effect.
 """
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,10 @@ async def prove(
                 f"{len(prompt.prompt_token_ids)} tokens, saw {len(rendered)}): serve it on the base model and "
                 "tokenizer it was trained with"
             )
-        base = await engine.score(prompt.prompt_token_ids, prompt.token_ids, None)
+        base, scores = await asyncio.gather(
+            engine.score(prompt.prompt_token_ids, prompt.token_ids, None),
+            engine.score(prompt.prompt_token_ids, prompt.token_ids, adapter),
+        )
         difference, at = _worst(base, prompt.base_logprobs)
         if not difference <= tolerance:
             raise AdapterRefused(
@@ -58,7 +62,6 @@ async def prove(
                 f"{tolerance:g})"
             )
         worst_base = max(worst_base, difference)
-        scores = await engine.score(prompt.prompt_token_ids, prompt.token_ids, adapter)
         difference, at = _worst(scores, prompt.logprobs)
         if not difference <= tolerance:
             raise AdapterRefused(

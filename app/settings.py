@@ -42,7 +42,9 @@ class Settings(BaseSettings):
         16, description="Largest rank of an adapter; memory is reserved for it"
     )
     max_loras: int = Field(
-        4, ge=1, description="Adapters that may share one batch; memory is reserved for each"
+        4,
+        ge=1,
+        description="Adapters that may share one batch; memory is reserved for each, and for one under proof",
     )
     max_adapters: int = Field(32, ge=1, description="Revisions that may be pointed at, at once")
     max_model_len: int | None = Field(

@@ -3,8 +3,13 @@
 Stock PunicaWrapperCPU marks rows without an adapter by index -1 and then indexes the stacked weights with
 it, so that a base-model row in a mixed batch gets the adapter of the *last* slot. It also copies A and B
 once for every token. Here each adapter's rows are gathered once a step and get one product per module;
-rows without an adapter are left alone. Drop this when vLLM releases the repair (vllm-project/vllm, pull
-requests 48421 and 49656).
+rows without an adapter are left alone.
+
+Stock also applies an adapter of the output head in every step, though none is ever loaded (validation admits
+linear layers only), and a request with prompt_logprobs in a mixed batch ends the engine there: the rows of
+the prompt outnumber the indices of the samples. Here that step is left out.
+
+Drop this when vLLM releases the repair (vllm-project/vllm, pull requests 48421 and 49656).
 """
 
 from typing import Any
@@ -53,8 +58,13 @@ def _add_lora_linear(
             begin += width
 
 
+def _add_no_lora_logits(wrapper: Any, *_: Any, **__: Any) -> None:
+    """The logits are right as they are."""
+
+
 PunicaWrapperCPU.rows_of_slot = []  # until the first step with adapters
 PunicaWrapperCPU.update_metadata = _group_rows
 PunicaWrapperCPU.add_lora_linear = _add_lora_linear
+PunicaWrapperCPU.add_lora_logits = _add_no_lora_logits
 
 __all__ = ["WorkerExtension"]

@@ -129,9 +129,10 @@ class VllmEngine:
             gpu_memory_utilization=options.gpu_memory_utilization,
             enable_lora=True,
             max_lora_rank=options.max_lora_rank,
-            max_loras=options.max_loras,
+            # One more: a revision under proof must not wait until traffic on the others lets a slot go.
+            max_loras=options.max_loras + 1,
             # Old and new revisions overlap while an alias moves.
-            max_cpu_loras=max(2 * options.max_adapters, options.max_loras) + 1,
+            max_cpu_loras=max(2 * options.max_adapters, options.max_loras + 1),
             worker_extension_cls=CPU_WORKER_EXTENSION if on_cpu else CUDA_WORKER_EXTENSION,
             disable_log_stats=True,
         )
