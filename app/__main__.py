@@ -92,10 +92,14 @@ def _prepare_process(settings: Settings) -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    logging.getLogger("uvicorn.error").setLevel(
-        max(logging.getLevelName(settings.log_level.upper()), logging.WARNING)
-    )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG" if settings.log_level == "debug" else "ERROR")
+    if settings.log_level != "debug":
+        # What the libraries say of themselves; their errors stay.
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_LOGS", "-torch")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     # One core is left to this process; more threads than cores make the engine crawl.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -65,15 +65,16 @@ def create_app(
             interval=settings.reconcile_seconds,
         )
 
-        async def attach(engine: Engine) -> None:
-            await reconciler.attach(engine)
-            on_ready(served)
-
         async def detach() -> None:
             metrics.engine_restarts.inc()
             await reconciler.detach()
 
-        supervisor = Supervisor(lambda: _build_engine(settings), on_ready=attach, on_death=detach)
+        supervisor = Supervisor(
+            lambda: _build_engine(settings),
+            prepare=reconciler.attach,
+            on_ready=lambda: on_ready(served),
+            on_death=detach,
+        )
         tasks = [
             asyncio.create_task(_run_or_give_up(supervisor, on_give_up), name="supervisor"),
             asyncio.create_task(reconciler.run(), name="reconciler"),

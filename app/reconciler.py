@@ -250,7 +250,10 @@ class Reconciler:
         try:
             if golden:
                 proof = await prove(engine, loaded, golden, manifest.dtype)
-                logger.info("%s proved itself: %s", ref, proof)
+                logger.info(
+                    "%s proved itself: %d tokens of %d golden prompts, largest difference from the trainer %.1e",
+                    ref, proof.tokens, proof.prompts, max(proof.adapter_difference, proof.base_difference),
+                )  # fmt: skip
         except BaseException:
             self._metrics.refusals.labels("proof").inc()
             await asyncio.shield(self._remove(loaded))

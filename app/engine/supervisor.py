@@ -12,6 +12,8 @@ from app.errors import EngineUnavailable
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.25
+_SAY_SECONDS = 5
+_ENGINE = "the engine to start (20 to 60 seconds)"
 _MAX_FAILURES = 3
 """Engines in a row that never became ready before the supervisor gives up."""
 
@@ -25,12 +27,14 @@ class Supervisor:
         self,
         build: Callable[[], Awaitable[Engine]],
         *,
-        on_ready: Callable[[Engine], Awaitable[None]],
+        prepare: Callable[[Engine], Awaitable[None]],
+        on_ready: Callable[[], None],
         on_death: Callable[[], Awaitable[None]],
     ) -> None:
-        self.waiting_for = "the engine to start"
+        self.waiting_for = _ENGINE
         self._engine: Engine | None = None
         self._build = build
+        self._prepare = prepare
         self._on_ready = on_ready
         self._on_death = on_death
 
@@ -52,32 +56,43 @@ class Supervisor:
         Raises what the build raised: at once if the very first fails, since that is a wrong setting, and
         after three in a row later.
         """
+        saying = asyncio.create_task(self._say_what_is_waited_for())
         failures, has_been_ready = 0, False
-        while True:
-            try:
-                await self._live_once()
-                failures, has_been_ready = 0, True
-                logger.error("the engine died; building another")
-            except Exception:
-                failures += 1
-                if not has_been_ready or failures == _MAX_FAILURES:
-                    raise
-                logger.exception("the engine could not be rebuilt (%d of %d)", failures, _MAX_FAILURES)
+        try:
+            while True:
+                try:
+                    await self._live_once()
+                    failures, has_been_ready = 0, True
+                    logger.error("the engine died; building another")
+                except Exception:
+                    failures += 1
+                    if not has_been_ready or failures == _MAX_FAILURES:
+                        raise
+                    logger.exception("the engine could not be rebuilt (%d of %d)", failures, _MAX_FAILURES)
+        finally:
+            saying.cancel()
 
     async def _live_once(self) -> None:
         """Build an engine and return when it has died."""
         engine = await self._build()
         try:
             self.waiting_for = "adapters to be loaded and proved"
-            await self._on_ready(engine)
+            await self._prepare(engine)
             self._engine = engine
+            self._on_ready()
             while not engine.is_dead:  # noqa: ASYNC110 - vLLM has no event for it
                 await asyncio.sleep(_WATCH_SECONDS)
         finally:
             self._engine = None
-            self.waiting_for = "the engine to start"
+            self.waiting_for = _ENGINE
             await self._on_death()
             await engine.close()
+
+    async def _say_what_is_waited_for(self) -> None:
+        while True:
+            if not self.is_ready:
+                logger.info("waiting for %s", self.waiting_for)
+            await asyncio.sleep(_SAY_SECONDS)
 
 
 async def in_daemon_thread(function: Callable[[], T]) -> T:
