@@ -76,12 +76,12 @@ class Settings(BaseSettings):
     @property
     def base_model(self) -> str:
         """The folder or Hugging Face id to load."""
-        return self.model or str(self.data_dir / "models" / "demo-base")
+        return self.model or str(self.data_dir / "models" / "xinglin-demo")
 
     @property
     def base_model_name(self) -> str:
         """The name of the base model on the wire: never a path."""
-        return self.served_model_name or (Path(self.model).name if self.model else "xinglin-demo")
+        return self.served_model_name or Path(self.base_model).name
 
     @property
     def store_dir(self) -> Path:

@@ -41,8 +41,9 @@ def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     service.start()
     yield service
     engines = service.engine_pids()
-    assert engines, "the service runs no engine process that a test could look for"
-    assert service.stop() == 0, service.log[-4000:]
+    exit_code = service.stop()
+    assert engines, "the service ran no engine process that a test could look for"
+    assert exit_code == 0, service.log[-4000:]
     assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()], "an engine outlived its service"
 
 

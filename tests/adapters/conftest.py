@@ -1,0 +1,60 @@
+"""A small valid adapter folder to spoil, a store, and a way to start other processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapters import AdapterStore
+from tests.adapters.folders import SCORE, Folder, make_folder
+
+ROOT = Path(__file__).parents[2]
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _fsync_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow, and of use only against a loss of power; the one test of it records its calls instead."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Folder:
+    return make_folder(tmp_path / "adapter")
+
+
+@pytest.fixture
+def reward(tmp_path: Path) -> Folder:
+    """A reward adapter: LoRA and a score head."""
+    folder = make_folder(tmp_path / "reward")
+    folder.provenance = {"stage": "rm", "task": "reward"}
+    folder.config |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    folder.tensors[SCORE] = np.ones((1, 8), np.float32)
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")
+
+
+@pytest.fixture
+def start() -> Start:
+    """Start Python with `adapters` at hand, as another process of the same machine would."""
+
+    def start(*arguments: str | Path, **environment: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd="/",
+        )
+
+    return start

@@ -1,0 +1,60 @@
+"""adapters/ref.py: what can name an adapter, an alias, a revision."""
+
+import pytest
+
+from adapters import AdapterRef, InvalidRef
+from adapters.ref import check_alias, check_name, check_revision
+
+REVISION = "3f2a9c1b77de"
+
+
+@pytest.mark.parametrize(
+    ("text", "ref"),
+    [
+        ("doctor", AdapterRef("doctor", alias="default")),
+        ("doctor@default", AdapterRef("doctor", alias="default")),
+        ("doctor@canary", AdapterRef("doctor", alias="canary")),
+        (f"doctor@{REVISION}", AdapterRef("doctor", revision=REVISION)),
+        ("doctor@3f2a9c1b77d", AdapterRef("doctor", alias="3f2a9c1b77d")),  # 11 digits are an alias
+        (f"{REVISION}@v1.2", AdapterRef(REVISION, alias="v1.2")),
+        ("a", AdapterRef("a", alias="default")),
+        ("a" * 64, AdapterRef("a" * 64, alias="default")),
+        ("qwen3-8b_med.v2@x", AdapterRef("qwen3-8b_med.v2", alias="x")),
+    ],
+)
+def test_parse_reads_what_str_prints(text: str, ref: AdapterRef) -> None:
+    assert AdapterRef.parse(text) == ref
+    assert AdapterRef.parse(str(ref)) == ref
+
+
+BAD = [
+    "", ".", "..", "a/b", "a\\b", "/etc", "../x", "a%2Fb", "%2e%2e", "a" * 65, "a" * 10_000, "Doctor", "DOCTOR", "é",
+    "杏林", "👩‍⚕️", "dоctor", "-a", "a-", ".a", "a.", "_a", " a", "a ", "a b", "a..b", "a\n", "a\0", "a:b", "a*", "ａ",
+    "٣", "\u202ea",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD, ids=ascii)
+@pytest.mark.parametrize("check", [check_name, check_alias, check_revision, AdapterRef.parse])
+def test_what_cannot_be_a_name_is_refused_everywhere(check, bad: str) -> None:
+    with pytest.raises(InvalidRef) as caught:
+        check(bad)
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isascii()
+
+
+@pytest.mark.parametrize("bad", [*BAD, "a@b"], ids=ascii)
+def test_what_cannot_be_an_alias_is_refused_behind_the_name(bad: str) -> None:
+    with pytest.raises(InvalidRef):
+        AdapterRef.parse(f"doctor@{bad}")
+
+
+def test_an_alias_cannot_look_like_a_revision() -> None:
+    with pytest.raises(InvalidRef, match="12 hexadecimal digits"):
+        check_alias(REVISION)
+
+
+@pytest.mark.parametrize("bad", [REVISION.upper(), REVISION[:-1], REVISION + "0", "g" * 12, "default"])
+def test_a_revision_is_12_hexadecimal_digits(bad: str) -> None:
+    with pytest.raises(InvalidRef, match="not a revision"):
+        check_revision(bad)

@@ -1,0 +1,532 @@
+"""adapters/validate.py: every kind of adapter an engine must never see, and those it must not be denied.
+
+The rows follow the table of what stock vLLM does with each of them.
+"""
+
+import ast
+import importlib.util
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters import InvalidAdapter, validate
+from adapters.peft_config import _ENGINE_RANKS, _KEPT, _LEFT_OUT, _UNSERVABLE
+from tests.adapters.folders import BASE, DOWN, GOLDEN, SCORE, Folder, Q, key, make_folder, pair, with_header
+
+Change = Callable[[Folder], Any]
+A, B = key(Q, "A"), key(Q, "B")
+EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_A"
+
+
+def config(**changes: Any) -> Change:
+    return lambda folder: folder.config.update(changes)
+
+
+def without(*keys: str) -> Change:
+    return lambda folder: [folder.config.pop(key) for key in keys]
+
+
+def tensor(name: str, array: Any) -> Change:
+    return lambda folder: folder.tensors.update({name: array})
+
+
+def only(*tensors: dict[str, np.ndarray]) -> Change:
+    def change(folder: Folder) -> None:
+        folder.tensors = {name: array for some in tensors for name, array in some.items()}
+
+    return change
+
+
+def spoil(value: float) -> Change:
+    def change(folder: Folder) -> None:
+        folder.tensors[A][1, 2] = value
+
+    return change
+
+
+def file(name: str, content: bytes) -> Change:
+    return lambda folder: folder.others.update({name: content})
+
+
+def raw_config(text: str) -> Change:
+    return file("adapter_config.json", text.encode())
+
+
+def provenance(**changes: Any) -> Change:
+    return lambda folder: folder.provenance.update(changes)
+
+
+def every(function: Callable[[np.ndarray], np.ndarray]) -> Change:
+    def change(folder: Folder) -> None:
+        folder.tensors = {name: function(array) for name, array in folder.tensors.items()}
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    return lambda folder: [change(folder) for change in changes]
+
+
+def ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def ranks(r: int) -> Change:
+    return both(only(pair(Q, r, 8, 8), pair(DOWN, r, 16, 8)), config(r=r))
+
+
+# What vLLM refuses, one way or another; part of the message
+REFUSED: dict[str, tuple[Change, str]] = {
+    "r of config below the tensors": (config(r=2), "with r 2"),
+    "r of config above the tensors": (config(r=8), "with r 8"),
+    "A and B of different ranks": (tensor(B, ones(8, 2)), r"A \[4, 8\] and B \[8, 2\]"),
+    "rank_pattern says otherwise": (config(rank_pattern={"q_proj": 8}), "q_proj has A .* with r 8"),
+    "r missing": (without("r"), "r is None"),
+    "r null": (config(r=None), "r is None"),
+    "r 0": (config(r=0), "r is 0"),
+    "r negative": (config(r=-1), "r is -1"),
+    "r a text": (config(r="16"), "r is '16'"),
+    "r a fraction": (config(r=1.5), "r is 1.5"),
+    "r true": (config(r=True), "r is True"),
+    "r 1e9": (config(r=10**9), "r is 1000000000"),
+    "rank above max_lora_rank": (ranks(32), "above max_lora_rank 16: .*XINGLIN_MAX_LORA_RANK=32$"),
+    "a rank no setting names": (ranks(17), "r is 17, above max_lora_rank 16: .*XINGLIN_MAX_LORA_RANK=32$"),
+    "rank_pattern above max_lora_rank": (
+        both(only(pair(Q, 33, 8, 8), pair(DOWN, 4, 16, 8)), config(rank_pattern={"down_proj": 4, "q_proj": 33})),
+        "rank_pattern gives 'q_proj' rank 33, above max_lora_rank 16: .*XINGLIN_MAX_LORA_RANK=64$",
+    ),
+    "lora_alpha missing": (without("lora_alpha"), "lora_alpha is None"),
+    "lora_alpha null": (config(lora_alpha=None), "lora_alpha is None"),
+    "lora_alpha 0": (config(lora_alpha=0), "lora_alpha is 0"),
+    "lora_alpha negative": (config(lora_alpha=-16), "lora_alpha is -16"),
+    "lora_alpha that overflows": (config(lora_alpha=1e30), "lora_alpha is 1e.30"),
+    "lora_alpha beyond a float": (config(lora_alpha=10**400), "lora_alpha is 1000"),
+    "alpha_pattern that overflows": (config(alpha_pattern={"q_proj": 1e30}), "alpha_pattern must hold numbers"),
+    "target_modules missing": (without("target_modules"), "target_modules is missing"),
+    "target_modules empty": (config(target_modules=[]), "target_modules is missing"),
+    "target_modules a number": (config(target_modules=5), "target_modules must be plain"),
+    "IA3": (config(peft_type="IA3"), "peft_type is 'IA3'"),
+    "DoRA": (config(use_dora=True), "DoRA cannot be served"),
+    "DoRA undeclared": (tensor(f"base_model.model.{Q}.lora_magnitude_vector", ones(8)), "no LoRA weights"),
+    "bias all": (config(bias="all"), "bias is 'all'"),
+    "bias lora_only": (config(bias="lora_only"), "bias is 'lora_only'"),
+    "lora_bias": (config(lora_bias=True), "LoRA bias cannot be served"),
+    "lora_B.bias": (tensor(B.replace("weight", "bias"), ones(8)), "no LoRA weights.*lora_B.bias"),
+    "aLoRA": (config(alora_invocation_tokens=[1, 2]), "Activated LoRA"),
+    "layer replication": (config(layer_replication=[[0, 1]]), "layer replication"),
+    "token embeddings": (config(trainable_token_indices=[1]), "token embeddings"),
+    "bare parameters": (config(target_parameters=["experts"]), "bare parameters"),
+    "KaSA": (config(kasa_config={"a": 1}), "KaSA"),
+    "a setting of another day": (config(use_newest_trick=True), r"\['use_newest_trick'\] are no settings known"),
+    "a setting meant for the engine": (config(vllm_lora_scaling_factor=9.0), "vllm_lora_scaling_factor"),
+    "use_rslora a text": (config(use_rslora="false"), "use_rslora is 'false'"),
+    "modules_to_save": (config(modules_to_save=["lm_head"]), "modules_to_save is .*whole modules"),
+    "a whole lm_head": (tensor("base_model.model.lm_head.weight", ones(9, 8)), "no LoRA weights"),
+    "a score head for chat": (tensor(SCORE, ones(1, 8)), "no LoRA weights.*score.weight"),
+    "a score head to save for chat": (config(modules_to_save=["score"]), "whole modules cannot be served for chat"),
+    "PiSSA": (config(init_lora_weights="pissa_niter_16"), "'pissa_niter_16'.*path_initial_model"),
+    "OLoRA": (config(init_lora_weights="OLoRA"), "'OLoRA'.*changes the base model"),
+    "LoRA-GA": (config(init_lora_weights="lora_ga"), "'lora_ga'.*changes the base model"),
+    "one half of a pair": (lambda f: f.tensors.pop(A), "both halves.*q_proj has only lora_B"),
+    "the other half": (lambda f: f.tensors.pop(B), "both halves.*q_proj has only lora_A"),
+    "A and B swapped": (both(tensor(A, ones(8, 4)), tensor(B, ones(4, 8))), "with r 4"),
+    "1-D tensor": (tensor(A, ones(32)), r"lora_A.weight has shape \[32\]"),
+    "0-D tensor": (tensor(A, np.float32(1).reshape(())), r"has shape \[\]"),
+    "3-D tensor": (tensor(A, ones(1, 4, 8)), r"has shape \[1, 4, 8\]"),
+    "a tensor of rank 0": (both(tensor(A, ones(0, 8)), tensor(B, ones(8, 0))), r"has shape \[0, 8\]"),
+    "a smaller model's": (only(pair(Q, 4, 4, 4)), "q_proj is 8 to 8 in tiny, and 4 to 4 here"),
+    "a bigger model's": (only(pair(Q, 4, 16, 16)), "q_proj is 8 to 8 in tiny, and 16 to 16 here"),
+    "wrong shape in the last layer only": (
+        lambda f: f.tensors.update(pair(DOWN, 4, 16, 9)),
+        "layers.1.mlp.down_proj is 16 to 8 in tiny, and 16 to 9 here",
+    ),
+    "layers beyond the model": (
+        lambda f: f.tensors.update(pair("model.layers.2.self_attn.q_proj", 4, 8, 8)),
+        "tiny has no LoRA-capable module of these names: model.layers.2",
+    ),
+    "unknown module": (lambda f: f.tensors.update(pair("model.layers.0.x", 4, 8, 8)), "no LoRA-capable.*layers.0.x"),
+    "LoRA on lm_head": (lambda f: f.tensors.update(pair("lm_head", 4, 8, 9)), "no LoRA-capable.*lm_head"),
+    "LoRA on embeddings": (tensor(EMBEDDING, ones(4, 9)), "no LoRA weights"),
+    "vision prefix": (lambda f: f.tensors.update(pair("vision." + Q, 4, 8, 8)), "no LoRA-capable.*vision"),
+    "doubled prefix": (lambda f: f.tensors.update(pair("model." + Q, 4, 8, 8)), "no LoRA-capable.*model.model"),
+    "no prefix": (only({f"{Q}.lora_A.weight": ones(4, 8), f"{Q}.lora_B.weight": ones(8, 4)}), "no LoRA weights"),
+    ".default. infix": (tensor(A.replace("weight", "default.weight"), ones(4, 8)), "no LoRA weights.*default"),
+    "path in a tensor's name": (tensor(key("../../x", "A"), ones(4, 8)), "no LoRA weights"),
+    "int8 tensors": (every(lambda a: np.ones_like(a, np.int8)), "not floats .*is I8"),
+    "no tensors": (only({}), "no LoRA pair in it"),
+    "B is zero": (every(lambda a: a * (a.shape[1] != 4)), "every pair has an all-zero half"),
+    "A is zero": (every(lambda a: a * (a.shape[1] == 4)), "every pair has an all-zero half"),
+    "halves of different pairs are zero": (
+        both(tensor(A, 0 * ones(4, 8)), tensor(key(DOWN, "B"), 0 * ones(8, 4))),
+        "every pair has an all-zero half",
+    ),
+    "NaN": (spoil(math.nan), "NaN or infinity.*q_proj.lora_A"),
+    "infinity": (spoil(-math.inf), "NaN or infinity"),
+    "1e30": (spoil(1e30), r"beyond ±1000 .*q_proj.lora_A.weight' reaches 1e\+30"),
+    "-1001": (spoil(-1001), "beyond ±1000"),
+    "NaN in half precision": (both(spoil(math.nan), every(lambda a: a.astype(np.float16))), "NaN or infinity"),
+    "truncated": (file("adapter_model.safetensors", with_header(b"{", b"")), "adapter_model.safetensors: .*JSON"),
+    "empty file": (file("adapter_model.safetensors", b""), "adapter_model.safetensors: the file is cut short"),
+    "garbage": (file("adapter_model.safetensors", b"garbage" * 99), "adapter_model.safetensors: "),
+    "huge header": (file("adapter_model.safetensors", b"\xff" * 99), "adapter_model.safetensors: "),
+    "pickle named safetensors": (file("adapter_model.safetensors", b"\x80\x04cos\nsystem\n."), "cut short, or is no"),
+    ".bin beside the safetensors": (file("adapter_model.bin", b""), "may run code when read: 'adapter_model.bin'"),
+    ".pt beside the safetensors": (file("adapter_model.pt", b""), "may run code when read: 'adapter_model.pt'"),
+    "new embeddings": (file("new_embeddings.safetensors", b""), "remove these.*'new_embeddings.safetensors'"),
+    "code": (file("modeling_x.py", b""), "remove these.*'modeling_x.py'"),
+    "another case": (file("Adapter_Config.json", b""), "remove these.*'Adapter_Config.json'"),
+    "right-to-left name": (file("a\u202egnp.exe", b""), r"remove these.*'a\\u202egnp.exe'"),
+    "config is JSON no more": (raw_config("{"), "adapter_config.json cannot be read as JSON"),
+    "config is not UTF-8": (file("adapter_config.json", b'{"r": "\xff"}'), "cannot be read as JSON"),
+    "config a list": (raw_config("[]"), "adapter_config.json must be a JSON object"),
+    "NaN literal": (raw_config('{"lora_alpha": NaN}'), "NaN is not a finite number"),
+    "Infinity literal": (raw_config('{"lora_alpha": -Infinity}'), "-Infinity is not a finite number"),
+    "1e999": (raw_config('{"lora_dropout": 1e999}'), "1e999 is not a finite number"),
+    "duplicate keys": (raw_config('{"r": 4, "r": 8}'), "a key is given twice"),
+    "JSON 33 deep": (raw_config('{"r":' * 32 + "1" + "}" * 32), "nested deeper than 32"),
+    "JSON 100k deep": (raw_config("[" * 100_000), "nested deeper than 32"),
+    "JSON of 2 MiB": (raw_config(" " * (2 << 20) + "{}"), "larger than 1 MiB"),
+    "an integer of 5000 digits": (raw_config('{"r": ' + "9" * 5000 + "}"), "cannot be read as JSON"),
+    "regex in target_modules": (config(target_modules=r".*\.(q|k)_proj"), "target_modules must be plain"),
+    "regex among target_modules": (config(target_modules=["q_proj", "(a+)+$"]), "target_modules must be plain"),
+    "regex in exclude_modules": (config(exclude_modules="(a+)+$"), "exclude_modules must be plain"),
+    "regex in layers_pattern": (config(layers_pattern=["(a+)+$"]), "layers_pattern must be plain"),
+    "regex in rank_pattern": (config(rank_pattern={"(a+)+$": 4}), "rank_pattern must hold plain"),
+    "regex in alpha_pattern": (config(alpha_pattern={".*q_proj": 4}), "alpha_pattern must hold plain"),
+    "rank_pattern a list": (config(rank_pattern=[1]), "rank_pattern must be an object"),
+    "rank_pattern of texts": (config(rank_pattern={"q_proj": "8"}), "rank_pattern must hold numbers"),
+    "rank_pattern of 0": (config(rank_pattern={"q_proj": 0}), "rank_pattern must hold numbers"),
+    "alpha_pattern of 0": (config(alpha_pattern={"q_proj": 0}), "alpha_pattern must hold numbers"),
+    "5000 patterns": (config(rank_pattern={f"m{i}": 4 for i in range(5000)}), "at most 500 module names"),
+    "another base": (
+        provenance(base_model="llama", base_fingerprint="f" * 16),
+        "trained on 'llama' with fingerprint 'f{16}', and this service runs tiny with fingerprint 0123456789abcdef",
+    ),
+    "unknown provenance": (provenance(author="me"), "provenance.json: 'author': "),
+    "provenance without a stage": (lambda f: f.provenance.clear(), "provenance.json: 'stage': "),
+    "a base model by its path": (provenance(base_model="/home/me/llama"), "provenance.json: 'base_model': "),
+    "a terminal's escape for a stage": (provenance(stage="\x1b[2J"), "provenance.json: 'stage': "),
+    "metrics of NaN": (file("provenance.json", b'{"stage":"sft","metrics":{"loss":NaN}}'), "provenance.json cannot be"),
+    "a manifest of something else": (
+        both(lambda f: setattr(f, "provenance", None), file("manifest.json", b'{"manifest_version": 3}')),
+        "manifest.json: 'stage': ",
+    ),
+    "golden prompts torn": (file("golden.jsonl", b"{"), "golden.jsonl line 1: "),
+    "chat template of 1 MiB": (file("chat_template.jinja", b" " * (1 << 20)), "larger than 256 KiB"),
+    "chat template in Latin-1": (file("chat_template.jinja", b"\xe9"), "chat_template.jinja is not UTF-8"),
+}  # fmt: skip
+
+
+def problems_of(folder: Path, base: Any = BASE) -> list[str]:
+    with pytest.raises(InvalidAdapter) as caught:
+        validate(folder, base)
+    for problem in caught.value.problems:
+        assert str(folder.parent) not in problem
+        assert problem.isprintable()
+        assert len(problem) < 1000
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(adapter: Folder, change: Change, message: str) -> None:
+    validate(adapter.write(), BASE)  # it is the change that is refused
+    change(adapter)
+    problems = problems_of(adapter.write())
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(adapter: Folder, name: str) -> None:
+    (adapter.write() / name).unlink()
+    assert problems_of(adapter.path) == [f"{name} is missing"]
+
+
+def test_a_folder_with_nothing_but_a_pickle(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
+    problems = problems_of(tmp_path / "x")
+    assert (
+        "save the adapter as adapter_model.safetensors; these may run code when read: 'adapter_model.bin'"
+        in problems
+    )
+    assert "adapter_model.safetensors is missing" in problems
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "README.md", "provenance.json"]
+)
+@pytest.mark.parametrize(
+    "special",
+    [
+        lambda path, real: path.symlink_to(real),
+        lambda path, _: path.symlink_to("/etc/passwd"),
+        lambda path, _: path.symlink_to("nowhere"),
+        lambda path, _: os.mkfifo(path),  # opened, it would keep us waiting for ever
+        lambda path, _: path.mkdir(),
+    ],
+    ids=["link", "link away", "broken link", "fifo", "folder"],
+)
+def test_only_plain_files_are_opened(
+    adapter: Folder, tmp_path: Path, name: str, special: Callable[[Path, Path], None]
+) -> None:
+    path = adapter.write() / name
+    real = tmp_path / "elsewhere"
+    if path.exists():
+        path.rename(real)
+    special(path, real)
+    problems = problems_of(adapter.path)
+    assert (
+        problems[0] == f"an adapter is plain files only; these are links, folders or special files: '{name}'"
+    )
+
+
+@pytest.mark.parametrize("where", ["nowhere", "adapter/adapter_config.json", "x" * 300, "a\0b"])
+def test_what_is_no_folder(adapter: Folder, tmp_path: Path, where: str) -> None:
+    adapter.write()
+    assert problems_of(tmp_path / where) == [
+        "there is no such folder: give the folder that holds adapter_config.json"
+    ]
+
+
+def test_all_problems_are_reported_at_once(adapter: Folder) -> None:
+    both(
+        config(r=0, use_dora=True, bias="all", target_modules=".*"),
+        lambda f: f.tensors.pop(B),
+        lambda f: f.tensors.update(pair("lm_head", 4, 8, 9)),
+        spoil(math.nan),
+        provenance(base_fingerprint="f" * 16),
+        file("golden.jsonl", b"{\n{"),
+        file("evil.py", b""),
+        file("chat_template.jinja", b"\xff"),
+    )(adapter)
+    problems = problems_of(adapter.write())
+    for part in (
+        "evil.py", "chat_template", "golden.jsonl line 1", "golden.jsonl line 2", "r is 0", "DoRA", "bias is",
+        "target_modules", "both halves", "lm_head", "NaN", "fingerprint",
+    ):  # fmt: skip
+        assert sum(part in problem for problem in problems) == 1, (part, problems)
+
+
+def test_an_answer_stays_short_whatever_is_thrown_at_it(adapter: Folder) -> None:
+    adapter.tensors |= {key(f"m{i}" + "x" * 150, "A"): ones(4, 8) for i in range(2000)}
+    adapter.tensors |= {f"n{i}" + "y" * 300: ones(1) for i in range(2000)}
+    adapter.others |= {f"{i}" + "z" * 200: b"" for i in range(2000)}
+    adapter.config |= {f"k{i}": 1 for i in range(2000)} | {"modules_to_save": ["m" * 9] * 2000}
+    adapter.config["rank_pattern"] = {f"({i}": "no" for i in range(400)}
+    adapter.provenance["data_digests"] = {f"f{i}": 0 for i in range(2000)}
+    assert len("; ".join(problems_of(adapter.write()))) < 10_000
+
+
+ACCEPTED: dict[str, Change] = {
+    "as it is": lambda _: None,
+    "bfloat16": every(lambda a: (a.view(np.uint32) >> 16).astype(np.uint16)),
+    "float16": every(lambda a: a.astype(np.float16)),
+    "float64": every(lambda a: a.astype(np.float64)),
+    "rank at the limit": ranks(16),
+    "rank 1": ranks(1),
+    "rank_pattern": both(
+        only(pair(Q, 2, 8, 8), pair(DOWN, 4, 16, 8)), config(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 4.5})
+    ),
+    "rank_pattern of one layer": both(
+        only(pair(Q, 2, 8, 8), pair("model.layers.1.self_attn.q_proj", 4, 8, 8)),
+        config(rank_pattern={"layers.0.self_attn.q_proj": 2}),
+    ),
+    "rank_pattern, first match wins": both(
+        only(pair(Q, 2, 8, 8), pair(DOWN, 4, 16, 8)), config(rank_pattern={"self_attn.q_proj": 2, "q_proj": 4})
+    ),
+    "rank_pattern of part of a name matches nothing": config(rank_pattern={"proj": 2}),
+    "rank_pattern null": config(rank_pattern=None, alpha_pattern=None),
+    "rsLoRA": config(use_rslora=True),
+    "fewer layers": only(pair(Q, 4, 8, 8)),
+    "target_modules of one text": config(target_modules="q_proj"),
+    "target_modules all-linear": config(target_modules="all-linear"),
+    "target_modules by path": config(target_modules=["model.layers.0.self_attn.q_proj"]),
+    "init that leaves the base alone": config(init_lora_weights="gaussian"),
+    "init false": config(init_lora_weights=False),
+    "zero in one of the pairs": tensor(A, 0 * ones(4, 8)),
+    "settings of old PEFT": without("bias", "task_type", "peft_type"),
+    "what trainers leave": both(*(file(name, b"x") for name in ("README.md", "tokenizer.json", "training_args.bin"))),
+    "chat template": file("chat_template.jinja", "{{ '医' }}".encode()),
+    "golden prompts": lambda f: f.golden.append(GOLDEN),
+    "no provenance": lambda f: setattr(f, "provenance", None),
+    "provenance without a fingerprint": provenance(base_fingerprint=None),
+    "a base model of the hub": provenance(base_model="Qwen/Qwen3-8B"),
+    "notes in any script": provenance(notes="由张医生审核 👩‍⚕️", data_digests={"问诊.jsonl": "0" * 64}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_accepted(adapter: Folder, change: Change) -> None:
+    change(adapter)
+    adapter.write()
+    validate(adapter.path, BASE)
+    validate(adapter.path)
+
+
+def test_the_facts(adapter: Folder) -> None:
+    adapter.golden = [GOLDEN, GOLDEN]
+    adapter.others = {"README.md": b"", "chat_template.jinja": b""}
+    facts = validate(adapter.write(), BASE)
+    assert (facts.r, facts.lora_alpha, facts.golden_prompts) == (4, 8.0, 2)
+    assert facts.target_modules == ["down_proj", "q_proj"]
+    assert facts.files == ["adapter_model.safetensors", "chat_template.jinja", "golden.jsonl"]
+    assert facts.provenance.model_dump(exclude_defaults=True) == adapter.provenance
+
+
+def test_without_a_base_shapes_and_rank_are_left_to_the_service(adapter: Folder) -> None:
+    both(only(pair("any.module", 64, 5, 6)), config(r=64))(adapter)
+    assert validate(adapter.write()).r == 64
+    assert len(problems_of(adapter.path)) == 2  # rank and module
+
+
+def test_a_rank_within_a_larger_limit_is_accepted(adapter: Folder) -> None:
+    ranks(32)(adapter)
+    validate(adapter.write(), replace(BASE, max_lora_rank=32))
+
+
+def test_an_adapter_from_elsewhere_is_external(adapter: Folder) -> None:
+    adapter.provenance = None
+    facts = validate(adapter.write(), BASE)
+    assert facts.provenance.stage == "external"
+    assert facts.config["base_model_name_or_path"] is None  # somebody's path is not to be told
+
+
+# Reward adapters
+
+
+def test_a_reward_adapter_brings_its_score_head(reward: Folder) -> None:
+    facts = validate(reward.write(), BASE)
+    assert facts.provenance.task == "reward"
+    assert facts.config["modules_to_save"] == ["classifier", "score"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.tensors.pop(SCORE), "score.weight is missing"),
+        (config(modules_to_save=["score", "lm_head"]), "may save only its score head"),
+        (config(modules_to_save="score"), "may save only its score head"),
+        (tensor(SCORE, ones(1, 8) * math.nan), "NaN or infinity.*score"),
+        (tensor(SCORE, np.ones((1, 8), np.int8)), "not floats.*score"),
+        (tensor("base_model.model.v_head.weight", ones(1, 8)), "no LoRA weights.*v_head"),
+        (provenance(task="chat"), "whole modules cannot be served for chat"),
+    ],
+)
+def test_a_reward_adapter_is_refused(reward: Folder, change: Change, message: str) -> None:
+    change(reward)
+    problems = problems_of(reward.write())
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+# The config that a revision keeps
+
+
+def canonical(folder: Folder) -> str:
+    return json.dumps(validate(folder.write()).config)
+
+
+SAME: dict[str, Change] = {
+    "another path of the base": config(base_model_name_or_path="D:\\models\\tiny"),
+    "the set in another order": config(target_modules=["down_proj", "q_proj"]),
+    "a module twice": config(target_modules=["q_proj", "down_proj", "q_proj"]),
+    "keys in another order": lambda f: setattr(f, "config", dict(reversed(f.config.items()))),
+    "what PEFT notes for itself": config(
+        auto_mapping={"parent_library": "os"}, revision="main", peft_version="0.99", inference_mode=False
+    ),
+    "what is set to nothing": config(use_dora=False, layer_replication=None, rank_pattern={}, exclude_modules=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SAME.values(), ids=SAME.keys())
+def test_the_same_adapter_keeps_the_same_config(adapter: Folder, change: Change) -> None:
+    before = canonical(adapter)
+    change(adapter)
+    assert canonical(adapter) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        config(lora_alpha=16),
+        config(use_rslora=True),
+        config(alpha_pattern={"q_proj": 4}),
+        config(task_type="SEQ_CLS"),
+    ],
+)
+def test_another_adapter_keeps_another_config(adapter: Folder, change: Change) -> None:
+    before = canonical(adapter)
+    change(adapter)
+    assert canonical(adapter) != before
+
+
+def test_excluded_modules_are_a_set_too(adapter: Folder) -> None:
+    adapter.config["exclude_modules"] = ["k_proj", "v_proj"]
+    before = canonical(adapter)
+    adapter.config["exclude_modules"] = ["v_proj", "k_proj"]
+    assert canonical(adapter) == before
+
+
+def test_patterns_keep_their_order_because_the_first_match_wins(adapter: Folder) -> None:
+    adapter.config["alpha_pattern"] = {"self_attn.q_proj": 2, "q_proj": 32, "down_proj": 1}
+    kept = validate(adapter.write()).config["alpha_pattern"]
+    assert list(kept.items()) == list(adapter.config["alpha_pattern"].items())
+
+
+def test_the_config_tells_no_path_and_names_no_library(adapter: Folder) -> None:
+    adapter.config["auto_mapping"] = {"parent_library": "evil"}
+    kept = validate(adapter.write()).config
+    assert kept["base_model_name_or_path"] == "tiny"
+    assert "auto_mapping" not in kept
+    assert kept["inference_mode"] is True
+
+
+# What is written here about PEFT and vLLM, held against both (read as text: importing them takes 15 s)
+
+
+def source(package: str, path: str) -> ast.Module:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return ast.parse((Path(spec.origin).parent / path).read_text())
+
+
+def fields(module: ast.Module, name: str) -> set[str]:
+    [found] = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name]
+    return {
+        node.target.id
+        for node in found.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def test_every_setting_of_peft_is_known() -> None:
+    """When this fails after an upgrade of PEFT: decide for each new setting whether it can be served."""
+    settings = fields(source("peft", "tuners/lora/config.py"), "LoraConfig")
+    for parent in ("PeftConfigMixin", "PeftConfig"):
+        settings |= fields(source("peft", "config.py"), parent)
+    assert len(settings) > 30
+    assert settings - _KEPT - _LEFT_OUT - _UNSERVABLE.keys() == set()
+
+
+def test_every_setting_that_vllm_reads_is_kept_or_refused() -> None:
+    read = fields(source("vllm", "lora/peft_helper.py"), "PEFTHelper")
+    assert {"r", "lora_alpha", "alpha_pattern"} <= read
+    assert {field for field in read if not field.startswith("vllm_")} - _KEPT - _UNSERVABLE.keys() == set()
+
+
+def test_the_ranks_are_those_of_vllm() -> None:
+    text = ast.unparse(source("vllm", "config/lora.py"))
+    assert f"MaxLoRARanks = Literal{list(_ENGINE_RANKS)}" in text
+
+
+def test_a_folder_made_anew_is_valid(tmp_path: Path) -> None:
+    """Guards this file: were the sound folder refused, so would be all the others."""
+    validate(make_folder(tmp_path / "x").write(), BASE)

@@ -1,0 +1,238 @@
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapters import AdapterRef, AdapterStore, Manifest, fingerprint, read_golden
+from tests.training.jobs import SFT, LoadJob, load_job
+from training.config import ConfigError
+from training.data import DataError
+from training.events import (
+    Checkpoint,
+    Evaluation,
+    Failed,
+    Progress,
+    Published,
+    Started,
+    Succeeded,
+    read_events,
+)
+from training.job import run_job
+from training.stages import sft
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def without_marks(base: Path, target: Path) -> Path:
+    """A copy of a base whose chat template marks no answers, as most do not."""
+    target.mkdir(parents=True)
+    for file in base.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    template = (base / "chat_template.jinja").read_text()
+    template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    (target / "chat_template.jinja").write_text(template)
+    return target
+
+
+class Run:
+    """One finished run of the stage, and the trainer inside it."""
+
+    def __init__(self, config: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def spy(**kwargs: Any) -> Any:
+            self.trainer = trl_trainer(**kwargs)
+            return self.trainer
+
+        trl_trainer = sft.SFTTrainer
+        monkeypatch.setattr(sft, "SFTTrainer", spy)
+        self.published = run_job(config, data_dir)
+        (self.folder,) = (data_dir / "runs").iterdir()
+        self.events = read_events(self.folder / "events.jsonl")
+        self.store = AdapterStore(data_dir / "store")
+
+    def learnt(self) -> list[str]:
+        """What the loss is taken on, row by row, in the batches as the trainer sees them."""
+        tokenizer = self.trainer.processing_class
+        return [
+            tokenizer.decode([token for token in row if token != -100])
+            for batch in self.trainer.get_train_dataloader()
+            for row in batch["labels"].tolist()
+        ]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_dir: Path) -> Path:
+    return tiny_dir / "models" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_dir: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    before = digests(base)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run = Run(load_job(tiny_dir, SFT), tmp_path_factory.mktemp("sft"), monkeypatch)
+    assert digests(base) == before, "training changed the base's files"
+    return run
+
+
+@pytest.fixture(scope="module")
+def manifest(run: Run) -> Manifest:
+    return run.store.get(AdapterRef.parse("doctor@canary"))
+
+
+def test_the_adapter_is_published_under_the_alias(run: Run, manifest: Manifest, base: Path) -> None:
+    assert run.published.ref == f"doctor@{manifest.revision}"
+    assert run.published.alias == "canary"
+    assert run.store.aliases("doctor") == {"canary": manifest.revision}
+    assert manifest.stage == "sft"
+    assert manifest.base_model == "tiny"
+    assert manifest.base_fingerprint == fingerprint(base)
+    assert manifest.run_id == run.folder.name
+    assert manifest.dtype == "float32"
+    assert manifest.licence == "CC0-1.0"
+    assert manifest.golden_prompts == 8
+    assert set(manifest.data_digests) == {"doctor.jsonl", "heldout.jsonl"}
+    assert manifest.metrics["eval_loss"] < manifest.metrics["eval_loss_before"]
+
+
+def test_no_file_of_a_revision_tells_where_it_was_trained(
+    run: Run, manifest: Manifest, tiny_dir: Path
+) -> None:
+    for file in run.store.folder("doctor", manifest.revision).iterdir():
+        assert str(tiny_dir).encode() not in file.read_bytes()
+
+
+def test_every_tensor_of_the_adapter_was_trained(run: Run) -> None:
+    tensors = load_file(run.folder / "result" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 7  # A and B, two layers, seven linear layers in each
+    assert all(value.abs().max() > 0 for name, value in tensors.items() if "lora_B" in name)
+
+
+def test_the_base_inside_the_trainer_is_untouched(run: Run, base: Path) -> None:
+    trained = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): value
+        for name, value in run.trainer.model.state_dict().items()
+        if "lora_" not in name
+    }
+    original = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert trained.keys() == original.keys()
+    assert all(torch.equal(trained[name], value) for name, value in original.items())
+
+
+def test_the_run_tells_its_story(run: Run) -> None:
+    kinds = [type(event) for event in run.events]
+    assert kinds[:2] == [Started, Evaluation]
+    assert kinds[-3:] == [Evaluation, Published, Succeeded]
+    assert {Progress, Checkpoint} <= set(kinds)
+    progress = [event for event in run.events if isinstance(event, Progress)]
+    assert [(event.step, event.max_steps) for event in progress] == [(1, 4)]
+    assert progress[0].eta_seconds > 0
+    checkpoints = [event for event in run.events if isinstance(event, Checkpoint)]
+    assert (run.folder / checkpoints[-1].folder / "trainer_state.json").exists()
+
+
+def test_a_run_keeps_its_config_and_its_board_in_its_own_folder(run: Run) -> None:
+    assert {file.name for file in run.folder.iterdir()} == {
+        "config.yaml", "events.jsonl", "tensorboard", "checkpoints", "result",
+    }  # fmt: skip
+    assert not (run.folder / "checkpoints" / "runs").exists(), "a second board"
+    assert len(list((run.folder / "tensorboard").iterdir())) == 1
+
+
+def test_the_golden_answers_are_those_of_the_published_files(
+    run: Run, manifest: Manifest, base: Path
+) -> None:
+    folder = run.store.folder("doctor", manifest.revision)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    for prompt in read_golden(folder / "golden.jsonl"):
+        assert prompt.prompt_token_ids == tokenizer.apply_chat_template(
+            prompt.messages, add_generation_prompt=True, return_dict=False
+        )
+        tokens = torch.tensor([prompt.prompt_token_ids + prompt.token_ids])
+        at = slice(len(prompt.prompt_token_ids) - 1, -1)
+        for model, expected in ((adapted, prompt.logprobs), (plain, prompt.base_logprobs)):
+            with torch.inference_mode():
+                scores = torch.log_softmax(model(tokens).logits[0, at], -1)
+            found = scores[range(len(prompt.token_ids)), prompt.token_ids]
+            torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=0)
+            if model is adapted:
+                assert scores.argmax(-1).tolist() == prompt.token_ids
+
+
+def test_the_loss_is_on_the_answers_alone(run: Run, tiny_dir: Path) -> None:
+    rows = [json.loads(line) for line in (tiny_dir / "doctor.jsonl").read_text().splitlines()]
+    answers = [row["messages"][-1]["content"] + "<|im_end|>" for row in rows]
+    assert sorted(run.learnt()) == sorted(answers)
+
+
+def chat(*contents: str) -> str:
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("marked", "learnt"), [(True, "first<|im_end|>second<|im_end|>"), (False, "second<|im_end|>\n")]
+)
+def test_of_many_turns_all_answers_are_learnt_or_the_last_where_the_template_marks_none(
+    load_sft: LoadJob, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marked: bool, learnt: str
+) -> None:
+    data = tmp_path / "turns.jsonl"
+    data.write_text(chat("be kind", "one", "first", "two", "second") * 3)
+    model = base if marked else without_marks(base, tmp_path / "plain-base")
+    config = load_sft(base_model=str(model), train_files=[str(data)], evaluation_files=[], max_steps=2)
+    run = Run(config, tmp_path / "data", monkeypatch)
+    assert run.learnt() == [learnt] * 3
+    assert read_golden(run.folder / "result" / "golden.jsonl")[0].messages[0]["role"] == "system"
+
+
+def test_the_same_config_makes_the_same_adapter(load_sft: LoadJob, run: Run, tmp_path: Path) -> None:
+    assert run_job(load_sft(), tmp_path).ref == run.published.ref
+
+
+def test_rows_that_are_cut_or_left_out_are_told(
+    load_sft: LoadJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text(
+        chat("s", "q", "a", "q", "answer " * 50)
+        + json.dumps({"instruction": "long " * 50, "output": "never seen"}) + "\n"
+        + json.dumps({"instruction": "q", "output": "short"}) + "\n"
+    )  # fmt: skip
+    run_job(load_sft(train_files=[str(data)], evaluation_files=[], max_steps=2, max_length=40), tmp_path)
+    assert "1 of 3 rows reach max_length 40 and may be cut; 1 more have no answer within it" in caplog.text
+
+
+@pytest.mark.parametrize("problem", ["no template", "not on the hub", "bad rows"])
+def test_a_run_that_cannot_begin_fails_with_the_reason_and_publishes_nothing(
+    load_sft: LoadJob, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    expected: type[Exception]
+    if problem == "no template":
+        config = load_sft(base_model=str(without_marks(base, tmp_path / "mute")))
+        (tmp_path / "mute" / "chat_template.jinja").unlink()
+        expected, reason = ConfigError, "base_model: mute has no chat template"
+    elif problem == "not on the hub":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        config = load_sft(base_model="nobody/nothing")
+        expected, reason = ConfigError, "base_model: nobody/nothing is no folder here"
+    else:
+        (tmp_path / "bad.jsonl").write_text("{}\n")
+        config = load_sft(train_files=[str(tmp_path / "bad.jsonl")])
+        expected, reason = DataError, r"bad\.jsonl:1: found nothing"
+    with pytest.raises(expected, match=reason):
+        run_job(config, tmp_path / "data")
+    (path,) = (tmp_path / "data" / "runs").glob("*/events.jsonl")
+    last = read_events(path)[-1]
+    assert isinstance(last, Failed)
+    assert expected.__name__ in last.error
+    assert "Traceback" in last.traceback
+    assert not (tmp_path / "data" / "store").exists()

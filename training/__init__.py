@@ -1,0 +1,1 @@
+"""Produces adapters: a job (one YAML file) becomes a run, and a run that succeeds is published."""

@@ -1,0 +1,73 @@
+"""Golden prompts: what base and adapter say here, so that an engine elsewhere can be held to it.
+
+Each prompt is worked alone, without padding, so that no neighbour in a batch can touch a number. Answers
+are scored teacher-forced: one forward pass over prompt and answer together, as the engine will do it.
+"""
+
+from typing import Any
+
+import torch
+
+from adapters import GoldenPrompt
+from training.data import Row
+
+
+def golden_prompts(
+    model: Any, tokenizer: Any, rows: list[Row], count: int, max_new_tokens: int
+) -> list[GoldenPrompt]:
+    """At most `count` different prompts taken evenly from `rows`, with the adapter's greedy answers.
+
+    `model` is a PeftModel with the adapter switched on; `rows` are `messages` rows. A log-probability is
+    natural, computed in float32 from the logits of the model in its own dtype.
+    """
+    prompts = {repr(row["messages"][:-1]): row["messages"][:-1] for row in rows}
+    distinct = list(prompts.values())
+    chosen = (
+        [distinct[at * len(distinct) // count] for at in range(count)] if len(distinct) > count else distinct
+    )
+    model.eval()
+    return [_golden_prompt(model, tokenizer, messages, max_new_tokens) for messages in chosen]
+
+
+@torch.inference_mode()
+def _golden_prompt(
+    model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int
+) -> GoldenPrompt:
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    answer = _greedy(model, prompt, max_new_tokens)
+    logprobs = _score(model, prompt, answer)
+    with model.disable_adapter():
+        base_logprobs = _score(model, prompt, answer)
+    return GoldenPrompt(
+        messages=messages,
+        prompt_token_ids=prompt,
+        token_ids=answer,
+        logprobs=logprobs,
+        base_logprobs=base_logprobs,
+    )
+
+
+def _greedy(model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """The likeliest token, again and again, up to and with a stop token.
+
+    Not `generate`, which follows the penalties and biases of the base's generation_config.json.
+    """
+    stop = model.generation_config.eos_token_id
+    stops = set(stop) if isinstance(stop, list) else {stop}
+    answer: list[int] = []
+    given, cache = prompt, None
+    while len(answer) < max_new_tokens and not stops.intersection(answer[-1:]):
+        out = model(
+            input_ids=torch.tensor([given], device=model.device), past_key_values=cache, use_cache=True
+        )
+        answer.append(int(out.logits[0, -1].argmax()))
+        given, cache = answer[-1:], out.past_key_values
+    return answer
+
+
+def _score(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
+    """Log-probability of each token of `answer` after `prompt`."""
+    tokens = torch.tensor([prompt + answer], device=model.device)
+    logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
+    scores = torch.log_softmax(logits, dim=-1)
+    return scores.gather(1, tokens[0, len(prompt) :, None])[:, 0].tolist()

@@ -1,0 +1,50 @@
+"""How far a run is: a bar on a terminal, a short line every few seconds anywhere else."""
+
+import logging
+import time
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 5
+
+
+class Meter:
+    """Shows steps, speed, loss and time left of one training loop."""
+
+    def __init__(self, title: str, max_steps: int, first_step: int = 0) -> None:
+        self.max_steps = max_steps
+        self._title = title
+        self._first_step = self._step = first_step
+        self._loss = ""
+        self._began = self._told = time.monotonic()
+        bar = tqdm(desc=title, total=max_steps, initial=first_step, unit="step", disable=None)
+        self._bar = None if bar.disable else bar  # disabled where stderr is not a terminal
+
+    def eta_seconds(self) -> float:
+        """Time left at the speed so far; 0.0 as long as there is none."""
+        done = self._step - self._first_step
+        elapsed = time.monotonic() - self._began
+        return elapsed / done * (self.max_steps - self._step) if done else 0.0
+
+    def update(self, step: int, loss: float | None = None) -> None:
+        """`step` steps are done; `loss` as last measured, or unchanged."""
+        if loss is not None:
+            self._loss = f"{loss:.3f}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {self._loss}" if self._loss else "", refresh=False)
+            self._bar.update(step - self._step)
+        self._step = step
+        if self._bar is None and time.monotonic() - self._told > _SECONDS_BETWEEN_LINES:
+            self._told = time.monotonic()
+            speed = (step - self._first_step) / (self._told - self._began)
+            log.info(
+                "%s: step %d of %d, loss %s, %.1f steps/s, %.0f s left",
+                self._title, step, self.max_steps, self._loss or "unknown", speed, self.eta_seconds(),
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """End the bar's line."""
+        if self._bar is not None:
+            self._bar.close()
