@@ -74,6 +74,7 @@ class Supervisor:
 
     async def _live_once(self) -> None:
         """Build an engine and return when it has died."""
+        self.waiting_for = _ENGINE
         engine = await self._build()
         try:
             self.waiting_for = "adapters to be loaded and proved"
@@ -84,7 +85,7 @@ class Supervisor:
                 await asyncio.sleep(_WATCH_SECONDS)
         finally:
             self._engine = None
-            self.waiting_for = _ENGINE
+            self.waiting_for = "the engine to stop"
             await self._on_death()
             await engine.close()
 

@@ -51,3 +51,7 @@ class WorkerExtension:
 
 
 die_with_parent()
+# Ctrl-C in a terminal reaches every process of the group: the service lets running streams end first, and
+# then ends its engine by SIGTERM.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
