@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adapters import AdapterStore
-from tests.adapters.folders import SCORE, Folder, make_folder
+from tests.adapters.folders import NAME, SCORE, WHO, Folder, make_folder, publish
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +41,15 @@ def reward(tmp_path: Path) -> Folder:
 @pytest.fixture
 def store(tmp_path: Path) -> AdapterStore:
     return AdapterStore(tmp_path / "store")
+
+
+@pytest.fixture
+def revisions(store: AdapterStore, tmp_path: Path) -> list[str]:
+    """Four published revisions, to which `default` was pointed one after another."""
+    made = [publish(store, tmp_path, seed) for seed in range(4)]
+    for revision in made:
+        store.set_alias(NAME, "default", revision, actor=WHO)
+    return made
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters import BaseModelFacts, GoldenPrompt
+from adapters import AdapterStore, BaseModelFacts, GoldenPrompt
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 SCORE = "base_model.model.score.weight"
@@ -29,6 +29,7 @@ GOLDEN = GoldenPrompt(
     logprobs=[-0.1],
     base_logprobs=[-2.0],
 )
+NAME, WHO = "doctor", "test"
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int8": "I8", "uint16": "BF16"}
 
 
@@ -112,3 +113,13 @@ def make_folder(path: Path, seed: int = 0) -> Folder:
             "metrics": {"eval_loss": 0.5},
         },
     )
+
+
+def publish(store: AdapterStore, folder: Path, seed: int) -> str:
+    """Publish an adapter of its own weights; returns its revision."""
+    return store.publish(make_folder(folder / f"seed-{seed}", seed).write(), NAME, actor=WHO).revision
+
+
+def left_in_staging(store: AdapterStore) -> list[str]:
+    """What publications under way, or killed, have left."""
+    return [path.name for path in (store.root / ".staging").glob("[!.]*")]

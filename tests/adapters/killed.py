@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from adapters import AdapterStore
+from tests.adapters.folders import NAME, WHO
 
-NAME = "doctor"
 ACTIONS: dict[str, Callable[[AdapterStore, Path], object]] = {
-    "publish": lambda store, new: store.publish(new, NAME, actor="test"),
+    "publish": lambda store, new: store.publish(new, NAME, actor=WHO),
     "set_alias": lambda store, _: store.set_alias(
-        NAME, "default", store.revisions(NAME)[0].revision, actor="test"
+        NAME, "default", store.revisions(NAME)[0].revision, actor=WHO
     ),
-    "rollback": lambda store, _: store.rollback(NAME, actor="test"),
-    "remove_alias": lambda store, _: store.remove_alias(NAME, "default", actor="test"),
-    "prune": lambda store, _: store.prune(NAME, keep=0, actor="test"),
+    "rollback": lambda store, _: store.rollback(NAME, actor=WHO),
+    "remove_alias": lambda store, _: store.remove_alias(NAME, "default", actor=WHO),
+    "prune": lambda store, _: store.prune(NAME, keep=0, actor=WHO),
 }
 
 

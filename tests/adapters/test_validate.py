@@ -3,9 +3,6 @@
 The rows follow the table of what stock vLLM does with each of them.
 """
 
-import ast
-import importlib.util
-import json
 import math
 import os
 import re
@@ -18,70 +15,26 @@ import numpy as np
 import pytest
 
 from adapters import InvalidAdapter, validate
-from adapters.peft_config import _ENGINE_RANKS, _KEPT, _LEFT_OUT, _UNSERVABLE
+from tests.adapters.changes import (
+    A,
+    B,
+    Change,
+    both,
+    config,
+    every,
+    file,
+    ones,
+    only,
+    provenance,
+    ranks,
+    raw_config,
+    spoil,
+    tensor,
+    without,
+)
 from tests.adapters.folders import BASE, DOWN, GOLDEN, SCORE, Folder, Q, key, make_folder, pair, with_header
 
-Change = Callable[[Folder], Any]
-A, B = key(Q, "A"), key(Q, "B")
 EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_A"
-
-
-def config(**changes: Any) -> Change:
-    return lambda folder: folder.config.update(changes)
-
-
-def without(*keys: str) -> Change:
-    return lambda folder: [folder.config.pop(key) for key in keys]
-
-
-def tensor(name: str, array: Any) -> Change:
-    return lambda folder: folder.tensors.update({name: array})
-
-
-def only(*tensors: dict[str, np.ndarray]) -> Change:
-    def change(folder: Folder) -> None:
-        folder.tensors = {name: array for some in tensors for name, array in some.items()}
-
-    return change
-
-
-def spoil(value: float) -> Change:
-    def change(folder: Folder) -> None:
-        folder.tensors[A][1, 2] = value
-
-    return change
-
-
-def file(name: str, content: bytes) -> Change:
-    return lambda folder: folder.others.update({name: content})
-
-
-def raw_config(text: str) -> Change:
-    return file("adapter_config.json", text.encode())
-
-
-def provenance(**changes: Any) -> Change:
-    return lambda folder: folder.provenance.update(changes)
-
-
-def every(function: Callable[[np.ndarray], np.ndarray]) -> Change:
-    def change(folder: Folder) -> None:
-        folder.tensors = {name: function(array) for name, array in folder.tensors.items()}
-
-    return change
-
-
-def both(*changes: Change) -> Change:
-    return lambda folder: [change(folder) for change in changes]
-
-
-def ones(*shape: int) -> np.ndarray:
-    return np.ones(shape, np.float32)
-
-
-def ranks(r: int) -> Change:
-    return both(only(pair(Q, r, 8, 8), pair(DOWN, r, 16, 8)), config(r=r))
-
 
 # What vLLM refuses, one way or another; part of the message
 REFUSED: dict[str, tuple[Change, str]] = {
@@ -424,107 +377,6 @@ def test_a_reward_adapter_is_refused(reward: Folder, change: Change, message: st
     change(reward)
     problems = problems_of(reward.write())
     assert any(re.search(message, problem) for problem in problems), problems
-
-
-# The config that a revision keeps
-
-
-def canonical(folder: Folder) -> str:
-    return json.dumps(validate(folder.write()).config)
-
-
-SAME: dict[str, Change] = {
-    "another path of the base": config(base_model_name_or_path="D:\\models\\tiny"),
-    "the set in another order": config(target_modules=["down_proj", "q_proj"]),
-    "a module twice": config(target_modules=["q_proj", "down_proj", "q_proj"]),
-    "keys in another order": lambda f: setattr(f, "config", dict(reversed(f.config.items()))),
-    "what PEFT notes for itself": config(
-        auto_mapping={"parent_library": "os"}, revision="main", peft_version="0.99", inference_mode=False
-    ),
-    "what is set to nothing": config(use_dora=False, layer_replication=None, rank_pattern={}, exclude_modules=None),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", SAME.values(), ids=SAME.keys())
-def test_the_same_adapter_keeps_the_same_config(adapter: Folder, change: Change) -> None:
-    before = canonical(adapter)
-    change(adapter)
-    assert canonical(adapter) == before
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        config(lora_alpha=16),
-        config(use_rslora=True),
-        config(alpha_pattern={"q_proj": 4}),
-        config(task_type="SEQ_CLS"),
-    ],
-)
-def test_another_adapter_keeps_another_config(adapter: Folder, change: Change) -> None:
-    before = canonical(adapter)
-    change(adapter)
-    assert canonical(adapter) != before
-
-
-def test_excluded_modules_are_a_set_too(adapter: Folder) -> None:
-    adapter.config["exclude_modules"] = ["k_proj", "v_proj"]
-    before = canonical(adapter)
-    adapter.config["exclude_modules"] = ["v_proj", "k_proj"]
-    assert canonical(adapter) == before
-
-
-def test_patterns_keep_their_order_because_the_first_match_wins(adapter: Folder) -> None:
-    adapter.config["alpha_pattern"] = {"self_attn.q_proj": 2, "q_proj": 32, "down_proj": 1}
-    kept = validate(adapter.write()).config["alpha_pattern"]
-    assert list(kept.items()) == list(adapter.config["alpha_pattern"].items())
-
-
-def test_the_config_tells_no_path_and_names_no_library(adapter: Folder) -> None:
-    adapter.config["auto_mapping"] = {"parent_library": "evil"}
-    kept = validate(adapter.write()).config
-    assert kept["base_model_name_or_path"] == "tiny"
-    assert "auto_mapping" not in kept
-    assert kept["inference_mode"] is True
-
-
-# What is written here about PEFT and vLLM, held against both (read as text: importing them takes 15 s)
-
-
-def source(package: str, path: str) -> ast.Module:
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    return ast.parse((Path(spec.origin).parent / path).read_text())
-
-
-def fields(module: ast.Module, name: str) -> set[str]:
-    [found] = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name]
-    return {
-        node.target.id
-        for node in found.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
-
-
-def test_every_setting_of_peft_is_known() -> None:
-    """When this fails after an upgrade of PEFT: decide for each new setting whether it can be served."""
-    settings = fields(source("peft", "tuners/lora/config.py"), "LoraConfig")
-    for parent in ("PeftConfigMixin", "PeftConfig"):
-        settings |= fields(source("peft", "config.py"), parent)
-    assert len(settings) > 30
-    assert settings - _KEPT - _LEFT_OUT - _UNSERVABLE.keys() == set()
-
-
-def test_every_setting_that_vllm_reads_is_kept_or_refused() -> None:
-    read = fields(source("vllm", "lora/peft_helper.py"), "PEFTHelper")
-    assert {"r", "lora_alpha", "alpha_pattern"} <= read
-    assert {field for field in read if not field.startswith("vllm_")} - _KEPT - _UNSERVABLE.keys() == set()
-
-
-def test_the_ranks_are_those_of_vllm() -> None:
-    text = ast.unparse(source("vllm", "config/lora.py"))
-    assert f"MaxLoRARanks = Literal{list(_ENGINE_RANKS)}" in text
 
 
 def test_a_folder_made_anew_is_valid(tmp_path: Path) -> None:
