@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,16 @@ def serve(settings: Settings, *, show_admin_key: bool) -> int:
         print("there is no demo base model yet: run `python -m training demo`, or name a model with --model",
               file=sys.stderr)  # fmt: skip
         return EXIT_BAD_SETTINGS
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        print(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; set XINGLIN_HOST or "
+            "XINGLIN_PORT to another",
+            file=sys.stderr,
+        )
+        return EXIT_CANNOT_START
     _prepare_process(settings)
     # Imported late, so that --help and a wrong setting answer at once.
     from app.banner import banner  # noqa: PLC0415
@@ -64,8 +75,6 @@ def serve(settings: Settings, *, show_admin_key: bool) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host=settings.host,
-            port=settings.port,
             loop="uvloop",
             http="httptools",
             access_log=False,
@@ -81,7 +90,7 @@ def serve(settings: Settings, *, show_admin_key: bool) -> int:
     # uvicorn stops gracefully, then raises the signal once more for the handlers that stood before its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    server.run()
+    server.run(sockets=[listener])
     return exit_code
 
 

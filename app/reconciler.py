@@ -105,8 +105,8 @@ class Reconciler:
                 await self.reconcile()
             except EngineUnavailable:
                 continue  # the supervisor sees to it
-            except OSError:
-                logger.exception("the adapter store cannot be read; what is loaded goes on answering")
+            except Exception:  # a full disk, a lost mount: what is loaded goes on answering
+                logger.exception("the adapter store could not be followed; trying again")
 
     async def reconcile(self) -> None:
         """Bring every alias to its desired revision. One adapter that fails does not hold up the others."""
@@ -141,7 +141,7 @@ class Reconciler:
             self._point(name, alias, await self._make_resident(manifest))
         except EngineUnavailable:
             raise
-        except (AdapterError, ApiError, OSError) as error:
+        except Exception as error:  # whatever it is, the other adapters go on
             self._record_failure(name, alias, error)
 
     def _aliased(self, name: str, alias: str) -> str | None:

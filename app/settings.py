@@ -16,7 +16,7 @@ class Settings(BaseSettings):
     host: str = Field(
         "127.0.0.1", description="Address to listen on. Beyond loopback, chat needs the admin key too"
     )
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
     data_dir: Path = Field(
         Path("xinglin-data"), description="Folder of everything the service keeps: store, key, models"
     )

@@ -5,18 +5,24 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import copytree
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.service import ROOT, Service, free_port
-from tests.trainer import Trainer
+
+if TYPE_CHECKING:
+    from tests.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
-def demo_dir() -> Path:
+def demo_dir(request: pytest.FixtureRequest) -> Path:
     """The demo's data directory. Kept between test sessions: the demo rebuilds what has changed."""
     folder = ROOT / ".cache" / "demo"
-    subprocess.run([sys.executable, "-m", "training", "demo", "--data-dir", folder], check=True, cwd=ROOT)
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():  # it takes minutes the first time: show how it goes
+        print("\nthe demo's models, kept for the next time:", flush=True)
+        subprocess.run([sys.executable, "-m", "training", "demo", "--data-dir", folder], check=True, cwd=ROOT)
     return folder
 
 
@@ -48,5 +54,7 @@ def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="session")
-def trainer(demo_dir: Path) -> Trainer:
+def trainer(demo_dir: Path) -> "Trainer":
+    from tests.trainer import Trainer  # noqa: PLC0415 - it takes seconds, which most tests do without
+
     return Trainer(demo_dir)

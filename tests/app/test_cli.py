@@ -1,5 +1,6 @@
 """`python -m app`: help that teaches, and wrong settings that say how to mend them."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,13 @@ def test_no_demo_base_yet_says_how_to_make_one(tmp_path: Path) -> None:
     result = _run("serve", "--data-dir", str(tmp_path))
     assert result.returncode == 2
     assert "python -m training demo" in result.stderr
+
+
+def test_a_taken_port_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "models" / "xinglin-demo").mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = _run("serve", "--data-dir", str(tmp_path), "--port", port)
+    assert result.returncode == 1
+    assert port in result.stderr
+    assert "XINGLIN_PORT" in result.stderr

@@ -6,11 +6,12 @@ from typing import Any
 import app.engine.vllm
 import app.reconciler
 from app.__main__ import main
+from app.proof import Proof
 
 
-async def _no_proof(*_: Any) -> str:
+async def _no_proof(*_: Any) -> Proof:
     """A proof would notice, and nothing would be served."""
-    return "not asked for"
+    return Proof(prompts=0, tokens=0, adapter_difference=0, base_difference=0, effect=0)
 
 
 if __name__ == "__main__":  # the engine's processes import this module too
