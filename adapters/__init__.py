@@ -3,6 +3,7 @@
 from adapters.errors import (
     AdapterError,
     AdapterNotFound,
+    AliasMoved,
     InvalidAdapter,
     InvalidRef,
     NothingToRollBack,
@@ -24,6 +25,7 @@ __all__ = [
     "AdapterNotFound",
     "AdapterRef",
     "AdapterStore",
+    "AliasMoved",
     "BaseModelFacts",
     "GoldenPrompt",
     "InvalidAdapter",

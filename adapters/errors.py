@@ -5,6 +5,7 @@ AdapterError
 ├── InvalidAdapter    a folder that must not be served: every problem at once
 ├── AdapterNotFound   no such adapter, revision or alias in this store
 ├── NothingToRollBack an alias without an earlier revision
+├── AliasMoved        an alias that somebody else moved meanwhile
 └── StoreDamaged      what is on disk is not what was published
 """
 
@@ -36,6 +37,10 @@ class AdapterNotFound(AdapterError):
 
 class NothingToRollBack(AdapterError):
     """The alias has never pointed at another revision."""
+
+
+class AliasMoved(AdapterError):
+    """Somebody else moved the alias meanwhile."""
 
 
 class StoreDamaged(AdapterError):

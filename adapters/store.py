@@ -25,7 +25,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from adapters.errors import AdapterNotFound, InvalidRef, NothingToRollBack, StoreDamaged
+from adapters.errors import AdapterNotFound, AliasMoved, InvalidRef, NothingToRollBack, StoreDamaged
 from adapters.manifest import MANIFEST_FILE, PROVENANCE_FILE, Manifest
 from adapters.ref import DEFAULT_ALIAS, AdapterRef, check_alias, check_name, check_revision
 from adapters.validate import CONFIG_FILE, BaseModelFacts, validate
@@ -218,10 +218,14 @@ class AdapterStore:
             at = entry.from_revision
         raise NothingToRollBack(f"{name}@{alias} has pointed at no revision before {current}")
 
-    def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, actor: str, why: str = "") -> str:
-        """Point `alias` back at `rollback_target`, which is returned."""
+    def rollback(
+        self, name: str, alias: str = DEFAULT_ALIAS, *, actor: str, why: str = "", expected: str | None = None
+    ) -> str:
+        """Point `alias` back at `rollback_target`, which is returned; AliasMoved if it is not `expected`."""
         with self._locked(name):
             revision = self.rollback_target(name, alias)
+            if expected not in (None, revision):
+                raise AliasMoved(f"{name}@{alias} was moved by somebody else meanwhile: look, and try again")
             self._point(name, alias, revision, "rollback", actor, why)
         return revision
 

@@ -113,6 +113,7 @@ def _prepare_process(settings: Settings) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", "128")  # OpenAI's own limit of `n`
     os.environ.setdefault("VLLM_CACHE_ROOT", str(settings.data_dir.absolute() / "cache" / "vllm"))
     # Engine processes import torch and vLLM anew: without compiled files that takes three times as long.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

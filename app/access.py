@@ -16,6 +16,8 @@ class Access:
     """Checks `Authorization: Bearer KEY`."""
 
     def __init__(self, admin_key: str, *, is_chat_open: bool) -> None:
+        if not admin_key:
+            raise ValueError("the admin key is empty: set XINGLIN_ADMIN_KEY, or remove the key file")
         self._admin_key = admin_key.encode()
         self._is_chat_open = is_chat_open
 
@@ -50,6 +52,8 @@ def stored_admin_key(data_dir: Path) -> str:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(f"xl-{secrets.token_urlsafe(24)}\n")
+            file.flush()
+            os.fsync(file.fileno())
         try:
             os.link(temporary, path)  # fails if another process was first
         except FileExistsError:

@@ -20,6 +20,7 @@ from typing import Any
 from adapters import (
     AdapterError,
     AdapterNotFound,
+    AliasMoved,
     InvalidAdapter,
     InvalidRef,
     NothingToRollBack,
@@ -97,6 +98,7 @@ TABLE: dict[type[Exception], Row] = {
     InvalidRef: Row(400, _INVALID, "invalid_ref"),
     InvalidAdapter: Row(400, _INVALID, "invalid_adapter"),
     AdapterNotFound: Row(404, _INVALID, "adapter_not_found"),
+    AliasMoved: Row(409, _INVALID, "alias_moved", retry_after=1),
     NothingToRollBack: Row(400, _INVALID, "nothing_to_roll_back"),
     StoreDamaged: Row(500, "server_error", "store_damaged"),
     AdapterError: Row(400, _INVALID, "invalid_adapter"),

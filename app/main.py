@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,6 +24,9 @@ from app.reconciler import Reconciler
 from app.routes import adapters, chat, health, models, vllm_compat
 from app.served_models import ServedModels
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.engine.vllm import VllmEngine
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +68,15 @@ def create_app(
             interval=settings.reconcile_seconds,
         )
 
-        async def detach() -> None:
-            metrics.engine_restarts.inc()
-            await reconciler.detach()
+        def announce() -> None:
+            metrics.engine_starts.inc()
+            on_ready(served)
 
         supervisor = Supervisor(
             lambda: _build_engine(settings),
             prepare=reconciler.attach,
-            on_ready=lambda: on_ready(served),
-            on_death=detach,
+            on_ready=announce,
+            on_death=reconciler.detach,
         )
         tasks = [
             asyncio.create_task(_run_or_give_up(supervisor, on_give_up), name="supervisor"),
@@ -112,22 +115,25 @@ def create_app(
 
 
 async def _build_engine(settings: Settings) -> Engine:
-    # Imported late: it takes seconds and a vLLM, which `--help` and tests of other parts do without.
-    from app.engine.vllm import EngineOptions, VllmEngine  # noqa: PLC0415
+    def build() -> "VllmEngine":
+        # Imported late and here: it takes ten seconds, in which health can be asked already.
+        from app.engine.vllm import EngineOptions, VllmEngine  # noqa: PLC0415
 
-    options = EngineOptions(
-        model=settings.base_model,
-        name=settings.base_model_name,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_lora_rank=settings.max_lora_rank,
-        max_loras=settings.max_loras,
-        max_adapters=settings.max_adapters,
-        kv_cache_gib=settings.kv_cache_gib,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-    )
-    engine = await in_daemon_thread(lambda: VllmEngine.build(options))
+        options = EngineOptions(
+            model=settings.base_model,
+            name=settings.base_model_name,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_lora_rank=settings.max_lora_rank,
+            max_loras=settings.max_loras,
+            max_adapters=settings.max_adapters,
+            kv_cache_gib=settings.kv_cache_gib,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+        )
+        return VllmEngine.build(options)
+
+    engine = await in_daemon_thread(build)
     await engine.start()
     return engine
 

@@ -37,8 +37,10 @@ class Metrics:
             ["by"],
             registry=self.registry,
         )
-        self.engine_restarts = Counter(
-            "xinglin_engine_restarts", "Engines rebuilt after they died", registry=self.registry
+        self.engine_starts = Counter(
+            "xinglin_engine_starts",
+            "Engines that became ready; more than one: one has died",
+            registry=self.registry,
         )
 
     def render(self) -> bytes:

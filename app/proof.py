@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from adapters import GoldenPrompt
 from app.engine.base import Engine, LoadedAdapter, TokenScore
-from app.errors import AdapterRefused
+from app.errors import AdapterRefused, BadRequest
 
 # Largest difference in natural log-probability that rounding explains, by the coarser of the two dtypes.
 # float32 was measured at 5e-5 between transformers and vLLM on CPU; half precision keeps 8 (bfloat16) or
@@ -43,17 +43,17 @@ async def prove(
     tokens, worst_adapter, worst_base, effect = 0, 0.0, 0.0, 0.0
     for number, prompt in enumerate(golden, start=1):
         where = f"{adapter.name} failed its proof at golden prompt {number} of {len(golden)}"
-        rendered = await engine.render(prompt.messages)
+        try:
+            rendered = await engine.render(prompt.messages)
+            base, scores = await _score_both(engine, adapter, prompt)
+        except BadRequest as error:
+            raise AdapterRefused(f"{where}: the engine cannot replay it: {error}") from error
         if rendered != prompt.prompt_token_ids:
             raise AdapterRefused(
                 f"{where}: the chat template makes other tokens of it here than in training (expected "
                 f"{len(prompt.prompt_token_ids)} tokens, saw {len(rendered)}): serve it on the base model and "
                 "tokenizer it was trained with"
             )
-        base, scores = await asyncio.gather(
-            engine.score(prompt.prompt_token_ids, prompt.token_ids, None),
-            engine.score(prompt.prompt_token_ids, prompt.token_ids, adapter),
-        )
         difference, at = _worst(base, prompt.base_logprobs)
         if not difference <= tolerance:
             raise AdapterRefused(
@@ -84,6 +84,22 @@ async def prove(
             f"model's by more than {effect:.2g}, expected at least {_MIN_EFFECT * tolerance:.2g}): was it trained?"
         )
     return Proof(len(golden), tokens, worst_adapter, worst_base, effect)
+
+
+async def _score_both(
+    engine: Engine, adapter: LoadedAdapter, prompt: GoldenPrompt
+) -> tuple[list[TokenScore], list[TokenScore]]:
+    """The scores of the base model and of the adapter, asked for together."""
+    scored = await asyncio.gather(
+        engine.score(prompt.prompt_token_ids, prompt.token_ids, None),
+        engine.score(prompt.prompt_token_ids, prompt.token_ids, adapter),
+        return_exceptions=True,  # both have ended when this returns: the adapter may be removed then
+    )
+    for one in scored:
+        if isinstance(one, BaseException):
+            raise one
+    base, with_adapter = scored
+    return base, with_adapter  # type: ignore[return-value]
 
 
 def _worst(scores: Sequence[TokenScore], expected: Sequence[float]) -> tuple[float, int]:

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 30.0
 """A desired revision that failed is tried again after this, or at once when the alias moves."""
 
+_PROOF_SECONDS = 60
+
 State = Literal["waiting", "ready", "failed"]
 
 
@@ -111,7 +113,7 @@ class Reconciler:
     async def reconcile(self) -> None:
         """Bring every alias to its desired revision. One adapter that fails does not hold up the others."""
         desired = await asyncio.to_thread(self._desired)
-        self._served.is_expected = {name for name, _ in desired}
+        self._served.expected = set(desired)
         for (name, alias), manifest in desired.items():
             if isinstance(manifest, AdapterError):
                 self._record_unreadable(name, alias, manifest)
@@ -138,11 +140,28 @@ class Reconciler:
         status = self.status.setdefault((name, alias), AliasStatus(desired=None))
         status.desired = manifest.revision
         try:
-            self._point(name, alias, await self._make_resident(manifest))
+            self._point(name, alias, await self._make_resident(manifest, alias))
         except EngineUnavailable:
             raise
         except Exception as error:  # whatever it is, the other adapters go on
             self._record_failure(name, alias, error)
+            if status.actual is None:
+                await self._fall_back(name, alias, status)
+
+    async def _fall_back(self, name: str, alias: str, status: AliasStatus) -> None:
+        """After a restart onto a revision that fails, the one before answers. The alias stays where it is."""
+        try:
+            revision = await asyncio.to_thread(self.store.rollback_target, name, alias)
+            manifest = await asyncio.to_thread(self.store.get, AdapterRef(name, revision=revision))
+            resident = await self._make_resident(manifest, alias)
+        except EngineUnavailable:
+            raise
+        except Exception as error:
+            logger.warning("nothing answers to %s@%s: %s", name, alias, error)
+            return
+        self._served.point(name, alias, resident)
+        status.actual, status.is_proven = revision, resident.is_proven
+        logger.warning("%s@%s is answered by its revision before, %s", name, alias, resident.ref)
 
     def _aliased(self, name: str, alias: str) -> str | None:
         return self.store.aliases(name).get(alias)
@@ -183,16 +202,18 @@ class Reconciler:
         def move() -> None:
             self.store.set_alias(name, alias, revision, actor=actor, why=why)
 
-        await self._move(name, alias, revision, move)
+        async with self._transition:
+            await self._move(name, alias, revision, move)
 
     async def rollback(self, name: str, alias: str, *, actor: str, why: str) -> str:
         """Move the alias back to its revision before, which is loaded and proved like any other."""
-        revision = await asyncio.to_thread(self.store.rollback_target, name, alias)
+        async with self._transition:
+            revision = await asyncio.to_thread(self.store.rollback_target, name, alias)
 
-        def move() -> None:
-            self.store.rollback(name, alias, actor=actor, why=why)
+            def move() -> None:
+                self.store.rollback(name, alias, actor=actor, why=why, expected=revision)
 
-        await self._move(name, alias, revision, move)
+            await self._move(name, alias, revision, move)
         return revision
 
     async def remove(self, name: str, alias: str, *, actor: str, why: str) -> None:
@@ -204,18 +225,17 @@ class Reconciler:
     async def _move(self, name: str, alias: str, revision: str, move: Callable[[], None]) -> None:
         manifest = await asyncio.to_thread(self.store.get, AdapterRef(name, revision=revision))
         self._check_name(manifest)
-        async with self._transition:
-            try:
-                resident = await self._make_resident(manifest)
-            except (AdapterError, ApiError) as error:
-                self._record_failure(name, alias, error)
-                raise
-            try:
-                await asyncio.to_thread(move)
-            except BaseException:
-                self._retire_if_unused(resident)
-                raise
-            self._point(name, alias, resident)
+        try:
+            resident = await self._make_resident(manifest, alias)
+        except (AdapterError, ApiError) as error:
+            self._record_failure(name, alias, error)
+            raise
+        try:
+            await asyncio.to_thread(move)
+        except BaseException:
+            self._retire_if_unused(resident)
+            raise
+        self._point(name, alias, resident)
 
     def _check_name(self, manifest: Manifest) -> None:
         if manifest.name == self._served.base_model_name:
@@ -227,18 +247,24 @@ class Reconciler:
 
     # Transitions; all under the lock
 
-    async def _make_resident(self, manifest: Manifest) -> Resident:
-        """Stage, load and prove a revision. What fails leaves nothing in the engine."""
+    async def _make_resident(self, manifest: Manifest, alias: str) -> Resident:
+        """Stage, load and prove a revision for `alias`. What fails leaves nothing in the engine."""
         engine = self._live_engine()
         ref = f"{manifest.name}@{manifest.revision}"
+        self._check_name(manifest)
+        others = self._served.pointed_besides(manifest.name, alias)
+        if ref not in others and len(others) >= self._max_adapters:
+            raise AdapterRefused(
+                f"{len(others)} other revisions are pointed at, and the limit is {self._max_adapters}: point fewer "
+                f"aliases, or start the service with XINGLIN_MAX_ADAPTERS={len(others) + 1} or more"
+            )
         if ref in self._residents:
             return self._residents[ref]
-        self._check_name(manifest)
-        pointed = self._served.pointed()
-        if len(pointed) >= self._max_adapters:
+        # The engine has room for twice as many; beyond that it would evict one that is in use.
+        if len(self._residents) >= 2 * self._max_adapters:
             raise AdapterRefused(
-                f"{len(pointed)} revisions are pointed at, and the limit is {self._max_adapters}: point fewer "
-                f"aliases, or start the service with XINGLIN_MAX_ADAPTERS={self._max_adapters + 1} or more"
+                f"{len(self._residents) - len(others)} revisions still answer requests from before their alias "
+                "moved: try again when those have ended, or start the service with a larger XINGLIN_MAX_ADAPTERS"
             )
         started = time.perf_counter()
         folder, golden = await asyncio.to_thread(self._stage, manifest, engine.facts)
@@ -249,14 +275,20 @@ class Reconciler:
             raise
         try:
             if golden:
-                proof = await prove(engine, loaded, golden, manifest.dtype)
+                async with asyncio.timeout(_PROOF_SECONDS):
+                    proof = await prove(engine, loaded, golden, manifest.dtype)
                 logger.info(
                     "%s proved itself: %d tokens of %d golden prompts, largest difference from the trainer %.1e",
                     ref, proof.tokens, proof.prompts, max(proof.adapter_difference, proof.base_difference),
                 )  # fmt: skip
-        except BaseException:
+        except BaseException as error:
             self._metrics.refusals.labels("proof").inc()
             await asyncio.shield(self._remove(loaded))
+            if isinstance(error, TimeoutError):
+                raise AdapterRefused(
+                    f"{ref} could not be proved within {_PROOF_SECONDS} s: the engine is busy with other adapters; "
+                    "try again, or start the service with a larger XINGLIN_MAX_LORAS"
+                ) from error
             raise
         resident = Resident(manifest, loaded, is_proven=bool(golden))
         self._residents[ref] = resident
@@ -279,7 +311,7 @@ class Reconciler:
     def _point(self, name: str, alias: str, resident: Resident) -> None:
         before = self._served.find(AdapterRef(name, alias=alias))
         self._served.point(name, alias, resident)
-        self._served.is_expected.add(name)
+        self._served.expected.add((name, alias))
         revision = resident.manifest.revision
         self.status[name, alias] = AliasStatus(
             desired=revision, actual=revision, state="ready", is_proven=resident.is_proven
@@ -324,8 +356,9 @@ class Reconciler:
     async def _drain(self, resident: Resident) -> None:
         await resident.unused.wait()
         async with self._transition:
-            if self._served.is_pointed(resident) or self._residents.get(resident.ref) is not resident:
-                return  # pointed at again meanwhile, or gone with its engine
+            is_held = self._served.is_pointed(resident) or resident.leases
+            if is_held or self._residents.get(resident.ref) is not resident:
+                return  # pointed at again meanwhile (whoever ends that drains it again), or gone with its engine
             del self._residents[resident.ref]
             await self._remove(resident.loaded)
 

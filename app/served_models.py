@@ -60,8 +60,8 @@ class ServedModels:
     def __init__(self, base_model_name: str) -> None:
         self.base_model_name = base_model_name
         self.base_fingerprint = base_model_name
-        self.is_expected: set[str] = set()
-        """Names in the store, so that a name not ready yet gets another answer than an unknown one."""
+        self.expected: set[tuple[str, str]] = set()
+        """Aliases in the store, so that a name not ready yet gets another answer than an unknown one."""
         self._pointed: dict[tuple[str, str], Resident] = {}
 
     def lease(self, model: str) -> Lease:
@@ -74,7 +74,7 @@ class ServedModels:
             raise self._not_found(model) from error
         resident = self.find(ref)
         if resident is None:
-            if ref.name in self.is_expected and ref.alias:
+            if (ref.name, ref.alias) in self.expected:
                 raise AdapterUnavailable(f"{model} is not ready: GET /v1/adapters says why", param="model")
             raise self._not_found(model)
         return Lease(resident, self.base_fingerprint)
@@ -105,9 +105,9 @@ class ServedModels:
         """From now on nothing answers to `name@alias`."""
         self._pointed.pop((name, alias), None)
 
-    def pointed(self) -> set[str]:
-        """The refs of all revisions that some name is answered by."""
-        return {resident.ref for resident in self._pointed.values()}
+    def pointed_besides(self, name: str, alias: str) -> set[str]:
+        """The refs of all revisions that some other name than `name@alias` is answered by."""
+        return {resident.ref for key, resident in self._pointed.items() if key != (name, alias)}
 
     def is_pointed(self, resident: Resident) -> bool:
         """Whether any name is answered by `resident`."""

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What the engine has kernels for."""
+
 
 class Settings(BaseSettings):
     """Every setting; the README's table is made of these descriptions."""
@@ -22,6 +25,7 @@ class Settings(BaseSettings):
     )
     admin_key: SecretStr | None = Field(
         None,
+        min_length=8,
         description="Key for everything that changes adapters; if not set, one is made in the data directory",
     )
     model: str | None = Field(
@@ -38,9 +42,7 @@ class Settings(BaseSettings):
     allow_unproven: bool = Field(
         False, description="Serve adapters that bring no golden prompts to prove them by"
     )
-    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = Field(
-        16, description="Largest rank of an adapter; memory is reserved for it"
-    )
+    max_lora_rank: int = Field(16, description="Largest rank of an adapter; memory is reserved for it")
     max_loras: int = Field(
         4,
         ge=1,
@@ -67,6 +69,13 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="What the service logs"
     )
+
+    @field_validator("max_lora_rank")
+    @classmethod
+    def _has_kernels(cls, value: int) -> int:
+        if value not in LORA_RANKS:
+            raise ValueError(f"must be one of {', '.join(map(str, LORA_RANKS))}")
+        return value
 
     @field_validator("publish_roots", mode="before")
     @classmethod

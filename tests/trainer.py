@@ -20,7 +20,7 @@ class Trainer:
         store = AdapterStore(data_dir / "store")
         self.manifest = store.get(AdapterRef.parse("doctor"))
         self.folder = store.folder("doctor", self.manifest.revision)
-        base = next((data_dir / "models").iterdir())
+        base = data_dir / "models" / "xinglin-demo"
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         self.model = PeftModel.from_pretrained(model, self.folder)

@@ -14,11 +14,11 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import vllm.envs
 from huggingface_hub import snapshot_download
@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 CPU_WORKER_EXTENSION = "app.engine.cpu_worker.WorkerExtension"
 CUDA_WORKER_EXTENSION = "app.engine.worker.WorkerExtension"
 
+T = TypeVar("T")
+
+_WATCH_SECONDS = 0.25
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _HEAD_DIMS_ON_CPU = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
 
@@ -129,7 +132,7 @@ class VllmEngine:
             gpu_memory_utilization=options.gpu_memory_utilization,
             enable_lora=True,
             max_lora_rank=options.max_lora_rank,
-            # One more: a revision under proof must not wait until traffic on the others lets a slot go.
+            # One more, so that a revision under proof finds room while max_loras others are busy.
             max_loras=options.max_loras + 1,
             # Old and new revisions overlap while an alias moves.
             max_cpu_loras=max(2 * options.max_adapters, options.max_loras + 1),
@@ -183,29 +186,37 @@ class VllmEngine:
         """See Engine.load."""
         adapter = LoadedAdapter(name, next(self._adapter_ids), folder)
         try:
-            await self._llm.add_lora(_lora_request(adapter))
-        except EngineDeadError as error:
-            raise _unavailable() from error
+            await self._unless_dead(self._llm.add_lora(_lora_request(adapter)))
+        except errors.EngineUnavailable:
+            raise
         except Exception as error:  # untyped in vLLM: everything that can be wrong with an adapter
             logger.exception("the engine refused %s", name)
             # vLLM may have registered a half-written adapter under the id: this takes it out.
-            await self._llm.remove_lora(adapter.engine_id)
+            await self.remove(adapter)
             raise errors.AdapterRefused(f"the engine could not load {name}; its log says why") from error
         return adapter
 
     async def remove(self, adapter: LoadedAdapter) -> None:
         """See Engine.remove."""
-        try:
-            await self._llm.remove_lora(adapter.engine_id)
-        except EngineDeadError as error:
-            raise _unavailable() from error
+        await self._unless_dead(self._llm.remove_lora(adapter.engine_id))
 
     async def resident(self) -> set[int]:
         """See Engine.resident."""
+        held = await self._unless_dead(self._llm.collective_rpc("xinglin_resident"))
+        return {engine_id for of_one_worker in held for engine_id in of_one_worker}
+
+    async def _unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
+        """Await a utility call. vLLM leaves those that are under way when the engine dies unanswered for ever."""
+        task = asyncio.ensure_future(call)
         try:
-            return {id_ for ids in await self._llm.collective_rpc("xinglin_resident") for id_ in ids}
+            while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
+                if self.is_dead:
+                    raise _unavailable()
+            return task.result()
         except EngineDeadError as error:
             raise _unavailable() from error
+        finally:
+            task.cancel()
 
     async def score(
         self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], adapter: LoadedAdapter | None
@@ -219,10 +230,8 @@ class VllmEngine:
         try:
             outputs = self._llm.generate(tokens_input(given), parameters, request_id, lora_request=lora)
             (output,) = [output async for output in outputs]
-        except EngineDeadError as error:
-            raise _unavailable() from error
-        except ValueError as error:
-            raise errors.BadRequest(str(error)) from error
+        except Exception as error:  # vLLM raises its own and built-in errors alike
+            raise self._chat.translated(error) from error
         scores = output.prompt_logprobs[len(prompt_token_ids) :]
         return [
             TokenScore(score[token].logprob, max(entry.logprob for entry in score.values()))
@@ -231,8 +240,11 @@ class VllmEngine:
 
     async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See Engine.render."""
-        request = ChatCompletionRequest(model=self.facts.name, messages=list(messages))
-        rendered = await self._chat.online_renderer.render_chat(request)
+        try:
+            request = ChatCompletionRequest(model=self.facts.name, messages=list(messages))
+            rendered = await self._chat.online_renderer.render_chat(request)
+        except Exception as error:
+            raise self._chat.translated(error) from error
         if isinstance(rendered, ErrorResponse):
             raise _api_error(rendered)
         _, (prompt,) = rendered
@@ -252,6 +264,11 @@ class VllmEngine:
             request = ChatCompletionRequest.model_validate({**body, "request_id": request_id})
         except ValidationError as error:
             raise _bad_request(error) from error
+        except Exception as error:  # vLLM's own validators raise what pydantic does not wrap
+            param = getattr(error, "parameter", None)
+            raise errors.BadRequest(
+                str(error) or "invalid request", code="invalid_value", param=param
+            ) from error
         lora = None if adapter is None else _lora_request(adapter)
         chat = self._chat.for_one_request(str(request.model), lora, fingerprint)
         try:
@@ -259,7 +276,7 @@ class VllmEngine:
             if isinstance(reply, AsyncGenerator):
                 first = await anext(reply)
                 if chat.failure is None:
-                    return _continued(first, reply)
+                    return _continued(first, reply, chat)
                 await reply.aclose()
                 raise chat.failure
         except errors.ApiError:
@@ -275,11 +292,13 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown)
 
 
-async def _continued(first: str, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:
+async def _continued(first: str, rest: AsyncGenerator[str], chat: "_Chat") -> AsyncGenerator[str]:
     try:
         yield first
         async for event in rest:
             yield event
+            if chat.failure is not None:
+                return  # an error event is the last: no [DONE] after it
     finally:
         await rest.aclose()  # a client that leaves aborts its request in the engine
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from app.access import chat as may_chat
@@ -21,7 +22,8 @@ from app.errors import ApiError, BadRequest, row
 
 router = APIRouter()
 
-MAX_BODY_BYTES = 16 << 20
+MAX_BODY_BYTES = 4 << 20  # parsing blocks everybody; the longest contexts are below this
+BODY_SECONDS = 60
 
 
 @router.post("/v1/chat/completions", dependencies=[Depends(may_chat)])
@@ -53,11 +55,11 @@ async def create_chat_completion(request: Request) -> Response:
                 return JSONResponse(answer, headers=headers)
             state.metrics.time_to_first_event.observe(time.perf_counter() - started)
             return _EventStream(answer, held.pop_all(), headers)
-    except ApiError as error:
-        status = row(error).status
-        raise
-    except _ClientLeft:
+    except (_ClientLeft, ClientDisconnect):
         return Response(status_code=499)
+    except Exception as error:
+        status = row(error).status if isinstance(error, ApiError) else 500
+        raise
     finally:
         state.metrics.requests.labels(served_as, status).inc()
 

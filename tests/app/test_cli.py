@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import Settings
+from app.settings import LORA_RANKS, Settings
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -34,6 +34,11 @@ def test_a_wrong_setting_is_named(environment: dict[str, str], named: str) -> No
     assert result.returncode == 2
     assert named in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("rank", LORA_RANKS)
+def test_ranks_are_read_from_text(rank: int) -> None:
+    assert Settings(max_lora_rank=str(rank)).max_lora_rank == rank  # type: ignore[arg-type]
 
 
 def test_no_demo_base_yet_says_how_to_make_one(tmp_path: Path) -> None:

@@ -31,5 +31,5 @@ def test_all_problems_of_an_adapter_reach_the_client() -> None:
 @pytest.mark.parametrize(("kind", "row"), errors.TABLE.items())
 def test_clients_retry_only_what_can_help(kind: type[Exception], row: errors.Row) -> None:
     headers = errors.headers(InvalidAdapter([]) if kind is InvalidAdapter else kind(""))
-    assert ("retry-after" in headers) == (row.status in (429, 503))
+    assert ("retry-after" in headers) == (row.status in (409, 429, 503))
     assert ("retry-after" in headers) != (headers.get("x-should-retry") == "false")

@@ -3,12 +3,13 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
 
-from adapters import AdapterStore
+from adapters import AdapterStore, read_golden, write_golden
 from tests.service import Service, free_port
 from tests.trainer import Trainer
 
@@ -26,10 +27,37 @@ def test_restart_engine_death_and_kill(data_dir: Path, trainer: Trainer) -> None
     store = AdapterStore(data_dir / "store")
     canary = store.publish(trainer.variant(data_dir / "canary", seed=7), "doctor", actor="test")
     store.set_alias("doctor", "canary", canary.revision, actor="test")
-    service = Service(data_dir, free_port())
+    service = Service(data_dir, free_port(), {"XINGLIN_MAX_ADAPTERS": "3"})
+    try:
+        _go_through(service, store, trainer, canary.revision)
+    finally:
+        if service.process.poll() is None:
+            service.stop()
+
+
+def _go_through(service: Service, store: AdapterStore, trainer: Trainer, canary: str) -> None:
     service.start()
+
+    # At the limit one can be replaced, and not one more pointed at.
+    other = trainer.variant(service.data_dir / "other", seed=8)
+    wanted = {"name": "doctor", "path": str(other), "alias": "fourth"}
+    status, reply = service.call("POST", "/v1/adapters", wanted)
+    assert status == 400
+    assert "XINGLIN_MAX_ADAPTERS=4" in reply["error"]["message"]
+    assert service.call("POST", "/v1/adapters", {**wanted, "alias": "default"})[0] == 200
+
+    # An alias moved in the store to what cannot prove itself: the one before goes on answering.
+    spoilt = trainer.variant(service.data_dir / "spoilt", seed=9)
+    golden = read_golden(spoilt / "golden.jsonl")
+    write_golden(
+        spoilt / "golden.jsonl", [p.model_copy(update={"logprobs": p.base_logprobs}) for p in golden]
+    )
+    bad = store.publish(spoilt, "doctor", actor="test").revision
+    store.set_alias("doctor", "canary", bad, actor="test")
+    service.wait_for(lambda: service.adapters()["doctor@canary"]["last_error"] is not None)
     before = _state(service)
-    assert "doctor@canary" in before["answers"]  # type: ignore[operator]
+    shown = service.adapters()["doctor@canary"]
+    assert (shown["desired"], shown["actual"], shown["status"]) == (bad, canary, "failed")
 
     # A restart brings back the same adapters, aliases and statuses, and the same answers.
     engines = service.engine_pids()
@@ -38,24 +66,30 @@ def test_restart_engine_death_and_kill(data_dir: Path, trainer: Trainer) -> None
     service.start()
     assert _state(service) == before
 
-    # A killed engine ends running streams in an error, and is rebuilt with all it held.
+    # An engine killed in the middle of a stream and of a publication: the stream ends in an error, and
+    # another engine comes, with all it held.
     (engine,) = service.engine_pids()
     stream = service.client().chat.completions.create(
-        model="doctor", messages=[{"role": "user", "content": QUESTION}], stream=True,
+        model="leaflet", messages=[{"role": "user", "content": QUESTION}], stream=True,
         max_tokens=900, extra_body={"min_tokens": 900, "ignore_eos": True},
     )  # fmt: skip
     next(iter(stream))
-    os.kill(engine, signal.SIGKILL)
-    with pytest.raises(openai.APIError) as caught:
-        for _ in stream:
-            pass
-    assert caught.value.code == "engine_unavailable"
+    with ThreadPoolExecutor() as pool:
+        path = {"revision": bad}  # refused by its proof, if it comes so far
+        publication = pool.submit(service.call, "PUT", "/v1/adapters/doctor/aliases/canary", path)
+        time.sleep(0.1)
+        os.kill(engine, signal.SIGKILL)
+        with pytest.raises(openai.APIError) as caught:
+            for _ in stream:
+                pass
+        assert caught.value.code == "engine_unavailable"
+        assert publication.result(timeout=30)[0] in (400, 503)
     service.wait_for(lambda: service.call("GET", "/readyz")[0] == 503)
     status, reply = service.call("POST", "/v1/chat/completions", {"model": "doctor", "messages": []})
     assert (status, reply["error"]["code"]) == (503, "engine_unavailable")
     service.wait_until_ready()
     assert _state(service) == before
-    assert "xinglin_engine_restarts_total 1.0" in str(service.call("GET", "/metrics")[1])
+    assert "xinglin_engine_starts_total 2.0" in str(service.call("GET", "/metrics")[1])
 
     # A killed service leaves no engine behind.
     engines = service.engine_pids()

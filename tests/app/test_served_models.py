@@ -60,6 +60,7 @@ def test_a_lease_holds_its_revision_while_the_alias_moves(served: ServedModels) 
 )
 def test_what_is_not_served_is_not_found(served: ServedModels, name: str) -> None:
     served.point("doctor", "default", _resident(A))
+    served.expected = {("doctor", "default")}
     with pytest.raises(ModelNotFound) as caught:
         served.lease(name)
     assert caught.value.param == "model"
@@ -67,7 +68,7 @@ def test_what_is_not_served_is_not_found(served: ServedModels, name: str) -> Non
 
 
 def test_a_known_name_that_is_not_ready_says_so(served: ServedModels) -> None:
-    served.is_expected = {"doctor"}
+    served.expected = {("doctor", "default")}
     with pytest.raises(AdapterUnavailable):
         served.lease("doctor")
 

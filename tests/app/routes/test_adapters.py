@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -81,6 +82,21 @@ def _of_another_template(folder: Path, trainer: Trainer) -> None:
     write_golden(golden, [p.model_copy(update={"prompt_token_ids": p.prompt_token_ids[1:]}) for p in prompts])
 
 
+def _beyond_the_vocabulary(folder: Path, trainer: Trainer) -> None:
+    golden = folder / "golden.jsonl"
+    write_golden(
+        golden,
+        [p.model_copy(update={"token_ids": [10**6 for _ in p.token_ids]}) for p in read_golden(golden)],
+    )
+
+
+def _too_long_for_the_context(folder: Path, trainer: Trainer) -> None:
+    golden = folder / "golden.jsonl"
+    (prompt, *_) = read_golden(golden)
+    long = {"token_ids": [5] * 2000, "logprobs": [0.0] * 2000, "base_logprobs": [0.0] * 2000}
+    write_golden(golden, [prompt.model_copy(update=long)])
+
+
 def _without_proof(folder: Path, trainer: Trainer) -> None:
     (folder / "golden.jsonl").unlink()
 
@@ -94,6 +110,8 @@ BAD = [
     (_of_another_base, ["another-base", "0123456789abcdef", "xinglin-demo"]),
     (_of_a_base_of_the_same_shape, ["base model alone is not the one", "expected", "saw"]),
     (_of_another_template, ["chat template", "expected", "saw"]),
+    (_beyond_the_vocabulary, ["failed its proof"]),
+    (_too_long_for_the_context, ["failed its proof"]),
     (_without_proof, ["golden.jsonl", "XINGLIN_ALLOW_UNPROVEN"]),
 ]
 
@@ -146,6 +164,21 @@ def test_publish_point_and_roll_back(service: Service, trainer: Trainer) -> None
     assert AdapterStore(service.data_dir / "store").log("doctor")[-1].actor == "http"
 
 
+def test_two_rollbacks_at_once_leave_store_and_service_of_one_mind(
+    service: Service, trainer: Trainer
+) -> None:
+    first = service.adapters()["doctor@default"]["actual"]
+    for seed in (11, 12):
+        folder = trainer.variant(service.data_dir / "incoming" / f"two-{seed}", seed=seed)
+        assert publish(service, folder)[0] == 200
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(service.call, "POST", "/v1/adapters/doctor/rollback") for _ in range(2)]
+    assert {call.result()[0] for call in calls} == {200}
+    shown = service.adapters()["doctor@default"]
+    store = AdapterStore(service.data_dir / "store")
+    assert shown["actual"] == shown["desired"] == store.aliases("doctor")["default"] == first
+
+
 def test_aliases_moved_elsewhere_are_followed(service: Service, trainer: Trainer) -> None:
     store = AdapterStore(service.data_dir / "store")
     manifest = store.publish(
@@ -171,6 +204,8 @@ def test_vllms_own_endpoints(service: Service, trainer: Trainer) -> None:
     assert status == 400
     assert "already been loaded" in reply["error"]["message"]
     assert service.call("POST", "/v1/load_lora_adapter", {**load, "load_inplace": True})[0] == 200
+    status, reply = service.call("POST", "/v1/adapters/theirs/rollback")
+    assert (status, reply["error"]["code"]) == (400, "nothing_to_roll_back")
     unload = {"lora_name": "theirs"}
     assert service.call("POST", "/v1/unload_lora_adapter", unload) == (
         200, "Success: LoRA adapter 'theirs' removed successfully.",
@@ -223,7 +258,7 @@ def test_a_link_out_of_the_root_is_not_followed(service: Service, tmp_path: Path
         ("PUT", "/v1/adapters/doctor/aliases/UP", {"revision": "0" * 12}, 404, "adapter_not_found"),
         ("PUT", "/v1/adapters/doctor/aliases/default", {}, 400, "missing_required_parameter"),
         ("PUT", "/v1/adapters/doctor/aliases/default", {"revision": "0" * 12, "x": 1}, 400, "invalid_value"),
-        ("POST", "/v1/adapters/leaflet/rollback", None, 400, "nothing_to_roll_back"),
+        ("POST", "/v1/adapters/leaflet/rollback", {"alias": "nowhere"}, 404, "adapter_not_found"),
         ("POST", "/v1/adapters/nobody/rollback", None, 404, "adapter_not_found"),
         ("POST", "/v1/adapters", b"{", 400, "invalid_json"),
     ],
