@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m adapters",
         description="Look after the adapter store. A running service follows the aliases: it loads and proves "
         "what an alias points at before it answers with it.",
-        epilog="example: python -m adapters publish runs/2026-01-31/result --name doctor --alias default",
+        epilog="example: python -m adapters publish xinglin-data/runs/RUN/result --name doctor --alias default",
     )
     default = Path(os.environ.get("XINGLIN_DATA_DIR", "xinglin-data"), "store")
     parser.add_argument(
