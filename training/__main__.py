@@ -43,9 +43,9 @@ def main() -> int:
     arguments = _parser().parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("training").setLevel(logging.INFO)
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a run that is told to stop says so in its events
+    # A run that is told to stop says so in its events; a shell that starts it in the background has SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         arguments.command(arguments)
     except ConfigError as error:
