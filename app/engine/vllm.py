@@ -105,7 +105,7 @@ class VllmEngine:
     def build(cls, options: EngineOptions) -> "VllmEngine":
         """Start the engine's processes and load the base model. Blocks for 20 to 50 seconds.
 
-        Raises AdapterError or ValueError when the model cannot be served.
+        Raises ValueError when the model cannot be served.
         """
         on_cpu = current_platform.is_cpu()
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -113,7 +113,7 @@ class VllmEngine:
             # One process less, and a third less CPU a token; safe because OMP_NUM_THREADS is set by then.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{options.kv_cache_gib:g}"
-            # Compiling the samplers costs 20 s at start and needs a C++ compiler, and wins nothing here:
+            # Compiling the samplers took some 15 s at start, needs a C++ compiler and wins little:
             # with LoRA the model itself is never compiled on CPU.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         folder = Path(options.model)
@@ -243,7 +243,7 @@ class VllmEngine:
         try:
             request = ChatCompletionRequest(model=self.facts.name, messages=list(messages))
             rendered = await self._chat.online_renderer.render_chat(request)
-        except Exception as error:
+        except Exception as error:  # as in score
             raise self._chat.translated(error) from error
         if isinstance(rendered, ErrorResponse):
             raise _api_error(rendered)
