@@ -11,15 +11,19 @@ from adapters.errors import (
 )
 from adapters.fingerprint import fingerprint
 from adapters.golden import GOLDEN_FILE, GoldenPrompt, read_golden, write_golden
+from adapters.log import LogEntry
 from adapters.manifest import PROVENANCE_FILE, Manifest, Provenance
 from adapters.ref import DEFAULT_ALIAS, AdapterRef
-from adapters.store import AdapterStore, LogEntry
+from adapters.store import AdapterStore
+from adapters.traffic import CANARY, SHADOW, Traffic, is_in_share
 from adapters.validate import AdapterFacts, BaseModelFacts, validate
 
 __all__ = [
+    "CANARY",
     "DEFAULT_ALIAS",
     "GOLDEN_FILE",
     "PROVENANCE_FILE",
+    "SHADOW",
     "AdapterError",
     "AdapterFacts",
     "AdapterNotFound",
@@ -35,7 +39,9 @@ __all__ = [
     "NothingToRollBack",
     "Provenance",
     "StoreDamaged",
+    "Traffic",
     "fingerprint",
+    "is_in_share",
     "read_golden",
     "validate",
     "write_golden",

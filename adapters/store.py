@@ -2,6 +2,7 @@
 
     <root>/<name>/revisions/<revision>/   the files of the adapter, manifest.json written last
     <root>/<name>/aliases/<alias>         one line: the revision
+    <root>/<name>/traffic.json            the shares of canary and shadow, if there are any
     <root>/<name>/log.jsonl               every publish and alias move: when, who, from, to, why
     <root>/.staging/                      publications under way
 
@@ -14,37 +15,25 @@ and never a change that nobody can trace.
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from adapters.durable import flock, fsync, remove_if_abandoned, replace_text, settle, sha256
 from adapters.errors import AdapterNotFound, AliasMoved, InvalidRef, NothingToRollBack, StoreDamaged
+from adapters.log import Action, LogEntry, append, read_log, way_back
 from adapters.manifest import MANIFEST_FILE, PROVENANCE_FILE, Manifest
 from adapters.ref import DEFAULT_ALIAS, AdapterRef, check_alias, check_name, check_revision
+from adapters.traffic import CANARY, SHADOW, Traffic
 from adapters.validate import CONFIG_FILE, BaseModelFacts, validate
 
 _REVISIONS = "[0-9a-f]" * 12  # what a revision's folder is called, for glob
-
-
-class LogEntry(BaseModel):
-    """One line of an adapter's log."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    at: datetime
-    action: Literal["publish", "point", "rollback", "unpoint", "prune"]
-    actor: str
-    alias: str | None = None
-    from_revision: str | None = None
-    to_revision: str | None = None
-    why: str = ""
 
 
 class AdapterStore:
@@ -104,7 +93,7 @@ class AdapterStore:
         folder = self.folder(manifest.name, manifest.revision)
         for file, digest in manifest.files.items():
             try:
-                found = _sha256(folder / file)
+                found = sha256(folder / file)
             except OSError as error:
                 raise StoreDamaged(f"{file} of {manifest.name}@{manifest.revision} cannot be read") from error
             if found != digest:
@@ -116,16 +105,16 @@ class AdapterStore:
 
     def log(self, name: str) -> list[LogEntry]:
         """All that happened to `name`, oldest first. A line torn by a crash is left out."""
-        path = self.root / check_name(name) / "log.jsonl"
-        # Lines of bytes: a crash tears a character too, and text ends lines at U+2028 and others besides.
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        entries = []
-        for line in lines:
-            try:
-                entries.append(LogEntry.model_validate_json(line))
-            except ValidationError:
-                continue
-        return entries
+        return read_log(self.root / check_name(name) / "log.jsonl")
+
+    def traffic(self, name: str) -> Traffic:
+        """How the requests for `name` are shared out."""
+        try:
+            return Traffic.model_validate_json((self.root / check_name(name) / "traffic.json").read_bytes())
+        except FileNotFoundError:
+            return Traffic()
+        except ValidationError as error:
+            raise StoreDamaged(f"the traffic shares of {name} cannot be read: set them again") from error
 
     # Write
 
@@ -136,9 +125,10 @@ class AdapterStore:
         *,
         actor: str,
         why: str = "",
+        source: str | None = None,
         base: BaseModelFacts | None = None,
     ) -> Manifest:
-        """Validate `folder`, and make a copy of it a revision of `name`.
+        """Validate `folder`, and make a copy of it a revision of `name`. `source`: where it was fetched from.
 
         The same content published twice is one revision, with the manifest of the first time; damaged
         meanwhile, it is made whole. Raises InvalidRef, InvalidAdapter, OSError (the disk is full, no
@@ -154,7 +144,7 @@ class AdapterStore:
                     shutil.copyfile(folder / file, copy / file, follow_symlinks=False)
             facts = validate(copy, base)  # the folder may have changed since: what counts is what was copied
             (copy / CONFIG_FILE).write_text(json.dumps(facts.config, indent=2) + "\n", encoding="utf-8")
-            files = {file: _sha256(copy / file) for file in sorted([CONFIG_FILE, *facts.files])}
+            files = {file: sha256(copy / file) for file in sorted([CONFIG_FILE, *facts.files])}
             manifest = Manifest(
                 **facts.provenance.model_dump(),
                 name=name,
@@ -164,20 +154,17 @@ class AdapterStore:
                 target_modules=facts.target_modules,
                 golden_prompts=facts.golden_prompts,
                 files=files,
-                created_at=_now(),
+                created_at=datetime.now(UTC),
             )
             (copy / PROVENANCE_FILE).unlink(missing_ok=True)  # it is part of the manifest now
             (copy / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            _settle(copy)
+            settle(copy)
             target = self.folder(name, manifest.revision)
             target.parent.mkdir(parents=True, exist_ok=True)
             with self._locked(name):
                 if first := self._get_whole(name, manifest.revision):
                     return first
-                entry = LogEntry(
-                    at=_now(), action="publish", actor=actor, to_revision=manifest.revision, why=why
-                )
-                self._append(name, entry)
+                self._append(name, "publish", actor, why, to_revision=manifest.revision, source=source)
                 if target.exists():
                     target.rename(staging / "damaged")
                 self._put(copy, target)
@@ -191,80 +178,113 @@ class AdapterStore:
             self._point(name, alias, revision, "point", actor, why)
 
     def rollback_target(self, name: str, alias: str = DEFAULT_ALIAS) -> str:
-        """The revision `alias` pointed at before the present one. Raises AdapterNotFound, NothingToRollBack.
-
-        A rollback takes one move back and is no move itself, so that two in a row go back two steps.
-        """
-        current = self.aliases(name).get(check_alias(alias))
-        if current is None:
-            raise AdapterNotFound(f"there is no adapter {name}@{alias}")
-        at: str | None = current
-        taken_back = 0
-        for entry in reversed(self.log(name)):
-            if entry.alias != alias or entry.to_revision != at:
-                continue  # of another alias, or of a move that a crash kept from happening
-            if entry.action == "rollback":
-                taken_back += 1
-            elif taken_back:
-                taken_back -= 1
-            elif entry.from_revision is None:
-                break
-            elif entry.from_revision not in self._list(name):
-                raise NothingToRollBack(
-                    f"{name}@{alias} pointed at {entry.from_revision} before, which was pruned"
-                )
-            else:
-                return entry.from_revision
-            at = entry.from_revision
-        raise NothingToRollBack(f"{name}@{alias} has pointed at no revision before {current}")
+        """The revision `alias` pointed at before the present one. Raises AdapterNotFound, NothingToRollBack."""
+        current = self._current(name, alias)
+        revisions = way_back(self.log(name), alias, current)
+        if not revisions:
+            raise NothingToRollBack(f"{name}@{alias} has pointed at no revision before {current}")
+        if revisions[0] not in self._list(name):
+            raise NothingToRollBack(f"{name}@{alias} pointed at {revisions[0]} before, which was pruned")
+        return revisions[0]
 
     def rollback(
-        self, name: str, alias: str = DEFAULT_ALIAS, *, actor: str, why: str = "", expected: str | None = None
+        self,
+        name: str,
+        alias: str = DEFAULT_ALIAS,
+        *,
+        to: str | None = None,
+        actor: str,
+        why: str = "",
+        expected: str | None = None,
     ) -> str:
-        """Point `alias` back at `rollback_target`, which is returned; AliasMoved if it is not `expected`."""
+        """Point `alias` back at `to`, or at `rollback_target`; the revision is returned.
+
+        Raises AdapterNotFound, NothingToRollBack, and AliasMoved if the revision would not be `expected`.
+        """
         with self._locked(name):
-            revision = self.rollback_target(name, alias)
+            self._current(name, alias)
+            if to is None:
+                revision = self.rollback_target(name, alias)
+            else:
+                revision = self.get(AdapterRef(name, revision=check_revision(to))).revision
             if expected not in (None, revision):
                 raise AliasMoved(f"{name}@{alias} was moved by somebody else meanwhile: look, and try again")
             self._point(name, alias, revision, "rollback", actor, why)
         return revision
 
     def remove_alias(self, name: str, alias: str, *, actor: str, why: str = "") -> None:
-        """Point `alias` at nothing. Its revisions stay. Raises AdapterNotFound."""
+        """Point `alias` at nothing, and take its share of traffic away. Its revisions stay.
+
+        Raises AdapterNotFound.
+        """
         with self._locked(name):
-            current = self.aliases(name).get(check_alias(alias))
-            if current is None:
-                raise AdapterNotFound(f"there is no adapter {name}@{alias}")
-            entry = LogEntry(
-                at=_now(), action="unpoint", actor=actor, alias=alias, from_revision=current, why=why
-            )
-            self._append(name, entry)
-            path = self.root / name / "aliases" / alias
-            path.unlink()
-            _fsync(path.parent)
+            self._remove_alias(name, alias, actor, why)
+
+    def split(self, name: str, alias: str, percent: float, *, actor: str, why: str = "") -> None:
+        """Give `alias`, `canary` or `shadow`, its share of the requests for `name`; 0 takes it away.
+
+        Raises AdapterNotFound when nothing stands behind the alias, ValueError for no percentage.
+        """
+        with self._locked(name):
+            self._current(name, alias)
+            self._split(name, alias, percent, actor, why)
+
+    def promote(self, name: str, *, actor: str, why: str = "", expected: str | None = None) -> str:
+        """Point `default` at what `canary` points at, and end the canary; the revision is returned.
+
+        Killed between two steps, both point at one revision, and promoting again ends the canary.
+        Raises AdapterNotFound, and AliasMoved if the revision would not be `expected`.
+        """
+        with self._locked(name):
+            revision = self._current(name, CANARY)
+            if expected not in (None, revision):
+                raise AliasMoved(f"{name}@{CANARY} was moved by somebody else meanwhile: look, and try again")
+            self._point(name, DEFAULT_ALIAS, revision, "promote", actor, why)
+            self._remove_alias(name, CANARY, actor, why)
+        return revision
 
     def prune(self, name: str, *, keep: int, actor: str, why: str = "") -> list[str]:
-        """Remove all but the `keep` newest revisions and those that aliases or rollbacks need.
+        """Remove all but the `keep` newest revisions and those that aliases, rollbacks or engines need.
 
         Returns the revisions removed. Raises AdapterNotFound.
         """
-        with self._locked(name):
+        with self._locked(name), self._staging() as staging:
             aliases = self.aliases(name)
             needed = set(aliases.values())
             for alias in aliases:
-                try:
+                with suppress(NothingToRollBack):
                     needed.add(self.rollback_target(name, alias))
-                except NothingToRollBack:
-                    continue
             manifests = self.revisions(name)
             old = manifests[: max(len(manifests) - keep, 0)]
-            doomed = [manifest.revision for manifest in old if manifest.revision not in needed]
-            with self._staging() as staging:
-                for revision in doomed:
-                    entry = LogEntry(at=_now(), action="prune", actor=actor, from_revision=revision, why=why)
-                    self._append(name, entry)
-                    self.folder(name, revision).rename(staging / revision)
-        return doomed
+            pruned = []
+            for revision in (manifest.revision for manifest in old if manifest.revision not in needed):
+                folder = self.folder(name, revision)
+                with (folder / MANIFEST_FILE).open("rb") as held:
+                    try:
+                        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        continue  # an engine holds it
+                    self._append(name, "prune", actor, why, from_revision=revision)
+                    folder.rename(staging / revision)
+                    pruned.append(revision)
+        return pruned
+
+    @contextmanager
+    def hold(self, manifest: Manifest) -> Iterator[Path]:
+        """Keep a revision from being pruned, by this process or another; its folder.
+
+        Raises AdapterNotFound. Freed by the system if the holder dies.
+        """
+        folder = self.folder(manifest.name, manifest.revision)
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context((folder / MANIFEST_FILE).open("rb"))
+                fcntl.flock(file, fcntl.LOCK_SH)
+                if not (folder / MANIFEST_FILE).exists():  # pruned while we waited
+                    raise FileNotFoundError
+            except FileNotFoundError as error:
+                raise AdapterNotFound(f"there is no revision {manifest.name}@{manifest.revision}") from error
+            yield folder
 
     # Primitives
 
@@ -290,40 +310,44 @@ class AdapterStore:
             return None
         return manifest
 
-    def _point(
-        self, name: str, alias: str, revision: str, action: Literal["point", "rollback"], actor: str, why: str
-    ) -> None:
+    def _current(self, name: str, alias: str) -> str:
+        current = self.aliases(name).get(check_alias(alias))
+        if current is None:
+            raise AdapterNotFound(f"there is no adapter {name}@{alias}")
+        return current
+
+    def _point(self, name: str, alias: str, revision: str, action: Action, actor: str, why: str) -> None:
         current = self.aliases(name).get(alias)
         if current == revision:
             return
-        entry = LogEntry(
-            at=_now(), action=action, actor=actor, alias=alias,
-            from_revision=current, to_revision=revision, why=why,
-        )  # fmt: skip
-        self._append(name, entry)
-        folder = self.root / name / "aliases"
-        folder.mkdir(exist_ok=True)
-        temporary = folder / f".{alias}"
-        temporary.write_text(revision + "\n")
-        _fsync(temporary)
-        temporary.replace(folder / alias)
-        _fsync(folder, folder.parent)
+        self._append(name, action, actor, why, alias=alias, from_revision=current, to_revision=revision)
+        replace_text(self.root / name / "aliases" / alias, revision + "\n")
+
+    def _remove_alias(self, name: str, alias: str, actor: str, why: str) -> None:
+        current = self._current(name, alias)
+        if alias in (CANARY, SHADOW):
+            self._split(name, alias, 0, actor, why)
+        self._append(name, "unpoint", actor, why, alias=alias, from_revision=current)
+        path = self.root / name / "aliases" / alias
+        path.unlink()
+        fsync(path.parent)
+
+    def _split(self, name: str, alias: str, percent: float, actor: str, why: str) -> None:
+        before = self.traffic(name)
+        after = Traffic.model_validate({**before.model_dump(), alias: percent})
+        if after == before:
+            return
+        self._append(name, "split", actor, why, alias=alias, percent=percent)
+        replace_text(self.root / name / "traffic.json", after.model_dump_json() + "\n")
 
     def _put(self, folder: Path, target: Path) -> None:
         """Move a settled folder to its place. The folders above may be new too."""
         folder.rename(target)
-        _fsync(target.parent, target.parent.parent, self.root)
+        fsync(target.parent, target.parent.parent, self.root)
 
-    def _append(self, name: str, entry: LogEntry) -> None:
-        path = self.root / name / "log.jsonl"
-        line = entry.model_dump_json() + "\n"
-        with path.open("a+", encoding="utf-8") as file:
-            # A line torn by a crash must not swallow this one.
-            if file.tell() and not path.read_bytes().endswith(b"\n"):
-                line = "\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+    def _append(self, name: str, action: Action, actor: str, why: str, **what: Any) -> None:
+        entry = LogEntry(at=datetime.now(UTC), action=action, actor=actor, why=why, **what)
+        append(self.root / name / "log.jsonl", entry)
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -331,7 +355,7 @@ class AdapterStore:
         folder = self.root / check_name(name)
         if not folder.is_dir():
             raise AdapterNotFound(f"there is no adapter {name}")
-        with _flock(folder / ".lock"):
+        with flock(folder / ".lock"):
             yield
 
     @contextmanager
@@ -340,55 +364,14 @@ class AdapterStore:
         top = self.root / ".staging"
         top.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            with _flock(top / ".lock"):  # or a folder just made would look abandoned until it is locked
+            with flock(top / ".lock"):  # or a folder just made would look abandoned until it is locked
                 for left in top.glob("[!.]*"):
-                    _remove_if_abandoned(left)
+                    remove_if_abandoned(left)
                 folder = Path(tempfile.mkdtemp(dir=top))
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)  # what stays, the next one sweeps
-                stack.enter_context(_flock(folder / ".lock"))
+                stack.enter_context(flock(folder / ".lock"))
             yield folder
-
-
-@contextmanager
-def _flock(path: Path) -> Iterator[None]:
-    """Hold `path` alone, over threads and processes; freed by the system if its holder dies."""
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _remove_if_abandoned(folder: Path) -> None:
-    with suppress(OSError), (folder / ".lock").open("a") as lock:  # its publisher lives, or has just ended
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _settle(folder: Path) -> None:
-    """Make files readable by every user (safetensors writes 0600) and durable."""
-    folder.chmod(0o755)
-    for path in folder.iterdir():
-        path.chmod(0o644)
-        _fsync(path)
-    _fsync(folder)
-
-
-def _fsync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _revision(files: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

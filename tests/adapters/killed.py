@@ -25,6 +25,8 @@ ACTIONS: dict[str, Callable[[AdapterStore, Path], object]] = {
     ),
     "rollback": lambda store, _: store.rollback(NAME, actor=WHO),
     "remove_alias": lambda store, _: store.remove_alias(NAME, "default", actor=WHO),
+    "split": lambda store, _: store.split(NAME, "canary", 25, actor=WHO),
+    "promote": lambda store, _: store.promote(NAME, actor=WHO),
     "prune": lambda store, _: store.prune(NAME, keep=0, actor=WHO),
 }
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from adapters import AdapterRef, AdapterStore, StoreDamaged
+from adapters import AdapterRef, AdapterStore, StoreDamaged, Traffic
 from tests.adapters import killed
 from tests.adapters.conftest import Start
 from tests.adapters.folders import NAME, WHO, Folder, left_in_staging, make_folder, publish
 
 
-def state(store: AdapterStore, damaged: str | None = None) -> tuple[set[str], dict[str, str]]:
-    """The revisions, each proved whole (but for one that is known to be `damaged`), and the aliases."""
+def state(store: AdapterStore, damaged: str | None = None) -> tuple[set[str], tuple[dict[str, str], Traffic]]:
+    """The revisions, each proved whole (but for one known to be `damaged`), the aliases and their shares."""
     whole = set()
     for manifest in store.revisions(NAME) if NAME in store.names() else []:
         try:
@@ -25,7 +25,7 @@ def state(store: AdapterStore, damaged: str | None = None) -> tuple[set[str], di
             assert manifest.revision == damaged
     aliases = store.aliases(NAME)
     assert whole.issuperset(aliases.values())
-    return whole, aliases
+    return whole, (aliases, store.traffic(NAME))
 
 
 @pytest.mark.parametrize("action", [*killed.ACTIONS, "publish the first", "publish over damage"])
@@ -38,6 +38,9 @@ def test_kill_9_at_every_step_leaves_the_old_state_or_the_new(
         made = [publish(store, tmp_path, seed) for seed in range(4)]
         for revision in made[:3]:
             store.set_alias(NAME, "default", revision, actor=WHO)
+        if action in ("split", "promote"):
+            store.set_alias(NAME, "canary", made[3], actor=WHO)
+            store.split(NAME, "canary", 10, actor=WHO)
         if action == "publish over damage":
             damaged = made[3]
             (store.folder(NAME, damaged) / "adapter_config.json").write_text("{}")
@@ -55,7 +58,11 @@ def test_kill_9_at_every_step_leaves_the_old_state_or_the_new(
         revisions, aliases = state(copy, damaged)
         seen.append((revisions, aliases))
         assert before[0] & after[0] <= revisions <= before[0] | after[0]
-        assert aliases in (before[1], after[1])
+        if action == "promote" and aliases not in (before[1], after[1]):
+            pointed, _ = aliases  # in between, both point at the new one
+            assert pointed == {"default": made[3], "canary": made[3]}
+        else:
+            assert aliases in (before[1], after[1])
         if (revisions, aliases) != before:  # nothing happens without a trace
             assert len(copy.log(NAME)) > len(store.log(NAME))
         if (revisions, aliases) != after:
@@ -211,6 +218,8 @@ def test_a_log_that_cannot_be_written_stops_every_change(
     for _ in range(10):
         store.set_alias(NAME, "canary", revisions[0], actor=WHO, why="x" * 1000)
         store.remove_alias(NAME, "canary", actor=WHO)
+    if action in ("split", "promote"):
+        store.set_alias(NAME, "canary", revisions[0], actor=WHO)
     make_folder(tmp_path / "new", seed=9).write()
     before, log = state(store), store.log(NAME)
     code = """
