@@ -1,5 +1,7 @@
 """The contract between training and serving: what an adapter is, and the store that keeps it."""
 
+from adapters.archive import unpack
+from adapters.diff import RevisionDiff, diff, render
 from adapters.errors import (
     AdapterError,
     AdapterNotFound,
@@ -38,11 +40,15 @@ __all__ = [
     "Manifest",
     "NothingToRollBack",
     "Provenance",
+    "RevisionDiff",
     "StoreDamaged",
     "Traffic",
+    "diff",
     "fingerprint",
     "is_in_share",
     "read_golden",
+    "render",
+    "unpack",
     "validate",
     "write_golden",
 ]

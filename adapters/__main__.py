@@ -4,12 +4,20 @@ import argparse
 import getpass
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from adapters.archive import unpack
+from adapters.diff import diff, render
 from adapters.errors import AdapterError, InvalidAdapter
 from adapters.ref import DEFAULT_ALIAS, AdapterRef, check_alias
 from adapters.store import AdapterStore
+from adapters.traffic import CANARY, SHADOW
 from adapters.validate import validate
+
+_MAX_UNPACKED_BYTES = 16 << 30
 
 
 def main() -> int:
@@ -29,7 +37,8 @@ def main() -> int:
 
 
 def _validate(_: AdapterStore, arguments: argparse.Namespace) -> None:
-    facts = validate(arguments.folder)
+    with _folder(arguments.folder) as folder:
+        facts = validate(folder)
     print(
         f"valid: r {facts.r}, {len(facts.target_modules)} target modules, {facts.golden_prompts} golden prompts"
     )
@@ -42,17 +51,31 @@ def _validate(_: AdapterStore, arguments: argparse.Namespace) -> None:
 def _publish(store: AdapterStore, arguments: argparse.Namespace) -> None:
     if arguments.alias:
         check_alias(arguments.alias)  # before anything is published
-    manifest = store.publish(arguments.folder, arguments.name, actor=_actor(), why=arguments.why)
+    with _folder(arguments.folder) as folder:
+        manifest = store.publish(folder, arguments.name, actor=_actor(), why=arguments.why)
     print(f"{manifest.name}@{manifest.revision}")
     if arguments.alias:
         store.set_alias(manifest.name, arguments.alias, manifest.revision, actor=_actor(), why=arguments.why)
 
 
+@contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """The folder of an adapter given as one, or as an archive of one."""
+    if not path.is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        unpack(path, Path(temporary), max_bytes=_MAX_UNPACKED_BYTES)
+        yield Path(temporary)
+
+
 def _list(store: AdapterStore, _: argparse.Namespace) -> None:
     for name in store.names():
+        traffic = store.traffic(name).model_dump()
         pointed: dict[str, list[str]] = {}
         for alias, revision in store.aliases(name).items():
-            pointed.setdefault(revision, []).append(alias)
+            share = f" {traffic[alias]:g} %" if traffic.get(alias) else ""
+            pointed.setdefault(revision, []).append(alias + share)
         for manifest in store.revisions(name):
             marks = ", ".join(pointed.get(manifest.revision, []))
             created = manifest.created_at.strftime("%Y-%m-%d %H:%M")
@@ -72,9 +95,41 @@ def _alias(store: AdapterStore, arguments: argparse.Namespace) -> None:
     print(f"{target.name}@{arguments.alias} -> {target.revision}")
 
 
+def _unalias(store: AdapterStore, arguments: argparse.Namespace) -> None:
+    store.remove_alias(arguments.name, arguments.alias, actor=_actor(), why=arguments.why)
+    print(f"removed {arguments.name}@{arguments.alias}")
+
+
 def _rollback(store: AdapterStore, arguments: argparse.Namespace) -> None:
-    revision = store.rollback(arguments.name, arguments.alias, actor=_actor(), why=arguments.why)
+    revision = store.rollback(
+        arguments.name, arguments.alias, to=arguments.to, actor=_actor(), why=arguments.why
+    )
     print(f"{arguments.name}@{arguments.alias} -> {revision}")
+
+
+def _split(store: AdapterStore, arguments: argparse.Namespace) -> None:
+    ref, alias = AdapterRef.parse(arguments.target), arguments.alias
+    store.get(AdapterRef(ref.name, alias=DEFAULT_ALIAS))  # a share of nothing would be of no use
+    if "@" in arguments.target:
+        store.set_alias(ref.name, alias, store.get(ref).revision, actor=_actor(), why=arguments.why)
+    store.split(ref.name, alias, arguments.percent, actor=_actor(), why=arguments.why)
+    revision = store.aliases(ref.name)[alias]
+    print(f"{ref.name}@{alias} -> {revision} with {arguments.percent:g} % of the requests")
+
+
+def _promote(store: AdapterStore, arguments: argparse.Namespace) -> None:
+    revision = store.promote(arguments.name, actor=_actor(), why=arguments.why)
+    print(f"{arguments.name}@{DEFAULT_ALIAS} -> {revision}")
+
+
+def _abort(store: AdapterStore, arguments: argparse.Namespace) -> None:
+    store.remove_alias(arguments.name, arguments.alias, actor=_actor(), why=arguments.why)
+    print(f"ended {arguments.name}@{arguments.alias}")
+
+
+def _diff(store: AdapterStore, arguments: argparse.Namespace) -> None:
+    old, new = (store.get(AdapterRef.parse(ref)) for ref in (arguments.old, arguments.new))
+    print(render(diff(store.folder(old.name, old.revision), store.folder(new.name, new.revision))))
 
 
 def _prune(store: AdapterStore, arguments: argparse.Namespace) -> None:
@@ -87,6 +142,16 @@ def _actor() -> str:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):  # in a container, a user id may have no name
         return f"cli:{os.getuid()}"
+
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError("it must be a number from 0 to 100")
+    return value
 
 
 def _count(text: str) -> int:
@@ -108,15 +173,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    _add_contents(commands)
+    _add_pointing(commands)
+    return parser
+
+
+def _add_contents(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("validate", help="say all that is wrong with a folder")
-    command.add_argument("folder", type=Path)
+    command.add_argument("folder", type=Path, help="a folder, or a .tar.gz or .zip of one")
     command.set_defaults(run=_validate)
 
     command = commands.add_parser("publish", help="make a folder a revision of an adapter")
-    command.add_argument("folder", type=Path)
+    command.add_argument("folder", type=Path, help="a folder, or a .tar.gz or .zip of one")
     command.add_argument("--name", required=True, help="the adapter's name")
     command.add_argument("--alias", help="point this alias at it too")
-    command.add_argument("--why", default="", help="kept in the adapter's log")
+    _add_why(command)
     command.set_defaults(run=_publish)
 
     command = commands.add_parser("list", help="all revisions, with the aliases that point at them")
@@ -126,26 +197,64 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("ref", help="name, name@alias or name@revision")
     command.set_defaults(run=_show)
 
-    command = commands.add_parser("alias", help="point an alias at a revision")
-    command.add_argument("target", help="name@revision (or name@alias, for what that alias points at)")
-    command.add_argument("alias")
-    command.add_argument("--why", default="", help="kept in the adapter's log")
-    command.set_defaults(run=_alias)
-
-    command = commands.add_parser("rollback", help="point an alias back at its revision before")
-    command.add_argument("name")
-    command.add_argument("--alias", default=DEFAULT_ALIAS, help="(default: %(default)s)")
-    command.add_argument("--why", default="", help="kept in the adapter's log")
-    command.set_defaults(run=_rollback)
+    command = commands.add_parser("diff", help="which modules moved between two revisions, and by how much")
+    command.add_argument("old", help="name, name@alias or name@revision")
+    command.add_argument("new")
+    command.set_defaults(run=_diff)
 
     command = commands.add_parser("prune", help="remove old revisions that nothing needs")
     command.add_argument("name")
     command.add_argument(
         "--keep", type=_count, default=5, help="newest revisions to keep (default: %(default)s)"
     )
-    command.add_argument("--why", default="", help="kept in the adapter's log")
+    _add_why(command)
     command.set_defaults(run=_prune)
-    return parser
+
+
+def _add_pointing(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("alias", help="point an alias at a revision")
+    command.add_argument("target", help="name@revision (or name@alias, for what that alias points at)")
+    command.add_argument("alias")
+    _add_why(command)
+    command.set_defaults(run=_alias)
+
+    command = commands.add_parser("unalias", help="point an alias at nothing; its revision stays")
+    command.add_argument("name")
+    command.add_argument("alias")
+    _add_why(command)
+    command.set_defaults(run=_unalias)
+
+    command = commands.add_parser("rollback", help="point an alias back at its revision before, or any other")
+    command.add_argument("name")
+    command.add_argument("--alias", default=DEFAULT_ALIAS, help="(default: %(default)s)")
+    command.add_argument("--to", metavar="REVISION", help="which (default: the one before)")
+    _add_why(command)
+    command.set_defaults(run=_rollback)
+
+    for alias, text in (
+        (CANARY, "have a revision answer a share of the requests, always the same sessions"),
+        (SHADOW, "give a revision copies of a share of the requests, whose answers are only compared"),
+    ):
+        command = commands.add_parser(alias, help=text)
+        command.add_argument("target", help="name@revision, or the name alone to change the share")
+        command.add_argument("percent", type=_percent, help="share of the requests, 0 to 100")
+        _add_why(command)
+        command.set_defaults(run=_split, alias=alias)
+
+    command = commands.add_parser("promote", help="point default at the canary, and end the canary")
+    command.add_argument("name")
+    _add_why(command)
+    command.set_defaults(run=_promote)
+
+    command = commands.add_parser("abort", help="end a canary or shadow at once")
+    command.add_argument("name")
+    command.add_argument("--alias", choices=(CANARY, SHADOW), default=CANARY, help="(default: %(default)s)")
+    _add_why(command)
+    command.set_defaults(run=_abort)
+
+
+def _add_why(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--why", default="", help="kept in the adapter's log")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ class AdapterStore:
                 found[path.name] = path.read_text(encoding="utf-8", errors="replace").strip()
         return found
 
+    def pointed(self) -> dict[tuple[str, str], str]:
+        """Every alias of every adapter, as (name, alias), to its revision."""
+        names = {path.parts[-3] for path in self.root.glob("[!.]*/aliases/[!.]*")}
+        return {(name, alias): to for name in sorted(names) for alias, to in self.aliases(name).items()}
+
     def get(self, ref: AdapterRef) -> Manifest:
         """The manifest `ref` names. Raises AdapterNotFound, StoreDamaged."""
         revision = self._resolve(ref)

@@ -13,6 +13,8 @@ import uvicorn
 from pydantic import ValidationError
 
 from app.access import stored_admin_key
+from app.fetch import checked_prefixes
+from app.fetch.guard import parse_networks
 from app.settings import Settings
 
 EXIT_CANNOT_START = 1
@@ -33,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"]))
-            print(f"setting {name} (XINGLIN_{name.upper()}): {problem['msg']}", file=sys.stderr)
+            of = f"setting {name} (XINGLIN_{name.upper()})" if name else "settings"
+            print(f"{of}: {problem['msg']}", file=sys.stderr)
         return EXIT_BAD_SETTINGS
     return serve(settings, show_admin_key=options.show_admin_key)
 
@@ -43,6 +46,12 @@ def serve(settings: Settings, *, show_admin_key: bool) -> int:
     if not Path(settings.base_model).exists() and settings.model is None:
         print("there is no demo base model yet: run `python -m training demo`, or name a model with --model",
               file=sys.stderr)  # fmt: skip
+        return EXIT_BAD_SETTINGS
+    try:
+        checked_prefixes(settings.sources)
+        parse_networks(settings.private_networks)
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return EXIT_BAD_SETTINGS
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -131,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, field in Settings.model_fields.items():
-        if name in ("admin_key", "publish_roots"):
-            continue  # a secret on a command line is seen by everybody; a list is clearer in the environment
+        if name in ("admin_key", "publish_roots", "sources", "private_networks"):
+            continue  # a secret on a command line is seen by everybody; lists are clearer in the environment
         flag = "--" + name.replace("_", "-")
         text = f"{field.description} [XINGLIN_{name.upper()}]"
         if field.annotation is bool:

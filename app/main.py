@@ -19,11 +19,15 @@ from app.access import Access, stored_admin_key
 from app.admission import Admission
 from app.engine.base import Engine
 from app.engine.supervisor import Supervisor, in_daemon_thread
+from app.imports import Imports
+from app.loader import Loader
 from app.metrics import Metrics
 from app.reconciler import Reconciler
-from app.routes import adapters, chat, health, models, vllm_compat
+from app.residency import Limits, Residency
+from app.routes import adapters, chat, health, models, publish, traffic, vllm_compat
 from app.served_models import ServedModels
 from app.settings import Settings
+from app.shadow import Shadow
 
 if TYPE_CHECKING:
     from app.engine.vllm import VllmEngine
@@ -36,10 +40,14 @@ class State(TypedDict):
 
     access: Access
     admission: Admission
+    imports: Imports
     metrics: Metrics
     publish_roots: tuple[Path, ...]
     reconciler: Reconciler
+    residency: Residency
     served_models: ServedModels
+    shadow: Shadow
+    sources: tuple[str, ...]
     started_at: int
     supervisor: Supervisor
 
@@ -59,14 +67,35 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         metrics = Metrics()
         served = ServedModels(settings.base_model_name)
-        reconciler = Reconciler(
-            AdapterStore(settings.store_dir),
-            served,
+        store = AdapterStore(settings.store_dir)
+        loader = Loader(
+            store,
             metrics,
+            recorded_dir=settings.data_dir / "recorded",
             allow_unproven=settings.allow_unproven,
-            max_adapters=settings.max_adapters,
+        )
+        limits = Limits(
+            max_resident=settings.max_resident,
+            max_resident_bytes=int(settings.max_resident_gib * 2**30),
+            max_loras=settings.max_loras,
+            wait_seconds=settings.adapter_wait_seconds,
+        )
+        residency = Residency(
+            store,
+            metrics,
+            limits,
+            loader,
+            is_wanted=lambda ref: settings.allow_revisions or served.is_pointed(ref),
+        )
+        reconciler = Reconciler(
+            store,
+            served,
+            residency,
+            metrics,
+            allow_revisions=settings.allow_revisions,
             interval=settings.reconcile_seconds,
         )
+        shadow = Shadow(settings.data_dir / "shadow", residency, metrics, keep_texts=settings.shadow_texts)
 
         def announce() -> None:
             metrics.engine_starts.inc()
@@ -78,9 +107,16 @@ def create_app(
             on_ready=announce,
             on_death=reconciler.detach,
         )
+        imports = Imports(
+            settings.data_dir,
+            allowed=settings.sources,
+            private_networks=settings.private_networks,
+            max_bytes=int(settings.max_adapter_gib * 2**30),
+        )
         tasks = [
             asyncio.create_task(_run_or_give_up(supervisor, on_give_up), name="supervisor"),
             asyncio.create_task(reconciler.run(), name="reconciler"),
+            asyncio.create_task(shadow.run(), name="shadow"),
         ]
         key = (
             settings.admin_key.get_secret_value()
@@ -91,10 +127,14 @@ def create_app(
             yield State(
                 access=Access(key, is_chat_open=settings.is_loopback),
                 admission=Admission(settings.max_concurrent_requests, metrics.in_flight),
+                imports=imports,
                 metrics=metrics,
                 publish_roots=tuple(root.resolve() for root in (settings.data_dir, *settings.publish_roots)),
                 reconciler=reconciler,
+                residency=residency,
                 served_models=served,
+                shadow=shadow,
+                sources=settings.sources,
                 started_at=int(time.time()),
                 supervisor=supervisor,
             )
@@ -102,9 +142,11 @@ def create_app(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            shadow.close()
+            await imports.close()
 
     app = FastAPI(title="Xinglin 杏林", version="0.1.0", lifespan=lifespan)
-    for module in (chat, models, adapters, vllm_compat, health):
+    for module in (chat, models, publish, adapters, traffic, vllm_compat, health):
         app.include_router(module.router)
     for kind in (errors.ApiError, AdapterError):
         app.add_exception_handler(kind, _error_response)
@@ -127,7 +169,7 @@ async def _build_engine(settings: Settings) -> Engine:
             max_num_seqs=settings.max_num_seqs,
             max_lora_rank=settings.max_lora_rank,
             max_loras=settings.max_loras,
-            max_adapters=settings.max_adapters,
+            max_resident=settings.max_resident,
             kv_cache_gib=settings.kv_cache_gib,
             gpu_memory_utilization=settings.gpu_memory_utilization,
         )

@@ -1,48 +1,126 @@
 """Prometheus metrics of the service. vLLM's own are off: a second engine would unregister the first's."""
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+from adapters import AdapterError, InvalidAdapter
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_WHO = ["adapter", "revision"]
 
 
 class Metrics:
-    """One registry for each app, so that two apps in one process do not clash."""
+    """One registry for each app, so that two apps in one process do not clash.
+
+    `adapter` is the base model's name for requests that no adapter answered, with the revision `base`.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "xinglin_requests",
-            "Chat requests by served model and HTTP status",
-            ["model", "status"],
-            registry=self.registry,
+        self.requests = self._counter(
+            "requests", "Chat requests by what answered and status", *_WHO, "status"
         )
-        self.in_flight = Gauge(
-            "xinglin_requests_in_flight", "Chat requests being answered", registry=self.registry
+        self.in_flight = self._gauge("requests_in_flight", "Chat requests being answered")
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens read", *_WHO)
+        self.completion_tokens = self._counter("completion_tokens", "Tokens written", *_WHO)
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request to the first token of its answer", *_WHO
         )
-        self.time_to_first_event = Histogram(
-            "xinglin_time_to_first_event_seconds",
-            "From a streaming request to its first event",
-            registry=self.registry,
-            buckets=_SECONDS,
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "From one token of a streamed answer to the next", *_WHO
         )
-        self.load_seconds = Histogram(
-            "xinglin_adapter_load_seconds",
-            "From a revision in the store to proven in the engine",
-            registry=self.registry,
-            buckets=_SECONDS,
+        self.loads = self._counter("adapter_loads", "Revisions loaded into the engine", *_WHO)
+        self.evictions = self._counter("adapter_evictions", "Revisions removed to make room", *_WHO)
+        self.load_seconds = self._histogram(
+            "adapter_load_seconds",
+            "Until the engine has the weights (load); until it proved itself (ready)",
+            "to",
         )
-        self.refusals = Counter(
-            "xinglin_adapter_refusals",
-            "Adapters refused, by what refused them: validation, load or proof",
-            ["by"],
-            registry=self.registry,
+        self.proofs = self._counter(
+            "adapter_proofs", "Proofs by result: passed or failed", "adapter", "result"
         )
-        self.engine_starts = Counter(
-            "xinglin_engine_starts",
-            "Engines that became ready; more than one: one has died",
-            registry=self.registry,
+        self.refusals = self._counter(
+            "adapter_refusals", "Adapters refused, by what refused them", "adapter", "by"
         )
+        self.shadow_answers = self._counter(
+            "shadow_answers",
+            "Copies of requests for a shadow: same, different, failed, or dropped so as to delay nobody",
+            "adapter",
+            "outcome",
+        )
+        self.engine_starts = self._counter(
+            "engine_starts", "Engines that became ready; more than one: one has died"
+        )
+
+    def refuse(self, adapter: str, error: Exception) -> None:
+        """Count an adapter that was turned down."""
+        by = (
+            "validation"
+            if isinstance(error, InvalidAdapter)
+            else "store"
+            if isinstance(error, AdapterError | OSError)
+            else "engine"
+        )
+        self.refusals.labels(adapter, by).inc()
+
+    def forget(self, adapter: str, revision: str) -> None:
+        """End the series of a revision that has left for good, or they would grow without end."""
+        for metric in (
+            self.prompt_tokens, self.completion_tokens, self.time_to_first_token, self.inter_token_latency,
+            self.loads, self.evictions,
+        ):  # fmt: skip
+            metric.remove_by_labels({"adapter": adapter, "revision": revision})
+        self.requests.remove_by_labels({"adapter": adapter, "revision": revision})
 
     def render(self) -> bytes:
         """The text format that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"xinglin_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"xinglin_{name}", text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"xinglin_{name}", text, labels, registry=self.registry, buckets=_SECONDS)
+
+
+class Meter:
+    """Measures one answer. `on_tokens` is called by the engine, `end` once with the outcome."""
+
+    def __init__(self, metrics: Metrics, adapter: str, revision: str, started: float) -> None:
+        """`started`: of the request, on time.perf_counter's clock."""
+        self._metrics = metrics
+        self._who = (adapter, revision)
+        self._last = started
+        self._tokens = 0
+        self._prompt_tokens = 0
+        self._first: float | None = None
+        self._gaps: list[float] = []
+
+    def on_tokens(self, prompt_tokens: int, new_tokens: int) -> None:
+        """An answer grew."""
+        if not new_tokens:
+            return
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = now - self._last
+        else:
+            self._gaps.append(now - self._last)
+        self._last = now
+        self._prompt_tokens = prompt_tokens
+        self._tokens += new_tokens
+
+    def end(self, status: int, *, is_stream: bool) -> None:
+        """Count it all. Of an answer that came whole, nobody saw when its first token came."""
+        metrics, who = self._metrics, self._who
+        metrics.requests.labels(*who, status).inc()
+        metrics.prompt_tokens.labels(*who).inc(self._prompt_tokens)
+        metrics.completion_tokens.labels(*who).inc(self._tokens)
+        if is_stream and self._first is not None:
+            metrics.time_to_first_token.labels(*who).observe(self._first)
+            gaps = metrics.inter_token_latency.labels(*who)
+            for gap in self._gaps:
+                gaps.observe(gap)

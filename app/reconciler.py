@@ -1,4 +1,4 @@
-"""Makes the engine hold what the store's aliases point at: stage, load, prove, point, drain, remove.
+"""Makes what answers follow the store's aliases: load, prove, point, drain, remove.
 
 The store says what is desired; this one place owns every transition. A revision answers only after it
 proved itself; the one before it goes on answering until then, and leaves the engine when its last request
@@ -9,34 +9,31 @@ job) are followed the same way.
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from adapters import (
-    GOLDEN_FILE,
+    CANARY,
+    DEFAULT_ALIAS,
     AdapterError,
+    AdapterNotFound,
     AdapterRef,
     AdapterStore,
-    BaseModelFacts,
-    GoldenPrompt,
+    InvalidAdapter,
+    InvalidRef,
     Manifest,
-    read_golden,
-    validate,
+    Traffic,
 )
-from app.engine.base import Engine, LoadedAdapter
+from app.engine.base import Engine
 from app.errors import AdapterRefused, ApiError, EngineUnavailable
 from app.metrics import Metrics
-from app.proof import prove
-from app.served_models import Resident, ServedModels
+from app.residency import RETRY_SECONDS, Residency
+from app.served_models import ServedModels
 
 logger = logging.getLogger(__name__)
-
-_RETRY_SECONDS = 30.0
-"""A desired revision that failed is tried again after this, or at once when the alias moves."""
-
-_PROOF_SECONDS = 60
 
 State = Literal["waiting", "ready", "failed"]
 
@@ -60,44 +57,43 @@ class Reconciler:
         self,
         store: AdapterStore,
         served: ServedModels,
+        residency: Residency,
         metrics: Metrics,
         *,
-        allow_unproven: bool,
-        max_adapters: int,
+        allow_revisions: bool,
         interval: float,
     ) -> None:
+        """`allow_revisions`: a client may name a revision that no alias points at."""
         self.store = store
         self.status: dict[tuple[str, str], AliasStatus] = {}
         self._served = served
+        self._residency = residency
         self._metrics = metrics
-        self._allow_unproven = allow_unproven
-        self._max_adapters = max_adapters
+        self._allow_revisions = allow_revisions
         self._interval = interval
-        self._engine: Engine | None = None
-        self._residents: dict[str, Resident] = {}
-        self._transition = asyncio.Lock()
-        self._drains: set[asyncio.Task[None]] = set()
+        self._transition: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """One transition of an adapter at a time."""
+        self._manifests: dict[AdapterRef, Manifest] = {}
 
     # Following the store
 
     async def attach(self, engine: Engine) -> None:
-        """Take a fresh engine and bring it to the desired state once; failures are in `status`."""
-        self._engine = engine
+        """Take a fresh engine and bring it to the desired state once; failures are in `status`.
+
+        What does not fit is proved when it is loaded, at its first request.
+        """
+        self._residency.attach(engine)
         self._served.base_fingerprint = f"{engine.facts.name}@{engine.facts.fingerprint}"
         for status in self.status.values():
             status.failed_at = 0.0
-        await self.reconcile()
+        await self.reconcile(is_start=True)
 
     async def detach(self) -> None:
         """The engine is gone, and all it held."""
-        self._engine = None
-        for task in self._drains:
-            task.cancel()
-        async with self._transition:
-            self._served.clear()
-            self._residents.clear()
-            for status in self.status.values():
-                status.actual, status.state = None, "waiting"
+        await self._residency.detach()
+        self._served.clear()
+        for status in self.status.values():
+            status.actual, status.state = None, "waiting"
 
     async def run(self) -> None:
         """Follow the store until cancelled."""
@@ -110,87 +106,121 @@ class Reconciler:
             except Exception:  # a full disk, a lost mount: what is loaded goes on answering
                 logger.exception("the adapter store could not be followed; trying again")
 
-    async def reconcile(self) -> None:
+    async def reconcile(self, *, is_start: bool = False) -> None:
         """Bring every alias to its desired revision. One adapter that fails does not hold up the others."""
-        desired = await asyncio.to_thread(self._desired)
+        desired, traffic = await asyncio.to_thread(self._desired)
         self._served.expected = set(desired)
         for (name, alias), manifest in desired.items():
             if isinstance(manifest, AdapterError):
                 self._record_unreadable(name, alias, manifest)
             elif not self._is_settled(name, alias, manifest):
-                async with self._transition:
-                    await self._follow(name, alias, manifest)
+                async with self._transition[name]:
+                    await self._follow(manifest, alias, is_start=is_start)
         for name, alias in [key for key in self.status if key not in desired]:
-            async with self._transition:
+            async with self._transition[name]:
                 if await asyncio.to_thread(self._aliased, name, alias) is None:
                     self._unpoint(name, alias)
+        for name in {*traffic, *self._served.traffic}:
+            if traffic.get(name) != self._served.traffic.get(name):
+                async with self._transition[name]:
+                    await self._follow_traffic(name)
 
     def _is_settled(self, name: str, alias: str, manifest: Manifest) -> bool:
         """Whether there is nothing to do: it answers already, or failed a moment ago."""
         status = self.status.get((name, alias))
         if status is None or status.desired != manifest.revision:
             return False
-        return status.actual == manifest.revision or time.monotonic() < status.failed_at + _RETRY_SECONDS
+        answers = status.actual == manifest.revision and self._residency.failure(_ref(manifest)) is None
+        return answers or time.monotonic() < status.failed_at + RETRY_SECONDS
 
-    async def _follow(self, name: str, alias: str, manifest: Manifest) -> None:
+    async def _follow(self, manifest: Manifest, alias: str, *, is_start: bool) -> None:
         # It may have moved again, by us or by somebody else, while we waited for our turn.
+        name = manifest.name
         moved_on = await asyncio.to_thread(self._aliased, name, alias) != manifest.revision
         if moved_on or self._is_settled(name, alias, manifest):
             return
         status = self.status.setdefault((name, alias), AliasStatus(desired=None))
         status.desired = manifest.revision
         try:
-            self._point(name, alias, await self._make_resident(manifest, alias))
+            self._check(manifest)
+            if is_start and not self._residency.has_room:
+                self._point(manifest, alias)
+                return
+            _, held = await self._residency.hold(manifest)
+            with held:
+                self._point(manifest, alias)
         except EngineUnavailable:
             raise
         except Exception as error:  # whatever it is, the other adapters go on
             self._record_failure(name, alias, error)
-            if status.actual is None:
+            if status.actual in (None, manifest.revision):
                 await self._fall_back(name, alias, status)
 
     async def _fall_back(self, name: str, alias: str, status: AliasStatus) -> None:
-        """After a restart onto a revision that fails, the one before answers. The alias stays where it is."""
+        """Without a revision before to go on with, the one before that answers. The alias stays where it is."""
         try:
             revision = await asyncio.to_thread(self.store.rollback_target, name, alias)
             manifest = await asyncio.to_thread(self.store.get, AdapterRef(name, revision=revision))
-            resident = await self._make_resident(manifest, alias)
+            _, held = await self._residency.hold(manifest)
         except EngineUnavailable:
             raise
         except Exception as error:
             logger.warning("nothing answers to %s@%s: %s", name, alias, error)
+            self._served.unpoint(name, alias)
+            status.actual, status.state = None, "failed"
             return
-        self._served.point(name, alias, resident)
-        status.actual, status.is_proven = revision, resident.is_proven
-        logger.warning("%s@%s is answered by its revision before, %s", name, alias, resident.ref)
+        with held:
+            self._served.point(name, alias, manifest)
+        status.actual, status.is_proven, status.state = revision, bool(manifest.golden_prompts), "failed"
+        logger.warning("%s@%s is answered by its revision before, %s", name, alias, revision)
+
+    async def _follow_traffic(self, name: str) -> None:
+        traffic = await asyncio.to_thread(self.store.traffic, name)
+        if traffic == Traffic():
+            self._served.traffic.pop(name, None)
+        else:
+            self._served.traffic[name] = traffic
 
     def _aliased(self, name: str, alias: str) -> str | None:
         return self.store.aliases(name).get(alias)
 
-    def _desired(self) -> dict[tuple[str, str], Manifest | AdapterError]:
-        """What every chat alias of the store points at, or why that cannot be read."""
+    def _desired(self) -> tuple[dict[tuple[str, str], Manifest | AdapterError], dict[str, Traffic]]:
+        """What every chat alias of the store points at, or why that cannot be read; and the shares."""
         found: dict[tuple[str, str], Manifest | AdapterError] = {}
-        for name in self.store.names():
-            for alias, revision in self.store.aliases(name).items():
-                try:
-                    manifest = self.store.get(AdapterRef(name, revision=revision))
-                except AdapterError as error:
-                    found[name, alias] = error
-                    continue
-                if manifest.task == "chat":
-                    found[name, alias] = manifest
-        return found
+        pointed = self.store.pointed()
+        manifests: dict[AdapterRef, Manifest] = {}
+        for (name, alias), revision in pointed.items():
+            ref = AdapterRef(name, revision=revision)
+            try:
+                manifest = self._manifests.get(ref) or self.store.get(ref)
+            except AdapterError as error:
+                found[name, alias] = error
+                continue
+            manifests[ref] = manifest
+            if manifest.task == "chat":
+                found[name, alias] = manifest
+        self._manifests = manifests
+        traffic: dict[str, Traffic] = {}
+        for name in {name for name, _ in pointed}:
+            try:
+                traffic[name] = self.store.traffic(name)
+            except AdapterError as error:
+                logger.warning("%s", error)
+        return found, {name: shares for name, shares in traffic.items() if shares != Traffic()}
 
     # What operators ask for
 
-    async def publish(self, folder: Path, name: str, *, actor: str, why: str) -> Manifest:
+    async def publish(
+        self, folder: Path, name: str, *, actor: str, why: str, source: str | None = None
+    ) -> Manifest:
         """Validate a folder against the live base model and put it into the store."""
-        engine = self._live_engine()
+        facts = self._residency.engine.facts
         try:
             return await asyncio.to_thread(
-                self.store.publish, folder, name, actor=actor, why=why, base=engine.facts
+                self.store.publish, folder, name, actor=actor, why=why, source=source, base=facts
             )
-        except AdapterError:
-            self._metrics.refusals.labels("validation").inc()
+        except InvalidAdapter as error:
+            self._metrics.refuse("unpublished", error)  # no label is what a client made up
             raise
 
     async def point(self, name: str, alias: str, revision: str, *, actor: str, why: str) -> None:
@@ -198,46 +228,85 @@ class Reconciler:
 
         Raises AdapterError, AdapterRefused; then the alias is where it was.
         """
+        async with self._transition[name]:
+            await self._move(
+                name, alias, revision,
+                lambda: self.store.set_alias(name, alias, revision, actor=actor, why=why),
+            )  # fmt: skip
 
-        def move() -> None:
-            self.store.set_alias(name, alias, revision, actor=actor, why=why)
-
-        async with self._transition:
-            await self._move(name, alias, revision, move)
-
-    async def rollback(self, name: str, alias: str, *, actor: str, why: str) -> str:
-        """Move the alias back to its revision before, which is loaded and proved like any other."""
-        async with self._transition:
-            revision = await asyncio.to_thread(self.store.rollback_target, name, alias)
-
-            def move() -> None:
-                self.store.rollback(name, alias, actor=actor, why=why, expected=revision)
-
-            await self._move(name, alias, revision, move)
+    async def rollback(self, name: str, alias: str, *, to: str | None, actor: str, why: str) -> str:
+        """Move the alias back to `to` or its revision before, which is loaded and proved like any other."""
+        async with self._transition[name]:
+            revision = to if to else await asyncio.to_thread(self.store.rollback_target, name, alias)
+            await self._move(
+                name, alias, revision,
+                lambda: self.store.rollback(name, alias, to=to, actor=actor, why=why, expected=revision),
+            )  # fmt: skip
         return revision
 
     async def remove(self, name: str, alias: str, *, actor: str, why: str) -> None:
-        """Point the alias at nothing; its revision leaves the engine, and stays in the store."""
-        async with self._transition:
+        """Point the alias at nothing, which ends a canary or shadow; its revision leaves the engine."""
+        async with self._transition[name]:
             await asyncio.to_thread(self.store.remove_alias, name, alias, actor=actor, why=why)
             self._unpoint(name, alias)
+            await self._follow_traffic(name)
 
-    async def _move(self, name: str, alias: str, revision: str, move: Callable[[], None]) -> None:
-        manifest = await asyncio.to_thread(self.store.get, AdapterRef(name, revision=revision))
-        self._check_name(manifest)
+    async def split(
+        self, name: str, alias: str, revision: str | None, percent: float, *, actor: str, why: str
+    ) -> str:
+        """Give `canary` or `shadow` its share, after pointing it at `revision` if that is new."""
+        async with self._transition[name]:
+            await asyncio.to_thread(self.store.get, AdapterRef(name, alias=DEFAULT_ALIAS))
+            present = await asyncio.to_thread(self._aliased, name, alias)
+            if revision not in (None, present):
+                await self._move(
+                    name, alias, str(revision),
+                    lambda: self.store.set_alias(name, alias, str(revision), actor=actor, why=why),
+                )  # fmt: skip
+            await asyncio.to_thread(self.store.split, name, alias, percent, actor=actor, why=why)
+            await self._follow_traffic(name)
+        return str(revision or present)
+
+    async def promote(self, name: str, *, actor: str, why: str) -> str:
+        """Point `default` at what `canary` points at, and end the canary."""
+        async with self._transition[name]:
+            revision = await asyncio.to_thread(self._aliased, name, CANARY)
+            if revision is None:
+                raise AdapterNotFound(f"there is no adapter {name}@{CANARY}")
+            await self._move(
+                name, DEFAULT_ALIAS, revision,
+                lambda: self.store.promote(name, actor=actor, why=why, expected=revision),
+            )  # fmt: skip
+            self._unpoint(name, CANARY)
+            await self._follow_traffic(name)
+        return revision
+
+    async def published(self, model: str) -> Manifest | None:
+        """A revision that a client named and no alias points at, if the operator allows that."""
+        if not self._allow_revisions:
+            return None
         try:
-            resident = await self._make_resident(manifest, alias)
+            ref = AdapterRef.parse(model)
+            if ref.revision is None:
+                return None
+            manifest = await asyncio.to_thread(self.store.get, ref)
+        except (AdapterNotFound, InvalidRef):
+            return None
+        return manifest if manifest.task == "chat" else None
+
+    async def _move(self, name: str, alias: str, revision: str, move: Callable[[], object]) -> None:
+        manifest = await asyncio.to_thread(self.store.get, AdapterRef(name, revision=revision))
+        self._check(manifest)
+        try:
+            _, held = await self._residency.hold(manifest)
         except (AdapterError, ApiError) as error:
             self._record_failure(name, alias, error)
             raise
-        try:
+        with held:
             await asyncio.to_thread(move)
-        except BaseException:
-            self._retire_if_unused(resident)
-            raise
-        self._point(name, alias, resident)
+            self._point(manifest, alias)
 
-    def _check_name(self, manifest: Manifest) -> None:
+    def _check(self, manifest: Manifest) -> None:
         if manifest.name == self._served.base_model_name:
             raise AdapterRefused(f"{manifest.name} is the name of the base model: publish under another name")
         if manifest.task != "chat":
@@ -245,87 +314,27 @@ class Reconciler:
                 f"{manifest.name} is a {manifest.task} adapter: only chat adapters are served"
             )
 
-    # Transitions; all under the lock
+    # Transitions; all under the adapter's lock
 
-    async def _make_resident(self, manifest: Manifest, alias: str) -> Resident:
-        """Stage, load and prove a revision for `alias`. What fails leaves nothing in the engine."""
-        engine = self._live_engine()
-        ref = f"{manifest.name}@{manifest.revision}"
-        self._check_name(manifest)
-        others = self._served.pointed_besides(manifest.name, alias)
-        if ref not in others and len(others) >= self._max_adapters:
-            raise AdapterRefused(
-                f"{len(others)} other revisions are pointed at, and the limit is {self._max_adapters}: point fewer "
-                f"aliases, or start the service with XINGLIN_MAX_ADAPTERS={len(others) + 1} or more"
-            )
-        if ref in self._residents:
-            return self._residents[ref]
-        # The engine has room for twice as many; beyond that it would evict one that is in use.
-        if len(self._residents) >= 2 * self._max_adapters:
-            raise AdapterRefused(
-                f"{len(self._residents) - len(others)} revisions still answer requests from before their alias "
-                "moved: try again when those have ended, or start the service with a larger XINGLIN_MAX_ADAPTERS"
-            )
-        started = time.perf_counter()
-        folder, golden = await asyncio.to_thread(self._stage, manifest, engine.facts)
-        try:
-            loaded = await engine.load(ref, folder)
-        except AdapterRefused:
-            self._metrics.refusals.labels("load").inc()
-            raise
-        try:
-            if golden:
-                async with asyncio.timeout(_PROOF_SECONDS):
-                    proof = await prove(engine, loaded, golden, manifest.dtype)
-                logger.info(
-                    "%s proved itself: %d tokens of %d golden prompts, largest difference from the trainer %.1e",
-                    ref, proof.tokens, proof.prompts, max(proof.adapter_difference, proof.base_difference),
-                )  # fmt: skip
-        except BaseException as error:
-            self._metrics.refusals.labels("proof").inc()
-            await asyncio.shield(self._remove(loaded))
-            if isinstance(error, TimeoutError):
-                raise AdapterRefused(
-                    f"{ref} could not be proved within {_PROOF_SECONDS} s: the engine is busy with other adapters; "
-                    "try again, or start the service with a larger XINGLIN_MAX_LORAS"
-                ) from error
-            raise
-        resident = Resident(manifest, loaded, is_proven=bool(golden))
-        self._residents[ref] = resident
-        self._metrics.load_seconds.observe(time.perf_counter() - started)
-        return resident
-
-    def _stage(self, manifest: Manifest, facts: BaseModelFacts) -> tuple[Path, list[GoldenPrompt]]:
-        """Check a revision once more before an engine sees it; reading it also warms the page cache."""
-        folder = self.store.verify(manifest)
-        validate(folder, facts)
-        if not manifest.golden_prompts:
-            if not self._allow_unproven:
-                raise AdapterRefused(
-                    f"{manifest.name}@{manifest.revision} brings no {GOLDEN_FILE} to prove it by: train it with "
-                    "python -m training, or start the service with XINGLIN_ALLOW_UNPROVEN=true"
-                )
-            return folder, []
-        return folder, read_golden(folder / GOLDEN_FILE)
-
-    def _point(self, name: str, alias: str, resident: Resident) -> None:
+    def _point(self, manifest: Manifest, alias: str) -> None:
+        name, revision = manifest.name, manifest.revision
         before = self._served.find(AdapterRef(name, alias=alias))
-        self._served.point(name, alias, resident)
+        self._served.point(name, alias, manifest)
         self._served.expected.add((name, alias))
-        revision = resident.manifest.revision
         self.status[name, alias] = AliasStatus(
-            desired=revision, actual=revision, state="ready", is_proven=resident.is_proven
+            desired=revision, actual=revision, state="ready", is_proven=bool(manifest.golden_prompts)
         )
-        logger.info("%s@%s is answered by %s", name, alias, resident.ref)
+        logger.info("%s@%s is answered by %s", name, alias, revision)
         if before is not None:
-            self._retire_if_unused(before)
+            self._residency.let_go(_ref(before))
 
     def _unpoint(self, name: str, alias: str) -> None:
         before = self._served.find(AdapterRef(name, alias=alias))
         self._served.unpoint(name, alias)
+        self._served.expected.discard((name, alias))
         self.status.pop((name, alias), None)
         if before is not None:
-            self._retire_if_unused(before)
+            self._residency.let_go(_ref(before))
 
     def _record_failure(self, name: str, alias: str, error: Exception) -> None:
         logger.warning("%s@%s stays where it is: %s", name, alias, error)
@@ -343,44 +352,6 @@ class Reconciler:
         if status is None or status.last_error != str(error):  # once, not every round
             self._record_failure(name, alias, error)
 
-    # Leaving
 
-    def _retire_if_unused(self, resident: Resident) -> None:
-        """Let a revision that nothing points at leave the engine once its last request has ended."""
-        if self._served.is_pointed(resident):
-            return
-        task = asyncio.create_task(self._drain(resident), name=f"drain {resident.ref}")
-        self._drains.add(task)
-        task.add_done_callback(self._drains.discard)
-
-    async def _drain(self, resident: Resident) -> None:
-        await resident.unused.wait()
-        async with self._transition:
-            is_held = self._served.is_pointed(resident) or resident.leases
-            if is_held or self._residents.get(resident.ref) is not resident:
-                return  # pointed at again meanwhile (whoever ends that drains it again), or gone with its engine
-            del self._residents[resident.ref]
-            await self._remove(resident.loaded)
-
-    async def _remove(self, adapter: LoadedAdapter) -> None:
-        try:
-            await self._live_engine().remove(adapter)
-        except EngineUnavailable:
-            logger.info("%s left with its engine", adapter.name)
-
-    # Reading
-
-    def _live_engine(self) -> Engine:
-        if self._engine is None or self._engine.is_dead:
-            raise EngineUnavailable("the engine is not ready; GET /readyz says when it is")
-        return self._engine
-
-    async def held_by_engine(self) -> list[str]:
-        """The refs the engine's workers hold, asked from them: ours by name, others by `id:N`."""
-        engine = self._live_engine()
-        names = {resident.loaded.engine_id: resident.ref for resident in self._residents.values()}
-        return sorted(names.get(id_, f"id:{id_}") for id_ in await engine.resident())
-
-    def leases(self) -> dict[str, int]:
-        """Requests that hold each resident revision now, draining ones included."""
-        return {ref: resident.leases for ref, resident in sorted(self._residents.items())}
+def _ref(manifest: Manifest) -> str:
+    return f"{manifest.name}@{manifest.revision}"

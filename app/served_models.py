@@ -1,57 +1,29 @@
-"""Which revision answers to which name. Requests lease from here; only the reconciler changes it."""
+"""Which revision answers to which name. Requests choose here; only the reconciler changes it."""
 
-import asyncio
-from dataclasses import dataclass, field
-from typing import Self
+import random
+from dataclasses import dataclass
 
-from adapters import DEFAULT_ALIAS, AdapterRef, InvalidRef, Manifest
-from app.engine.base import LoadedAdapter
+from adapters import (
+    CANARY,
+    DEFAULT_ALIAS,
+    SHADOW,
+    AdapterRef,
+    InvalidRef,
+    Manifest,
+    Traffic,
+    is_in_share,
+)
 from app.errors import AdapterUnavailable, ModelNotFound
 
 
-@dataclass(eq=False)
-class Resident:
-    """A revision the engine holds."""
+@dataclass(frozen=True)
+class Choice:
+    """Who answers one request."""
 
-    manifest: Manifest
-    loaded: LoadedAdapter
-    is_proven: bool
-    leases: int = 0
-    unused: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while no request holds a lease."""
-
-    def __post_init__(self) -> None:
-        self.unused.set()
-
-    @property
-    def ref(self) -> str:
-        """`name@revision`"""
-        return self.loaded.name
-
-
-class Lease:
-    """A request's hold on what answers it, one revision or the base model; a context manager."""
-
-    def __init__(self, resident: Resident | None, base_fingerprint: str) -> None:
-        self.resident = resident
-        self.fingerprint = resident.ref if resident else base_fingerprint
-        if resident:
-            resident.leases += 1
-            resident.unused.clear()
-
-    @property
-    def adapter(self) -> LoadedAdapter | None:
-        """What the engine needs; None for the base model."""
-        return self.resident.loaded if self.resident else None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.resident:
-            self.resident.leases -= 1
-            if self.resident.leases == 0:
-                self.resident.unused.set()
+    manifest: Manifest | None
+    """None for the base model."""
+    shadow: Manifest | None = None
+    """Who gets a copy of it."""
 
 
 class ServedModels:
@@ -62,57 +34,80 @@ class ServedModels:
         self.base_fingerprint = base_model_name
         self.expected: set[tuple[str, str]] = set()
         """Aliases in the store, so that a name not ready yet gets another answer than an unknown one."""
-        self._pointed: dict[tuple[str, str], Resident] = {}
+        self.traffic: dict[str, Traffic] = {}
+        """By adapter; those without canary and shadow are left out."""
+        self._pointed: dict[tuple[str, str], Manifest] = {}
 
-    def lease(self, model: str) -> Lease:
-        """Lease what answers to `model` now. Raises ModelNotFound, AdapterUnavailable."""
+    def choose(self, model: str, session: str | None = None) -> Choice:
+        """Who answers a request for `model`. The same `session` gets the same side of a canary each time.
+
+        Raises ModelNotFound, AdapterUnavailable.
+        """
         if model == self.base_model_name:
-            return Lease(None, self.base_fingerprint)
+            return Choice(None)
         try:
             ref = AdapterRef.parse(model)
         except InvalidRef as error:
-            raise self._not_found(model) from error
-        resident = self.find(ref)
-        if resident is None:
+            raise self.not_found(model) from error
+        manifest = self.find(ref)
+        if manifest is None:
             if (ref.name, ref.alias) in self.expected:
                 raise AdapterUnavailable(f"{model} is not ready: GET /v1/adapters says why", param="model")
-            raise self._not_found(model)
-        return Lease(resident, self.base_fingerprint)
+            raise self.not_found(model)
+        if ref.alias == DEFAULT_ALIAS and (traffic := self.traffic.get(ref.name)):
+            return self._split(ref.name, manifest, traffic, session)
+        return Choice(manifest)
 
-    def find(self, ref: AdapterRef) -> Resident | None:
+    def _split(self, name: str, manifest: Manifest, traffic: Traffic, session: str | None) -> Choice:
+        """A canary or shadow that does not stand (yet) gets nothing: the rest goes on as ever."""
+        canary = self._pointed.get((name, CANARY))
+        shadow = self._pointed.get((name, SHADOW))
+        if canary and _is_chosen(traffic.canary, canary, session):
+            manifest = canary
+        if shadow and not _is_chosen(traffic.shadow, shadow, None):
+            shadow = None
+        return Choice(manifest, shadow)
+
+    def find(self, ref: AdapterRef) -> Manifest | None:
         """What `ref` names, if it is pointed at."""
         if ref.revision is None:
             return self._pointed.get((ref.name, ref.alias or DEFAULT_ALIAS))
-        return next((r for r in self._pointed.values() if r.ref == str(ref)), None)
+        return next(
+            (m for m in self._pointed.values() if (m.name, m.revision) == (ref.name, ref.revision)), None
+        )
 
-    def _not_found(self, model: str) -> ModelNotFound:
-        names = ", ".join([self.base_model_name, *(name for name, _ in self.named())])
+    def not_found(self, model: str) -> ModelNotFound:
+        """The error for a name that nothing answers to; it lists some that something does."""
+        names = [self.base_model_name, *(name for name, _ in self.named())]
+        listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         shown = model if len(model) <= 80 else model[:77] + "..."
-        return ModelNotFound(f"the model {shown!r} does not exist; served are: {names}", param="model")
+        return ModelNotFound(f"the model {shown!r} does not exist; served are: {listed}", param="model")
 
-    def named(self) -> list[tuple[str, Resident]]:
+    def named(self) -> list[tuple[str, Manifest]]:
         """Every name that can be asked for, with what answers; the alias `default` goes by the bare name."""
         return [
-            (name if alias == DEFAULT_ALIAS else f"{name}@{alias}", resident)
-            for (name, alias), resident in sorted(self._pointed.items(), key=lambda item: item[0])
+            (name if alias == DEFAULT_ALIAS else f"{name}@{alias}", manifest)
+            for (name, alias), manifest in sorted(self._pointed.items(), key=lambda item: item[0])
         ]
 
-    def point(self, name: str, alias: str, resident: Resident) -> None:
-        """From now on `name@alias` is answered by `resident`."""
-        self._pointed[name, alias] = resident
+    def point(self, name: str, alias: str, manifest: Manifest) -> None:
+        """From now on `name@alias` is answered by this revision."""
+        self._pointed[name, alias] = manifest
 
     def unpoint(self, name: str, alias: str) -> None:
         """From now on nothing answers to `name@alias`."""
         self._pointed.pop((name, alias), None)
 
-    def pointed_besides(self, name: str, alias: str) -> set[str]:
-        """The refs of all revisions that some other name than `name@alias` is answered by."""
-        return {resident.ref for key, resident in self._pointed.items() if key != (name, alias)}
-
-    def is_pointed(self, resident: Resident) -> bool:
-        """Whether any name is answered by `resident`."""
-        return any(resident is other for other in self._pointed.values())
+    def is_pointed(self, ref: str) -> bool:
+        """Whether any name is answered by the revision `name@revision`."""
+        return any(f"{manifest.name}@{manifest.revision}" == ref for manifest in self._pointed.values())
 
     def clear(self) -> None:
         """Point at nothing: the engine is gone."""
         self._pointed.clear()
+
+
+def _is_chosen(percent: float, manifest: Manifest, session: str | None) -> bool:
+    if session is None:
+        return random.random() * 100 < percent  # noqa: S311 - a share, and no secret
+    return is_in_share(percent, revision=manifest.revision, session=session)

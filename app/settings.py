@@ -2,9 +2,9 @@
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -39,8 +39,24 @@ class Settings(BaseSettings):
         (),
         description="Folders, separated by ':', that POST /v1/adapters may read besides the data directory",
     )
+    sources: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Where POST /v1/adapters may fetch from: prefixes such as hf://my-org/, s3://bucket/path/, "
+        "https://host/, separated by spaces",
+    )
+    private_networks: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Private addresses or networks that may be fetched from all the same, separated by spaces",
+    )
+    max_adapter_gib: float = Field(2.0, gt=0, description="Largest upload or download, packed and unpacked")
     allow_unproven: bool = Field(
         False, description="Serve adapters that bring no golden prompts to prove them by"
+    )
+    allow_revisions: bool = Field(
+        False, description="Let clients name any published revision, pointed at or not, as name@revision"
+    )
+    shadow_texts: bool = Field(
+        False, description="Keep questions and answers of shadow comparisons, and not only how they compare"
     )
     max_lora_rank: int = Field(16, description="Largest rank of an adapter; memory is reserved for it")
     max_loras: int = Field(
@@ -48,7 +64,15 @@ class Settings(BaseSettings):
         ge=1,
         description="Adapters that may share one batch; memory is reserved for each, and for one under proof",
     )
-    max_adapters: int = Field(32, ge=1, description="Revisions that may be pointed at, at once")
+    max_resident: int = Field(
+        32, ge=2, description="Revisions the engine holds at once; the others are loaded when asked for"
+    )
+    max_resident_gib: float = Field(
+        8.0, gt=0, description="Memory for the weights of those, in GiB of adapter files"
+    )
+    adapter_wait_seconds: float = Field(
+        30.0, gt=0, description="How long a request may wait for its adapter's turn before it gets 503"
+    )
     max_model_len: int | None = Field(
         None, ge=1, description="Context length in tokens. Default: the model's own"
     )
@@ -76,6 +100,20 @@ class Settings(BaseSettings):
         if value not in LORA_RANKS:
             raise ValueError(f"must be one of {', '.join(map(str, LORA_RANKS))}")
         return value
+
+    @field_validator("sources", "private_networks", mode="before")
+    @classmethod
+    def _split_at_spaces(cls, value: object) -> object:
+        return tuple(value.split()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _residents_fill_the_slots(self) -> Self:
+        if self.max_resident <= self.max_loras:
+            raise ValueError(
+                f"max_resident is {self.max_resident} and must be above max_loras, which is {self.max_loras}: "
+                "what shares a batch is held, and one more is being loaded"
+            )
+        return self
 
     @field_validator("publish_roots", mode="before")
     @classmethod

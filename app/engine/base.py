@@ -1,6 +1,6 @@
 """What the service needs of an engine. app.engine.vllm is the one there is."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,10 @@ class TokenScore:
     """Natural logarithm."""
     best: float
     """The same for the likeliest token at this place."""
+
+
+OnTokens = Callable[[int, int], None]
+"""Called with the number of prompt tokens and of new tokens whenever an answer grows."""
 
 
 class Engine(Protocol):
@@ -58,6 +62,12 @@ class Engine(Protocol):
         """Score `token_ids` after `prompt_token_ids`, teacher-forced in one prefill: one score a token."""
         ...
 
+    async def greedy(
+        self, prompt_token_ids: Sequence[int], adapter: LoadedAdapter | None, max_tokens: int
+    ) -> list[int]:
+        """The likeliest tokens after a prompt, the end-of-text token included: at least one."""
+        ...
+
     async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The token ids of a chat prompt, as a request would have them."""
         ...
@@ -69,6 +79,7 @@ class Engine(Protocol):
         request_id: str,
         adapter: LoadedAdapter | None,
         fingerprint: str,
+        on_tokens: OnTokens,
     ) -> dict[str, Any] | AsyncGenerator[str]:
         """Answer one chat completion request: a whole reply, or ready server-sent events.
 

@@ -9,14 +9,12 @@ vLLM's own OpenAI serving classes, which bring every feature of its server. Thre
 """
 
 import asyncio
-import copy
 import itertools
 import json
 import logging
 import os
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,22 +23,22 @@ from huggingface_hub import snapshot_download
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.renderers.online_renderer import OnlineRenderer
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from adapters import BaseModelFacts, fingerprint
 from app import errors
-from app.engine.base import LoadedAdapter, TokenScore
+from app.engine.base import LoadedAdapter, OnTokens, TokenScore
+from app.engine.vllm_chat import Chat, api_error, bad_request, continued, unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ class EngineOptions:
     max_num_seqs: int
     max_lora_rank: int
     max_loras: int
-    max_adapters: int
+    max_resident: int
     kv_cache_gib: float
     gpu_memory_utilization: float
 
@@ -91,7 +89,7 @@ class VllmEngine:
             chat_template=None,
             chat_template_content_format="auto",
         )
-        self._chat = _Chat(
+        self._chat = Chat(
             llm,
             models,
             "assistant",
@@ -134,8 +132,8 @@ class VllmEngine:
             max_lora_rank=options.max_lora_rank,
             # One more, so that a revision under proof finds room while max_loras others are busy.
             max_loras=options.max_loras + 1,
-            # Old and new revisions overlap while an alias moves.
-            max_cpu_loras=max(2 * options.max_adapters, options.max_loras + 1),
+            # One more than we ever hold: what vLLM evicts by itself, it would read from disk inside a step.
+            max_cpu_loras=max(options.max_resident, options.max_loras) + 1,
             worker_extension_cls=CPU_WORKER_EXTENSION if on_cpu else CUDA_WORKER_EXTENSION,
             disable_log_stats=True,
         )
@@ -174,7 +172,9 @@ class VllmEngine:
         ):
             request_id = f"warm-up-{next(self._request_ids)}"
             body = {**ask, **extra, "model": self.facts.name}
-            await self.chat(body, request_id=request_id, adapter=None, fingerprint="")
+            await self.chat(
+                body, request_id=request_id, adapter=None, fingerprint="", on_tokens=lambda *_: None
+            )
         await self.score([0], [0], None)
 
     @property
@@ -211,10 +211,10 @@ class VllmEngine:
         try:
             while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
                 if self.is_dead:
-                    raise _unavailable()
+                    raise unavailable()
             return task.result()
         except EngineDeadError as error:
-            raise _unavailable() from error
+            raise unavailable() from error
         finally:
             task.cancel()
 
@@ -225,18 +225,35 @@ class VllmEngine:
         given = [*prompt_token_ids, *token_ids]
         # The given token's logprob and the best one's. The one token that is generated is not used.
         parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
-        lora = None if adapter is None else _lora_request(adapter)
-        request_id = f"score-{next(self._request_ids)}"
-        try:
-            outputs = self._llm.generate(tokens_input(given), parameters, request_id, lora_request=lora)
-            (output,) = [output async for output in outputs]
-        except Exception as error:  # vLLM raises its own and built-in errors alike
-            raise self._chat.translated(error) from error
+        output = await self._generate(given, parameters, adapter)
         scores = output.prompt_logprobs[len(prompt_token_ids) :]
         return [
             TokenScore(score[token].logprob, max(entry.logprob for entry in score.values()))
             for score, token in zip(scores, token_ids, strict=True)
         ]
+
+    async def greedy(
+        self, prompt_token_ids: Sequence[int], adapter: LoadedAdapter | None, max_tokens: int
+    ) -> list[int]:
+        """See Engine.greedy."""
+        parameters = SamplingParams(max_tokens=max_tokens, temperature=0, detokenize=False)
+        output = await self._generate(list(prompt_token_ids), parameters, adapter)
+        return list(output.outputs[0].token_ids)
+
+    async def _generate(
+        self, prompt_token_ids: list[int], parameters: SamplingParams, adapter: LoadedAdapter | None
+    ) -> RequestOutput:
+        parameters.output_kind = RequestOutputKind.FINAL_ONLY
+        lora = None if adapter is None else _lora_request(adapter)
+        request_id = f"own-{next(self._request_ids)}"
+        prompt = tokens_input(prompt_token_ids)
+        try:
+            (output,) = [
+                o async for o in self._llm.generate(prompt, parameters, request_id, lora_request=lora)
+            ]
+        except Exception as error:  # vLLM raises its own and built-in errors alike
+            raise self._chat.translated(error) from error
+        return output
 
     async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See Engine.render."""
@@ -246,7 +263,7 @@ class VllmEngine:
         except Exception as error:  # as in score
             raise self._chat.translated(error) from error
         if isinstance(rendered, ErrorResponse):
-            raise _api_error(rendered)
+            raise api_error(rendered)
         _, (prompt,) = rendered
         return list(prompt["prompt_token_ids"])
 
@@ -257,26 +274,27 @@ class VllmEngine:
         request_id: str,
         adapter: LoadedAdapter | None,
         fingerprint: str,
+        on_tokens: OnTokens,
     ) -> dict[str, Any] | AsyncGenerator[str]:
         """See Engine.chat."""
         try:
             # Ids come from us: two requests of one id would be an error inside the engine.
             request = ChatCompletionRequest.model_validate({**body, "request_id": request_id})
         except ValidationError as error:
-            raise _bad_request(error) from error
+            raise bad_request(error) from error
         except Exception as error:  # vLLM's own validators raise what pydantic does not wrap
             param = getattr(error, "parameter", None)
             raise errors.BadRequest(
                 str(error) or "invalid request", code="invalid_value", param=param
             ) from error
         lora = None if adapter is None else _lora_request(adapter)
-        chat = self._chat.for_one_request(str(request.model), lora, fingerprint)
+        chat = self._chat.for_one_request(str(request.model), lora, fingerprint, on_tokens)
         try:
             reply = await chat.create_chat_completion(request)
             if isinstance(reply, AsyncGenerator):
                 first = await anext(reply)
                 if chat.failure is None:
-                    return _continued(first, reply, chat)
+                    return continued(first, reply, chat)
                 await reply.aclose()
                 raise chat.failure
         except errors.ApiError:
@@ -284,7 +302,7 @@ class VllmEngine:
         except Exception as error:  # vLLM raises its own and built-in errors alike
             raise chat.translated(error) from error
         if isinstance(reply, ErrorResponse):
-            raise _api_error(reply)
+            raise api_error(reply)
         return {**reply.model_dump(), "system_fingerprint": fingerprint}
 
     async def close(self) -> None:
@@ -292,66 +310,9 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown)
 
 
-async def _continued(first: str, rest: AsyncGenerator[str], chat: "_Chat") -> AsyncGenerator[str]:
-    try:
-        yield first
-        async for event in rest:
-            yield event
-            if chat.failure is not None:
-                return  # an error event is the last: no [DONE] after it
-    finally:
-        await rest.aclose()  # a client that leaves aborts its request in the engine
-
-
 class _AsyncLLM(AsyncLLM):
     def __del__(self) -> None:
         """VllmEngine.close shuts it down; at interpreter exit vLLM's own finalizer finds its modules gone."""
-
-
-class _OneModel(OpenAIServingModels):
-    """The only model vLLM's serving code sees while it answers one request: the one that is leased."""
-
-    def __init__(self, name: str, lora: LoRARequest | None) -> None:
-        self._name = name
-        self.lora_requests = {} if lora is None else {name: lora}
-        self.base_model_paths = [BaseModelPath(name, name)]
-
-    def is_base_model(self, model_name: str) -> bool:
-        return model_name == self._name and not self.lora_requests
-
-    def model_name(self, lora_request: LoRARequest | None = None) -> str:
-        return self._name  # the reply echoes what was asked, not name@revision
-
-
-class _Chat(OpenAIServingChat):
-    """vLLM's chat serving with our errors. A shallow copy serves each request."""
-
-    failure: errors.ApiError | None = None
-
-    def for_one_request(self, model: str, lora: LoRARequest | None, fingerprint: str) -> "_Chat":
-        one = copy.copy(self)
-        one.models = _OneModel(model, lora)
-        one.system_fingerprint = fingerprint
-        return one
-
-    def create_streaming_error_response(
-        self,
-        message: str | Exception,
-        err_type: str = "BadRequestError",
-        status_code: HTTPStatus = HTTPStatus.BAD_REQUEST,
-        param: str | None = None,
-    ) -> str:
-        """The event that ends a broken stream; `failure` keeps it, for when no status was sent yet."""
-        if isinstance(message, Exception):
-            self.failure = self.translated(message)
-        else:
-            self.failure = _api_error(create_error_response(message, err_type, status_code, param))
-        return json.dumps(errors.body(self.failure))
-
-    def translated(self, error: Exception) -> errors.ApiError:
-        if isinstance(error, EngineDeadError) or self.engine_client.errored:
-            return _unavailable()
-        return _api_error(create_error_response(error))
 
 
 def _saved_dtype(folder: Path) -> str:
@@ -363,34 +324,3 @@ def _saved_dtype(folder: Path) -> str:
 def _lora_request(adapter: LoadedAdapter) -> LoRARequest:
     # The prefix cache is keyed by name and path: both are new with every revision.
     return LoRARequest(adapter.name, adapter.engine_id, str(adapter.folder))
-
-
-def _unavailable() -> errors.EngineUnavailable:
-    return errors.EngineUnavailable("the engine stopped and is being restarted; try again in a moment")
-
-
-def _bad_request(error: ValidationError) -> errors.BadRequest:
-    """The first problem of a request body, by the field it lies in; values are not repeated."""
-    first = error.errors(include_input=False, include_url=False)[0]
-    fields = [str(part) for part in first["loc"] if not any(mark in str(part) for mark in "[(-")]
-    param = ".".join(fields) or None
-    missing = first["type"] == "missing"
-    return errors.BadRequest(
-        f"{param}: {first['msg']}" if param else first["msg"],
-        code="missing_required_parameter" if missing else "invalid_value",
-        param=param,
-    )
-
-
-def _api_error(response: ErrorResponse) -> errors.ApiError:
-    error = response.error
-    if error.code == HTTPStatus.NOT_FOUND:
-        return errors.ModelNotFound(error.message, param=error.param)
-    if error.code == HTTPStatus.SERVICE_UNAVAILABLE:
-        return errors.EngineUnavailable(error.message, param=error.param)
-    if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return errors.EngineFailed(error.message or "the engine failed on this request", param=error.param)
-    too_long = "maximum context length" in error.message or "max_model_len" in error.message
-    return errors.BadRequest(
-        error.message, code="context_length_exceeded" if too_long else "invalid_value", param=error.param
-    )

@@ -1,33 +1,22 @@
-"""What operators do with adapters: see, publish, point, roll back. All but seeing needs the admin key."""
+"""What operators do with adapters: see, publish, point, roll back, prune. All but seeing needs the admin key."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters import DEFAULT_ALIAS, AdapterRef
+from adapters import DEFAULT_ALIAS, AdapterRef, Manifest, diff
 from app.access import admin
 from app.access import chat as may_look
 from app.errors import EngineUnavailable, PathNotAllowed
 from app.reconciler import Reconciler
+from app.residency import Residency
 
 router = APIRouter()
 
 ACTOR = "http"
-
-
-class PublishRequest(BaseModel):
-    """A folder on the server's own disk, below one of its publish roots."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(description="The adapter's name")
-    path: str = Field(description="The folder that holds adapter_config.json, absolute or below a root")
-    alias: str | None = Field(
-        DEFAULT_ALIAS, description="Alias to point at it once it proved itself; null for none"
-    )
-    why: str = Field("", max_length=500, description="Kept in the adapter's log")
 
 
 class PointRequest(BaseModel):
@@ -40,22 +29,29 @@ class PointRequest(BaseModel):
 
 
 class RollbackRequest(BaseModel):
-    """Which alias shall go back to its revision before."""
+    """Which alias shall go back, and to what."""
 
     model_config = ConfigDict(extra="forbid")
 
     alias: str = DEFAULT_ALIAS
+    revision: str | None = Field(default=None, description="Any earlier revision; null for the one before")
+    why: str = Field(default="", max_length=500, description="Kept in the adapter's log")
+
+
+class PruneRequest(BaseModel):
+    """How many revisions shall stay, besides those that aliases, rollbacks and engines need."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keep: int = Field(default=5, ge=0, description="The newest so many")
     why: str = Field(default="", max_length=500, description="Kept in the adapter's log")
 
 
 @router.get("/v1/adapters", dependencies=[Depends(may_look)])
 async def list_adapters(request: Request) -> dict[str, Any]:
-    """Every alias with its desired and actual revision, and what the engine's workers hold."""
+    """Every alias with its desired and actual revision, and what the engine holds and who waits for it."""
     reconciler: Reconciler = request.state.reconciler
-    try:
-        held: list[str] | None = await reconciler.held_by_engine()
-    except EngineUnavailable:
-        held = None
+    residency: Residency = request.state.residency
     aliases = [
         {
             "name": name,
@@ -64,24 +60,82 @@ async def list_adapters(request: Request) -> dict[str, Any]:
             "actual": status.actual,
             "status": status.state,
             "proven": status.is_proven,
+            "resident": residency.is_resident(f"{name}@{status.actual}"),
+            "percent": _percent(request, name, alias),
             "last_error": status.last_error,
         }
         for (name, alias), status in sorted(reconciler.status.items())
     ]
-    return {"object": "list", "data": aliases, "engine": {"held": held, "leases": reconciler.leases()}}
+    return {"object": "list", "data": aliases, "engine": await _engine(residency)}
 
 
-@router.post("/v1/adapters", dependencies=[Depends(admin)])
-async def publish_adapter(request: Request, wanted: PublishRequest) -> dict[str, Any]:
-    """Publish a folder; with an alias, load and prove the revision and only then point the alias at it."""
-    reconciler: Reconciler = request.state.reconciler
-    folder = allowed_folder(wanted.path, request.state.publish_roots)
-    if wanted.alias is not None:
-        AdapterRef.parse(f"{wanted.name}@{wanted.alias}")
-    manifest = await reconciler.publish(folder, wanted.name, actor=ACTOR, why=wanted.why)
-    if wanted.alias is not None:
-        await reconciler.point(wanted.name, wanted.alias, manifest.revision, actor=ACTOR, why=wanted.why)
-    return {"name": manifest.name, "revision": manifest.revision, "alias": wanted.alias}
+def _percent(request: Request, name: str, alias: str) -> float | None:
+    """The alias's share of the requests for `name`; None for an alias that shares in none."""
+    traffic = request.state.served_models.traffic.get(name)
+    share: float | None = getattr(traffic, alias, None) if alias in ("canary", "shadow") else None
+    return share
+
+
+async def _engine(residency: Residency) -> dict[str, Any]:
+    try:
+        held: list[str] | None = await residency.held_by_engine()
+    except EngineUnavailable:
+        held = None
+    residents, waiting, limits = residency.residents(), residency.waiting(), residency.limits
+    return {
+        "held": held,
+        "leases": {resident.loaded.name: residency.leases(resident.loaded.name) for resident in residents},
+        "residents": [
+            {
+                "ref": resident.loaded.name,
+                "bytes": resident.size,
+                "leases": residency.leases(resident.loaded.name),
+                "proven": bool(resident.manifest.golden_prompts),
+                "last_used": round(resident.last_used, 3),
+            }
+            for resident in residents
+        ],
+        "waiting": waiting,
+        "max_resident": limits.max_resident,
+        "max_resident_bytes": limits.max_resident_bytes,
+        "slots": limits.max_loras,
+        "slots_taken": residency.slots_taken,
+    }
+
+
+@router.get("/v1/adapters/{name}", dependencies=[Depends(may_look)])
+async def show_adapter(request: Request, name: str) -> dict[str, Any]:
+    """Every revision of an adapter with its manifest, the aliases and their shares, and the log."""
+    store = request.state.reconciler.store
+
+    def read() -> dict[str, Any]:
+        return {
+            "name": name,
+            "aliases": store.aliases(name),
+            "traffic": store.traffic(name).model_dump(),
+            "revisions": [manifest.model_dump(mode="json") for manifest in store.revisions(name)],
+            "log": [entry.model_dump(mode="json", exclude_none=True) for entry in store.log(name)],
+        }
+
+    return await asyncio.to_thread(read)
+
+
+@router.get("/v1/adapters/{name}/diff", dependencies=[Depends(may_look)])
+async def diff_revisions(request: Request, name: str, old: str, new: str = DEFAULT_ALIAS) -> dict[str, Any]:
+    """Which modules moved between two revisions, given as aliases or revisions, and by how much."""
+    store = request.state.reconciler.store
+
+    def compare() -> dict[str, Any]:
+        manifests: list[Manifest] = [store.get(AdapterRef.parse(f"{name}@{one}")) for one in (old, new)]
+        found = diff(*(store.folder(name, manifest.revision) for manifest in manifests))
+        return {
+            "name": name,
+            "old": manifests[0].revision,
+            "new": manifests[1].revision,
+            **found.model_dump(),
+        }
+
+    return await asyncio.to_thread(compare)
 
 
 @router.put("/v1/adapters/{name}/aliases/{alias}", dependencies=[Depends(admin)])
@@ -92,13 +146,30 @@ async def point_alias(request: Request, name: str, alias: str, wanted: PointRequ
     return {"name": name, "revision": wanted.revision, "alias": alias}
 
 
+@router.delete("/v1/adapters/{name}/aliases/{alias}", dependencies=[Depends(admin)])
+async def remove_alias(request: Request, name: str, alias: str, why: str = "") -> dict[str, Any]:
+    """Point the alias at nothing: its revision leaves the engine, and stays in the store."""
+    reconciler: Reconciler = request.state.reconciler
+    await reconciler.remove(name, alias, actor=ACTOR, why=why)
+    return {"name": name, "alias": alias, "deleted": True}
+
+
 @router.post("/v1/adapters/{name}/rollback", dependencies=[Depends(admin)])
 async def roll_back(request: Request, name: str, wanted: RollbackRequest | None = None) -> dict[str, Any]:
-    """Point the alias back at its revision before."""
+    """Point the alias back at its revision before, or at any earlier one."""
     wanted = wanted or RollbackRequest()
     reconciler: Reconciler = request.state.reconciler
-    revision = await reconciler.rollback(name, wanted.alias, actor=ACTOR, why=wanted.why)
+    revision = await reconciler.rollback(name, wanted.alias, to=wanted.revision, actor=ACTOR, why=wanted.why)
     return {"name": name, "revision": revision, "alias": wanted.alias}
+
+
+@router.post("/v1/adapters/{name}/prune", dependencies=[Depends(admin)])
+async def prune(request: Request, name: str, wanted: PruneRequest | None = None) -> dict[str, Any]:
+    """Remove old revisions that no alias, rollback or engine needs."""
+    wanted = wanted or PruneRequest()
+    store = request.state.reconciler.store
+    removed = await asyncio.to_thread(store.prune, name, keep=wanted.keep, actor=ACTOR, why=wanted.why)
+    return {"name": name, "removed": removed}
 
 
 def allowed_folder(path: str, roots: tuple[Path, ...]) -> Path:

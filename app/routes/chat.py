@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,11 +17,18 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from adapters import AdapterError
 from app.access import chat as may_chat
-from app.errors import ApiError, BadRequest, row
+from app.errors import ApiError, BadRequest, ModelNotFound, row
+from app.metrics import Meter
+from app.residency import Lease
+from app.served_models import Choice
+from app.shadow import Original
 
 router = APIRouter()
 
+CLIENT_LEFT = 499
+DONE = "data: [DONE]\n\n"
 MAX_BODY_BYTES = 4 << 20  # parsing blocks everybody; the longest contexts are below this
 BODY_SECONDS = 60
 
@@ -31,37 +38,89 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer one chat completion request, as OpenAI's API does."""
     state = request.state
     started = time.perf_counter()
-    served_as = "unknown"  # a label is never what a client made up
-    status = 499  # the client left
+    meter = Meter(state.metrics, "unknown", "unknown", started)  # a label is never what a client made up
+    status = CLIENT_LEFT
+    is_stream = False
     try:
         with ExitStack() as held:
             held.enter_context(state.admission.place())
             body = await _body(request)
-            engine = state.supervisor.engine
-            lease = held.enter_context(state.served_models.lease(body["model"]))
-            served_as = body["model"]
+            choice = await _choose(request, body)
+            meter = _meter(request, choice, started)
             request_id = uuid.uuid4().hex
             headers = {"x-request-id": request_id}
-            if lease.resident:
-                headers["x-adapter-revision"] = lease.resident.manifest.revision
+            if choice.manifest:
+                headers["x-adapter-revision"] = choice.manifest.revision
             answer = await _unless_client_leaves(
-                request,
-                engine.chat(
-                    body, request_id=request_id, adapter=lease.adapter, fingerprint=lease.fingerprint
-                ),
+                request, _answer(request, body, choice, request_id, meter, held)
             )
-            status = 200
+            copy = _copy_for_shadow(request_id, body, choice, started)
             if isinstance(answer, dict):
+                status = 200
+                if copy:
+                    copy.reply = answer
+                    state.shadow.offer(copy)
                 return JSONResponse(answer, headers=headers)
-            state.metrics.time_to_first_event.observe(time.perf_counter() - started)
-            return _EventStream(answer, held.pop_all(), headers)
+            is_stream = True
+
+            def finish(status: int) -> None:
+                meter.end(status, is_stream=True)
+                if copy and status == 200:
+                    state.shadow.offer(copy)
+
+            return _EventStream(
+                answer, held.pop_all(), headers, on_end=finish, keep=copy.events if copy else None
+            )
     except (_ClientLeft, ClientDisconnect):
-        return Response(status_code=499)
+        return Response(status_code=CLIENT_LEFT)
     except Exception as error:
-        status = row(error).status if isinstance(error, ApiError) else 500
+        status = row(error).status if isinstance(error, ApiError | AdapterError) else 500
         raise
     finally:
-        state.metrics.requests.labels(served_as, status).inc()
+        if not is_stream:
+            meter.end(status, is_stream=False)
+
+
+async def _choose(request: Request, body: dict[str, Any]) -> Choice:
+    user = body.get("user")
+    session = request.headers.get("x-session-id") or (user if isinstance(user, str) else None)
+    try:
+        choice: Choice = request.state.served_models.choose(body["model"], session)
+    except ModelNotFound:
+        manifest = await request.state.reconciler.published(body["model"])
+        if manifest is None:
+            raise
+        return Choice(manifest)
+    return choice
+
+
+def _meter(request: Request, choice: Choice, started: float) -> Meter:
+    if choice.manifest is None:
+        return Meter(request.state.metrics, request.state.served_models.base_model_name, "base", started)
+    return Meter(request.state.metrics, choice.manifest.name, choice.manifest.revision, started)
+
+
+async def _answer(
+    request: Request, body: dict[str, Any], choice: Choice, request_id: str, meter: Meter, held: ExitStack
+) -> dict[str, Any] | AsyncGenerator[str]:
+    """Lease what was chosen, which may take a turn in a queue and a load, and ask it."""
+    lease: Lease = held.enter_context(await request.state.residency.lease(choice.manifest))
+    manifest, served = lease.manifest, request.state.served_models
+    return await lease.engine.chat(
+        body,
+        request_id=request_id,
+        adapter=lease.adapter,
+        fingerprint=f"{manifest.name}@{manifest.revision}" if manifest else served.base_fingerprint,
+        on_tokens=meter.on_tokens,
+    )
+
+
+def _copy_for_shadow(
+    request_id: str, body: dict[str, Any], choice: Choice, started: float
+) -> Original | None:
+    if choice.manifest is None or choice.shadow is None or choice.shadow == choice.manifest:
+        return None
+    return Original(request_id, body, choice.manifest, choice.shadow, started)
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -119,10 +178,33 @@ class _EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str], held: ExitStack, headers: dict[str, str]) -> None:
-        super().__init__(events, headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(
+        self,
+        events: AsyncGenerator[str],
+        held: ExitStack,
+        headers: dict[str, str],
+        *,
+        on_end: Callable[[int], None],
+        keep: list[str] | None,
+    ) -> None:
+        """`on_end` is called once with the outcome as a status; `keep` collects the events."""
+        super().__init__(
+            self._watched(events, keep),
+            headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
         self._events = events
         self._held = held
+        self._on_end = on_end
+        self._outcome = CLIENT_LEFT
+
+    async def _watched(self, events: AsyncGenerator[str], keep: list[str] | None) -> AsyncGenerator[str]:
+        last = ""
+        async for event in events:
+            last = event
+            if keep is not None:
+                keep.append(event)
+            yield event
+        self._outcome = 200 if last == DONE else 500
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -130,3 +212,4 @@ class _EventStream(StreamingResponse):
         finally:
             with self._held:
                 await self._events.aclose()
+            self._on_end(self._outcome)

@@ -22,16 +22,20 @@ async def show_model(request: Request, model: str) -> dict[str, Any]:
     for card in _cards(request):
         if card["id"] == model:
             return card
-    with request.state.served_models.lease(model) as lease:  # raises for what is not served
-        if lease.resident is None:
-            raise ModelNotFound(f"the model {model!r} does not exist", param="model")
-        return _card(request, model, lease.resident.manifest)
+    served = request.state.served_models
+    try:
+        manifest = served.choose(model).manifest
+    except ModelNotFound:
+        manifest = await request.state.reconciler.published(model)
+    if manifest is None:
+        raise served.not_found(model)
+    return _card(request, model, manifest)
 
 
 def _cards(request: Request) -> list[dict[str, Any]]:
     served = request.state.served_models
     cards = [_card(request, served.base_model_name, None)]
-    return cards + [_card(request, name, resident.manifest) for name, resident in served.named()]
+    return cards + [_card(request, name, manifest) for name, manifest in served.named()]
 
 
 def _card(request: Request, id_: str, manifest: Any) -> dict[str, Any]:

@@ -1,79 +1,103 @@
-"""Leases: what answers to a name, and for how long it is held."""
+"""Who answers to a name: the base, aliases, revisions, and the two sides of a canary."""
 
+from collections import Counter
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
-from adapters import Manifest
-from app.engine.base import LoadedAdapter
+from adapters import Manifest, Traffic
 from app.errors import AdapterUnavailable, ModelNotFound
-from app.served_models import Resident, ServedModels
+from app.served_models import Choice, ServedModels
 
 
-def _resident(revision: str) -> Resident:
-    manifest = Manifest(
+def _manifest(revision: str) -> Manifest:
+    return Manifest(
         stage="sft", name="doctor", revision=revision, r=8, lora_alpha=16, target_modules=["q_proj"],
         golden_prompts=0, files={}, created_at=datetime.now(UTC),
     )  # fmt: skip
-    return Resident(manifest, LoadedAdapter(f"doctor@{revision}", 1, Path()), is_proven=True)
 
 
-A, B = "a" * 12, "b" * 12
+A, B, C = _manifest("a" * 12), _manifest("b" * 12), _manifest("c" * 12)
 
 
 @pytest.fixture
 def served() -> ServedModels:
-    return ServedModels("base")
+    served = ServedModels("base")
+    served.point("doctor", "default", A)
+    return served
 
 
-def test_the_base_model_needs_no_adapter(served: ServedModels) -> None:
-    with served.lease("base") as lease:
-        assert lease.adapter is None
-
-
-@pytest.mark.parametrize("name", ["doctor", "doctor@default", f"doctor@{A}"])
+@pytest.mark.parametrize("name", ["doctor", "doctor@default", f"doctor@{A.revision}"])
 def test_name_alias_and_revision_lead_to_the_same(served: ServedModels, name: str) -> None:
-    resident = _resident(A)
-    served.point("doctor", "default", resident)
-    with served.lease(name) as lease:
-        assert lease.resident is resident
-        assert lease.fingerprint == f"doctor@{A}"
-
-
-def test_a_lease_holds_its_revision_while_the_alias_moves(served: ServedModels) -> None:
-    old, new = _resident(A), _resident(B)
-    served.point("doctor", "default", old)
-    with served.lease("doctor") as first, served.lease("doctor"):
-        served.point("doctor", "default", new)
-        assert first.resident is old
-        assert old.leases == 2
-        assert not old.unused.is_set()
-        with served.lease("doctor") as later:
-            assert later.resident is new
-    assert old.leases == 0
-    assert old.unused.is_set()
+    assert served.choose(name) == Choice(A)
+    assert served.choose("base") == Choice(None)
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nobody", "doctor@canary", f"doctor@{B}", "../etc/passwd", "a@b@c", "x" * 9999]
+    "name", ["", "nobody", "doctor@canary", f"doctor@{B.revision}", "../etc/passwd", "a@b@c", "x" * 9999]
 )
 def test_what_is_not_served_is_not_found(served: ServedModels, name: str) -> None:
-    served.point("doctor", "default", _resident(A))
     served.expected = {("doctor", "default")}
+    for number in range(50):
+        served.point(f"more-{number}", "default", A)
     with pytest.raises(ModelNotFound) as caught:
-        served.lease(name)
+        served.choose(name)
     assert caught.value.param == "model"
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value)) < 400
 
 
 def test_a_known_name_that_is_not_ready_says_so(served: ServedModels) -> None:
+    served.unpoint("doctor", "default")
     served.expected = {("doctor", "default")}
     with pytest.raises(AdapterUnavailable):
-        served.lease("doctor")
+        served.choose("doctor")
 
 
 def test_default_goes_by_the_bare_name(served: ServedModels) -> None:
-    served.point("doctor", "default", _resident(A))
-    served.point("doctor", "canary", _resident(B))
+    served.point("doctor", "canary", B)
     assert [name for name, _ in served.named()] == ["doctor@canary", "doctor"]
+    assert served.is_pointed(f"doctor@{B.revision}")
+    served.unpoint("doctor", "canary")
+    assert not served.is_pointed(f"doctor@{B.revision}")
+
+
+SESSIONS = [f"patient-{number}" for number in range(2000)]
+
+
+def test_a_canary_gets_its_share_and_no_session_changes_side(served: ServedModels) -> None:
+    served.point("doctor", "canary", B)
+    served.traffic["doctor"] = Traffic(canary=10)
+    sides = {session: served.choose("doctor", session).manifest for session in SESSIONS}
+    share = Counter(manifest.revision for manifest in sides.values() if manifest)[B.revision]
+    assert abs(share - 200) <= 2.576 * (2000 * 0.1 * 0.9) ** 0.5, "outside the binomial 99 % interval"
+    for _ in range(3):
+        assert all(served.choose("doctor", session).manifest == side for session, side in sides.items())
+    # Asked for by its own name, each side answers as ever.
+    assert served.choose("doctor@canary", SESSIONS[0]) == Choice(B)
+    assert served.choose(f"doctor@{A.revision}", SESSIONS[0]) == Choice(A)
+    # Without a session, each request draws anew.
+    drawn = Counter(served.choose("doctor").manifest == B for _ in range(2000))[True]
+    assert abs(drawn - 200) < 100
+
+    served.traffic["doctor"] = Traffic(canary=30)
+    assert all(
+        served.choose("doctor", session).manifest == B for session, side in sides.items() if side == B
+    ), "a larger share took a session off the canary"
+
+    served.traffic.pop("doctor")
+    assert all(served.choose("doctor", session).manifest == A for session in SESSIONS)
+
+
+def test_a_canary_that_does_not_stand_gets_nothing(served: ServedModels) -> None:
+    served.traffic["doctor"] = Traffic(canary=100, shadow=100)
+    assert served.choose("doctor", "x") == Choice(A)
+
+
+def test_a_shadow_gets_copies_whoever_answers(served: ServedModels) -> None:
+    served.point("doctor", "canary", B)
+    served.point("doctor", "shadow", C)
+    served.traffic["doctor"] = Traffic(canary=50, shadow=100)
+    assert all(served.choose("doctor", session).shadow == C for session in SESSIONS)
+    served.traffic["doctor"] = Traffic(canary=50, shadow=25)
+    copies = sum(served.choose("doctor", session).shadow == C for session in SESSIONS)
+    assert 400 < copies < 600

@@ -82,7 +82,10 @@ async def _run(service: Service, folders: list[str]) -> Report:
 @pytest.fixture(scope="module")
 def folders(service: Service, trainer: Trainer) -> list[str]:
     incoming = service.data_dir / "incoming"
-    return [str(trainer.variant(incoming / f"swap-{seed}", seed=100 + seed)) for seed in range(REVISIONS)]
+    return [
+        str(trainer.variant(incoming / f"swap-{seed}", seed=100 + seed, noise=2.0))
+        for seed in range(REVISIONS)
+    ]
 
 
 def test_swap_under_load(service: Service, folders: list[str]) -> None:

@@ -15,7 +15,7 @@ CHECK = textwrap.dedent(
     from vllm.version import __version__
     assert __version__.startswith("0.32."), __version__
 
-    from app.engine import cpu_worker, vllm as door, worker
+    from app.engine import cpu_worker, vllm as door, vllm_chat as chat, worker
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
@@ -31,10 +31,12 @@ CHECK = textwrap.dedent(
     for name in ("add_lora", "remove_lora", "collective_rpc", "shutdown"):
         has(door.AsyncLLM, name)
     assert isinstance(door.AsyncLLM.errored, property)
-    has(door.OpenAIServingChat, "create_chat_completion", "request", "raw_request")
-    has(door.OpenAIServingChat, "create_streaming_error_response", "message", "err_type", "status_code", "param")
-    has(door.OpenAIServingModels, "is_base_model", "model_name")
-    has(door.OpenAIServingModels, "model_name", "lora_request")
+    has(chat.OpenAIServingChat, "create_chat_completion", "request", "raw_request")
+    has(chat.OpenAIServingChat, "chat_completion_stream_generator", "request", "result_generator")
+    has(chat.OpenAIServingChat, "chat_completion_full_generator", "request", "result_generator")
+    has(chat.OpenAIServingChat, "create_streaming_error_response", "message", "err_type", "status_code", "param")
+    has(chat.OpenAIServingModels, "is_base_model", "model_name")
+    has(chat.OpenAIServingModels, "model_name", "lora_request")
     has(door.OnlineRenderer, "render_chat", "request")
     has(door.OnlineRenderer, "warmup")
     assert door.LoRARequest.__struct_fields__[:3] == ("lora_name", "lora_int_id", "lora_path")

@@ -176,12 +176,30 @@ def test_a_client_that_leaves_frees_what_it_held(service: Service, stream: bool)
         time.sleep(0.05)
 
 
-def test_metrics_count_requests_and_no_names_that_clients_made_up(service: Service) -> None:
+def test_metrics_count_by_adapter_and_revision_and_hold_no_names_that_clients_made_up(
+    service: Service,
+) -> None:
     service.answer("doctor", QUESTION)
+    for _ in service.client().chat.completions.create(**ask("doctor"), stream=True):
+        pass
+    service.answer("xinglin-demo", QUESTION)
     service.call("POST", "/v1/chat/completions", ask("made-up-name"))
     _, text = service.call("GET", "/metrics")
-    assert 'xinglin_requests_total{model="doctor",status="200"}' in text
-    assert 'xinglin_requests_total{model="unknown",status="404"}' in text
+    who = f'adapter="doctor",revision="{service.adapters()["doctor@default"]["actual"]}"'
+    for metric in (
+        f'requests_total{{{who},status="200"}}',
+        'requests_total{adapter="xinglin-demo",revision="base",status="200"}',
+        'requests_total{adapter="unknown",revision="unknown",status="404"}',
+        f"prompt_tokens_total{{{who}}}",
+        f"completion_tokens_total{{{who}}}",
+        f"time_to_first_token_seconds_count{{{who}}}",
+        f"inter_token_latency_seconds_count{{{who}}}",
+        f"adapter_loads_total{{{who}}}",
+        'adapter_load_seconds_count{to="load"}',
+        'adapter_load_seconds_count{to="ready"}',
+        'adapter_proofs_total{adapter="doctor",result="passed"}',
+    ):
+        assert float(text.split(f"\nxinglin_{metric} ")[1].split("\n")[0]) > 0, metric
     assert "made-up-name" not in text
 
 

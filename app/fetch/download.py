@@ -1,0 +1,135 @@
+"""Download one file over HTTP: resumed or begun again after a break, counted while it comes."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import httpx2
+
+from app.fetch.transfer import CONNECT_SECONDS, SILENCE_SECONDS, Transfer, TransferFailed
+
+Result = TypeVar("Result")
+
+_RETRIES = 3
+_FIRST_PAUSE_SECONDS = 0.25
+_PIECE_BYTES = 1 << 20
+_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+
+
+class Interrupted(Exception):
+    """The transfer broke, and may succeed when tried again."""
+
+
+def client(check_hop: Callable[[str], None]) -> httpx2.Client:
+    """A client that shows `check_hop` every URL before it is asked for, those of redirects included."""
+
+    def hook(request: httpx2.Request) -> None:
+        check_hop(str(request.url))
+
+    timeout = httpx2.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
+    return httpx2.Client(follow_redirects=True, timeout=timeout, event_hooks={"request": [hook]})
+
+
+def retried(attempt: Callable[[], Result]) -> Result:
+    """Do `attempt`, up to four times while the network or the server breaks it. Raises TransferFailed."""
+    for retry in range(_RETRIES + 1):
+        try:
+            return attempt()
+        except (httpx2.TransportError, Interrupted) as error:
+            if retry == _RETRIES:
+                raise TransferFailed(
+                    f"the transfer broke off {_RETRIES + 1} times, the last time because "
+                    f"{_reason(error)}: try again later"
+                ) from error
+            time.sleep(_FIRST_PAUSE_SECONDS * 2**retry)
+    raise AssertionError
+
+
+def check_status(status: int, credentials: str) -> None:
+    """Raises Interrupted for a status that may pass, TransferFailed for one that will not."""
+    if status in (401, 403):
+        raise TransferFailed(f"the source refuses access (status {status}): {credentials}")
+    if status in (404, 410):
+        raise TransferFailed(f"the source has no such file (status {status}): check its name")
+    if status in (408, 429) or status >= 500:
+        raise Interrupted(f"the server answered with status {status}")
+    if status not in (200, 206):
+        raise TransferFailed(f"the source answered with status {status} instead of the file")
+
+
+def download(
+    session: httpx2.Client,
+    url: str,
+    target: Path,
+    transfer: Transfer,
+    *,
+    headers: dict[str, str],
+    size: int | None,
+    credentials: str,
+) -> None:
+    """Bring `url` into the new file `target`. `size` is in bytes; None: whatever the server says.
+
+    `credentials` says how to give some, should the server want them. Raises TransferFailed.
+    """
+    etag: str | None = None
+    with target.open("xb") as file:
+
+        def attempt() -> None:
+            nonlocal etag
+            ranged = _resumption(file, etag)
+            with session.stream(
+                "GET", url, headers={**headers, "Accept-Encoding": "identity", **ranged}
+            ) as reply:
+                check_status(reply.status_code, credentials)
+                if reply.status_code == 200:
+                    _begin_again(file, transfer)
+                elif not ranged or not _begins_at(reply, file.tell()):
+                    raise Interrupted("the server sent another part of the file than it was asked for")
+                etag = reply.headers.get("etag")
+                length = reply.headers.get("content-length", "")
+                expected = size if size is not None else _end(file, length)
+                if size is None:
+                    transfer.expect(expected)
+                for piece in reply.iter_raw(_PIECE_BYTES):
+                    file.write(piece)
+                    transfer.add(len(piece))
+                if expected is not None and file.tell() != expected:
+                    _begin_again(file, transfer)
+                    raise Interrupted("the file was not as long as announced")
+
+        retried(attempt)
+
+
+def _resumption(file: BinaryIO, etag: str | None) -> dict[str, str]:
+    """Headers that ask for the rest of what the same file began with, if the server names its state."""
+    if file.tell() == 0 or etag is None or etag.startswith("W/"):
+        return {}
+    return {"Range": f"bytes={file.tell()}-", "If-Range": etag}
+
+
+def _begins_at(reply: httpx2.Response, offset: int) -> bool:
+    match = _RANGE.fullmatch(reply.headers.get("content-range", ""))
+    return match is not None and int(match[1]) == offset
+
+
+def _begin_again(file: BinaryIO, transfer: Transfer) -> None:
+    transfer.add(-file.tell())
+    file.seek(0)
+    file.truncate()
+
+
+def _end(file: BinaryIO, length: str) -> int | None:
+    return file.tell() + int(length) if length.isdigit() else None
+
+
+def _reason(error: Exception) -> str:
+    """What a client may know of it: what libraries say can hold host paths and signed URLs."""
+    if isinstance(error, Interrupted):
+        return str(error)
+    if isinstance(error, httpx2.ConnectTimeout | httpx2.ConnectError):
+        return "the host cannot be reached"
+    if isinstance(error, httpx2.TimeoutException):
+        return f"nothing came for {SILENCE_SECONDS} s"
+    return "the connection was cut"

@@ -1,0 +1,215 @@
+"""POST /v1/adapters: bring an adapter, from a folder, an upload, or anywhere else. Needs the admin key."""
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from adapters import DEFAULT_ALIAS, AdapterRef
+from app.access import admin
+from app.errors import BadRequest
+from app.fetch import parse_source
+from app.imports import Imports
+from app.reconciler import Reconciler
+from app.routes.adapters import ACTOR, allowed_folder
+
+router = APIRouter(dependencies=[Depends(admin)])
+
+_MAX_JSON_BYTES = 1 << 20
+
+
+class PublishRequest(BaseModel):
+    """What to publish, from one of three: a folder on the server's disk, a source, or an uploaded file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="The adapter's name")
+    path: str | None = Field(
+        None, description="A folder with adapter_config.json, absolute or below a publish root"
+    )
+    source: str | None = Field(
+        None,
+        description="hf://org/repo@revision, s3://bucket/folder/, https://host/file.tar.gz, ...; fetched in the "
+        "background: the reply is an import to be asked for",
+    )
+    alias: str | None = Field(
+        DEFAULT_ALIAS, description="Alias to point at it once it proved itself; null or empty for none"
+    )
+    why: str = Field("", max_length=500, description="Kept in the adapter's log")
+
+    @model_validator(mode="after")
+    def _from_one_place(self) -> "PublishRequest":
+        if self.path is not None and self.source is not None:
+            raise ValueError("give path or source, not both")
+        return self
+
+
+_DOCUMENTED = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": PublishRequest.model_json_schema()},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": ".tar.gz or .zip"},
+                        "name": {"type": "string"},
+                        "alias": {"type": "string", "default": DEFAULT_ALIAS},
+                        "why": {"type": "string"},
+                    },
+                }
+            },
+        },
+    }
+}
+
+
+@router.post("/v1/adapters", openapi_extra=_DOCUMENTED)
+async def publish_adapter(request: Request) -> Response:
+    """Publish an adapter; with an alias, load and prove it and only then point the alias at it.
+
+    JSON with `path` publishes a folder, with `source` starts an import (202); multipart uploads an archive.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        async with _upload(request) as (wanted, folder):
+            return JSONResponse(await _publish(request, wanted, folder))
+    wanted = _checked(await _json(request))
+    if wanted.source is not None:
+        source = parse_source(wanted.source, request.state.sources)
+
+        async def then(folder: Path, resolved: str) -> dict[str, Any]:
+            return await _publish(request, wanted, folder, resolved)
+
+        imports: Imports = request.state.imports
+        started = imports.start(source, then)
+        return JSONResponse(_shown(started), 202, {"location": f"/v1/imports/{started.id}"})
+    if wanted.path is None:
+        raise BadRequest(
+            "path: give a folder, or source: where to fetch it from, or upload a file as multipart/form-data",
+            code="missing_required_parameter",
+            param="path",
+        )
+    folder = allowed_folder(wanted.path, request.state.publish_roots)
+    return JSONResponse(await _publish(request, wanted, folder))
+
+
+@router.get("/v1/imports")
+async def list_imports(request: Request) -> dict[str, Any]:
+    """Transfers under way, and the last that ended."""
+    return {"object": "list", "data": [_shown(one) for one in request.state.imports.list()]}
+
+
+@router.get("/v1/imports/{id}")
+async def show_import(request: Request, id: str) -> dict[str, Any]:
+    """How far a transfer is, and how it ended."""
+    return _shown(request.state.imports.get(id))
+
+
+@router.delete("/v1/imports/{id}")
+async def cancel_import(request: Request, id: str) -> dict[str, Any]:
+    """Stop a transfer; nothing of it is left."""
+    await request.state.imports.cancel(id)
+    return _shown(request.state.imports.get(id))
+
+
+def _shown(one: Any) -> dict[str, Any]:
+    return {"object": "import", **one.shown()}
+
+
+async def _publish(
+    request: Request, wanted: PublishRequest, folder: Path, source: str | None = None
+) -> dict[str, Any]:
+    reconciler: Reconciler = request.state.reconciler
+    manifest = await reconciler.publish(folder, wanted.name, actor=ACTOR, why=wanted.why, source=source)
+    if wanted.alias:
+        await reconciler.point(wanted.name, wanted.alias, manifest.revision, actor=ACTOR, why=wanted.why)
+    return {"name": manifest.name, "revision": manifest.revision, "alias": wanted.alias or None}
+
+
+async def _json(request: Request) -> Any:
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > _MAX_JSON_BYTES:
+            raise BadRequest("the request is larger than 1 MiB", code="request_too_large")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("the request body is not JSON", code="invalid_json") from error
+
+
+def _checked(fields: Any) -> PublishRequest:
+    """The request, with its names in order before anything is fetched or unpacked."""
+    try:
+        wanted = PublishRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        param = ".".join(map(str, first["loc"])) or None
+        code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+        message = f"{param}: {first['msg']}" if param else first["msg"]
+        raise BadRequest(message, code=code, param=param) from error
+    AdapterRef.parse(f"{wanted.name}@{wanted.alias or DEFAULT_ALIAS}")
+    return wanted
+
+
+@asynccontextmanager
+async def _upload(request: Request) -> AsyncIterator[tuple[PublishRequest, Path]]:
+    """The fields and the unpacked file of a multipart upload; both are gone afterwards."""
+    limit: int = request.state.imports.max_bytes
+
+    async def limited() -> AsyncIterator[bytes]:
+        received = 0
+        async for chunk in request.stream():
+            received += len(chunk)
+            if received > limit:
+                raise BadRequest(
+                    f"the upload is larger than {limit / 2**30:g} GiB: start the service with a larger "
+                    "XINGLIN_MAX_ADAPTER_GIB",
+                    code="request_too_large",
+                    param="file",
+                )
+            yield chunk
+
+    try:
+        form = await MultiPartParser(request.headers, limited(), max_files=1, max_fields=8).parse()  # type: ignore[arg-type]
+    except (MultiPartException, KeyError) as error:
+        raise BadRequest(f"the multipart body cannot be read: {error}", code="invalid_multipart") from error
+    async with _closing(form):
+        fields = {name: value for name, value in form.items() if isinstance(value, str)}
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise BadRequest(
+                "file: upload the adapter as a .tar.gz or .zip file",
+                code="missing_required_parameter",
+                param="file",
+            )
+        wanted = _checked(fields)
+        if wanted.path is not None or wanted.source is not None:
+            raise BadRequest("give a file, or path, or source: only one of them", code="invalid_value")
+        with tempfile.TemporaryDirectory(dir=request.state.imports.folder) as temporary:
+            archive = Path(temporary, "upload")
+            with archive.open("wb") as copy:
+                await asyncio.to_thread(shutil.copyfileobj, file.file, copy)
+            async with request.state.imports.unpack_upload(archive) as folder:
+                yield wanted, folder
+
+
+@asynccontextmanager
+async def _closing(form: Any) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await form.close()

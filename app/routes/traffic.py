@@ -1,0 +1,79 @@
+"""Canary and shadow: try a revision on a share of the traffic for `name`. All of it needs the admin key."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from adapters import CANARY, SHADOW
+from app.access import admin
+from app.reconciler import Reconciler
+from app.routes.adapters import ACTOR
+
+router = APIRouter(dependencies=[Depends(admin)])
+
+
+class ShareRequest(BaseModel):
+    """Which revision shall have which share of the requests."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    percent: float = Field(ge=0, le=100, allow_inf_nan=False, description="Of the requests for the bare name")
+    revision: str | None = Field(
+        default=None, description="12 hexadecimal digits; null keeps the one there is"
+    )
+    why: str = Field("", max_length=500, description="Kept in the adapter's log")
+
+
+class WhyRequest(BaseModel):
+    """Why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    why: str = Field("", max_length=500, description="Kept in the adapter's log")
+
+
+@router.put("/v1/adapters/{name}/canary")
+async def set_canary(request: Request, name: str, wanted: ShareRequest) -> dict[str, Any]:
+    """Prove a revision and have it answer a share of the requests, always the same sessions."""
+    return await _split(request, name, CANARY, wanted)
+
+
+@router.post("/v1/adapters/{name}/canary/promote")
+async def promote_canary(request: Request, name: str, wanted: WhyRequest | None = None) -> dict[str, Any]:
+    """Point `default` at the canary's revision, and end the canary."""
+    reconciler: Reconciler = request.state.reconciler
+    revision = await reconciler.promote(name, actor=ACTOR, why=wanted.why if wanted else "")
+    return {"name": name, "revision": revision, "alias": "default"}
+
+
+@router.delete("/v1/adapters/{name}/canary")
+async def abort_canary(request: Request, name: str, why: str = "") -> dict[str, Any]:
+    """End the canary: new requests go to `default` at once."""
+    return await _end(request, name, CANARY, why)
+
+
+@router.put("/v1/adapters/{name}/shadow")
+async def set_shadow(request: Request, name: str, wanted: ShareRequest) -> dict[str, Any]:
+    """Prove a revision and give it copies of a share of the requests; its answers are only compared."""
+    return await _split(request, name, SHADOW, wanted)
+
+
+@router.delete("/v1/adapters/{name}/shadow")
+async def end_shadow(request: Request, name: str, why: str = "") -> dict[str, Any]:
+    """End the shadow."""
+    return await _end(request, name, SHADOW, why)
+
+
+async def _split(request: Request, name: str, alias: str, wanted: ShareRequest) -> dict[str, Any]:
+    reconciler: Reconciler = request.state.reconciler
+    revision = await reconciler.split(
+        name, alias, wanted.revision, wanted.percent, actor=ACTOR, why=wanted.why
+    )
+    return {"name": name, "revision": revision, "alias": alias, "percent": wanted.percent}
+
+
+async def _end(request: Request, name: str, alias: str, why: str) -> dict[str, Any]:
+    reconciler: Reconciler = request.state.reconciler
+    await reconciler.remove(name, alias, actor=ACTOR, why=why)
+    return {"name": name, "alias": alias, "deleted": True}

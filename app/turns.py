@@ -1,0 +1,133 @@
+"""A fair queue for something scarce: engine slots, places in the engine's memory.
+
+Requests of one adapter share its place. While nobody waits, who finds room enters. As soon as somebody
+waits, everybody who comes stands in line behind, the adapters that are in included: they drain, and the
+line moves. So no adapter, however hot, keeps another one waiting for longer than the answers under way
+and one turn of each that came before.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from app.errors import AdapterUnavailable
+
+
+@dataclass
+class _Waiting:
+    cost: int
+    arrivals: list[asyncio.Future[None]] = field(default_factory=list)
+
+
+@dataclass
+class _Inside:
+    cost: int
+    holders: int = 0
+
+
+class Turns:
+    """At most `capacity`, in units of what each key costs, is inside at once."""
+
+    def __init__(
+        self, capacity: int, *, wait_seconds: float, what: str, on_line: Callable[[], None] = lambda: None
+    ) -> None:
+        """`what` names the scarce thing in errors; `on_line` is called whenever somebody starts to wait."""
+        self._capacity = capacity
+        self._wait_seconds = wait_seconds
+        self._what = what
+        self._on_line = on_line
+        self._inside: dict[str, _Inside] = {}
+        self._line: dict[str, _Waiting] = {}
+
+    async def enter(self, key: str, cost: int = 1) -> None:
+        """Wait for the turn of `key`; call `leave` once for every `enter` that returned.
+
+        Raises AdapterUnavailable when it did not come in time.
+        """
+        if self.enter_at_once(key, cost):
+            return
+        arrival = asyncio.get_running_loop().create_future()
+        self._line.setdefault(key, _Waiting(cost)).arrivals.append(arrival)
+        self._on_line()
+        try:
+            async with asyncio.timeout(self._wait_seconds):
+                await arrival
+        except BaseException as error:
+            self._give_up(key, arrival)
+            if isinstance(error, TimeoutError):
+                raise AdapterUnavailable(
+                    f"{key} waited {self._wait_seconds:g} s for {self._what}, all taken by other adapters: try "
+                    "again in a moment",
+                    param="model",
+                ) from error
+            raise
+
+    def enter_at_once(self, key: str, cost: int = 1) -> bool:
+        """Enter if nobody would have to wait; whether that was so."""
+        if self._line or not self._has_room(key, cost):
+            return False
+        self._count_in(key, cost)
+        return True
+
+    def leave(self, key: str) -> None:
+        """Make room."""
+        inside = self._inside[key]
+        inside.holders -= 1
+        if inside.holders == 0:
+            del self._inside[key]
+            self._move_on()
+
+    def dismiss(self, error: Exception) -> None:
+        """Send everybody who waits away with `error`."""
+        for waiting in self._line.values():
+            for arrival in waiting.arrivals:
+                if not arrival.done():
+                    arrival.set_exception(error)
+        self._line.clear()
+
+    def holders(self, key: str) -> int:
+        """How many of `key` are inside."""
+        return self._inside[key].holders if key in self._inside else 0
+
+    @property
+    def has_line(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._line)
+
+    @property
+    def taken(self) -> int:
+        """How much of the capacity is inside."""
+        return sum(inside.cost for inside in self._inside.values())
+
+    def waiting(self) -> dict[str, int]:
+        """How many wait, by key, in the order of their turns."""
+        return {key: len(waiting.arrivals) for key, waiting in self._line.items()}
+
+    def _has_room(self, key: str, cost: int) -> bool:
+        return key in self._inside or self.taken + cost <= self._capacity
+
+    def _count_in(self, key: str, cost: int) -> None:
+        self._inside.setdefault(key, _Inside(cost)).holders += 1
+
+    def _move_on(self) -> None:
+        """Let in who is first in line, all of one key together, while there is room."""
+        while self._line:
+            key, waiting = next(iter(self._line.items()))
+            if not self._has_room(key, waiting.cost):
+                return
+            del self._line[key]
+            for arrival in waiting.arrivals:
+                if not arrival.done():
+                    self._count_in(key, waiting.cost)
+                    arrival.set_result(None)
+
+    def _give_up(self, key: str, arrival: asyncio.Future[None]) -> None:
+        if arrival.done() and not arrival.cancelled() and arrival.exception() is None:
+            self.leave(key)  # its turn came while it gave up
+            return
+        waiting = self._line.get(key)
+        if waiting is not None and arrival in waiting.arrivals:
+            waiting.arrivals.remove(arrival)
+            if not waiting.arrivals:
+                del self._line[key]
+                self._move_on()  # whoever stood behind it may find room

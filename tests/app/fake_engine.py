@@ -1,0 +1,134 @@
+"""An engine without a model, for tests of what happens around one. tests/app/engine/test_contract.py holds it
+to what the real one does."""
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapters import BaseModelFacts, read_golden
+from app.engine.base import LoadedAdapter, OnTokens, TokenScore
+from app.errors import AdapterRefused, EngineUnavailable
+from tests.adapters.folders import BASE
+
+_REFUSED = "refuse-to-load"
+"""A file of this name makes the engine refuse an adapter."""
+
+
+class FakeEngine:
+    """Answers with the name of the adapter that answered, after `seconds` of work."""
+
+    def __init__(self, facts: BaseModelFacts = BASE, *, seconds: float = 0.0) -> None:
+        self.facts = facts
+        self.dtype = "float32"
+        self.max_model_len = 1000
+        self.seconds = seconds
+        self.is_dead = False
+        self.held: dict[int, LoadedAdapter] = {}
+        self.most_held = 0
+        self.loads: Counter[str] = Counter()
+        self.running: Counter[int] = Counter()
+        self.most_adapters_running = 0
+        self.broken_rules: list[str] = []
+        self._ids = itertools.count(1)
+
+    def _alive(self) -> None:
+        if self.is_dead:
+            raise EngineUnavailable("the engine stopped")
+
+    async def load(self, name: str, folder: Path) -> LoadedAdapter:
+        self._alive()
+        adapter = LoadedAdapter(name, next(self._ids), folder)
+        await asyncio.sleep(self.seconds)
+        self._alive()
+        if (folder.parent / _REFUSED).exists():
+            raise AdapterRefused(f"the engine could not load {name}")
+        self.held[adapter.engine_id] = adapter
+        self.loads[name] += 1
+        self.most_held = max(self.most_held, len(self.held))
+        return adapter
+
+    async def remove(self, adapter: LoadedAdapter) -> None:
+        self._alive()
+        await asyncio.sleep(0)
+        if self.running[adapter.engine_id]:
+            self.broken_rules.append(f"{adapter.name} was removed while a request used it")
+        self.held.pop(adapter.engine_id, None)
+
+    async def resident(self) -> set[int]:
+        self._alive()
+        return set(self.held)
+
+    async def score(
+        self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], adapter: LoadedAdapter | None
+    ) -> list[TokenScore]:
+        async with self._request(adapter):
+            for folder in [adapter.folder] if adapter else [a.folder for a in self.held.values()]:
+                for prompt in read_golden(folder / "golden.jsonl"):
+                    if prompt.prompt_token_ids == list(prompt_token_ids):
+                        scores = prompt.logprobs if adapter else prompt.base_logprobs
+                        return [TokenScore(score, score) for score in scores]
+        return [TokenScore(-1.0, -1.0) for _ in token_ids]
+
+    async def greedy(
+        self, prompt_token_ids: Sequence[int], adapter: LoadedAdapter | None, max_tokens: int
+    ) -> list[int]:
+        async with self._request(adapter):
+            return [3] * max_tokens
+
+    async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return [1, 2]
+
+    async def chat(
+        self,
+        body: Mapping[str, Any],
+        *,
+        request_id: str,
+        adapter: LoadedAdapter | None,
+        fingerprint: str,
+        on_tokens: OnTokens,
+    ) -> dict[str, Any] | AsyncGenerator[str]:
+        async with self._request(adapter):
+            on_tokens(2, 1)
+            return {
+                "id": request_id,
+                "model": body["model"],
+                "system_fingerprint": fingerprint,
+                "choices": [{"index": 0, "message": {"content": adapter.name if adapter else "base"}}],
+            }
+
+    async def close(self) -> None:
+        self.is_dead = True
+
+    def _request(self, adapter: LoadedAdapter | None) -> "_Request":
+        return _Request(self, adapter)
+
+
+class _Request:
+    """Like the real one, the engine dies of a request that names an adapter it does not hold."""
+
+    def __init__(self, engine: FakeEngine, adapter: LoadedAdapter | None) -> None:
+        self._engine = engine
+        self._id = adapter.engine_id if adapter else 0
+
+    async def __aenter__(self) -> None:
+        engine = self._engine
+        engine._alive()
+        if self._id and self._id not in engine.held:
+            engine.is_dead = True
+            engine.broken_rules.append(f"a request named {self._id}, which is not there")
+        engine._alive()
+        engine.running[self._id] += 1
+        adapters = sum(count > 0 and id_ > 0 for id_, count in engine.running.items())
+        engine.most_adapters_running = max(engine.most_adapters_running, adapters)
+        try:
+            await asyncio.sleep(engine.seconds)
+            engine._alive()
+        except BaseException:
+            engine.running[self._id] -= 1
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._engine.running[self._id] -= 1
