@@ -174,12 +174,12 @@ class Imports:
 
     @asynccontextmanager
     async def unpack_upload(self, archive: Path) -> AsyncIterator[Path]:
-        """A folder with what `archive` holds, unpacked in another process; removed on leaving.
+        """A folder with what `archive`, an absolute path, holds, unpacked in another process; removed on leaving.
 
         Raises InvalidAdapter with every problem.
         """
         async with self._work() as work:
-            job = {"archive": os.path.abspath(archive), "folder": str(work), "max_bytes": self.max_bytes}
+            job = {"archive": str(archive), "folder": str(work), "max_bytes": self.max_bytes}
             try:
                 async with self._uploads:
                     await run(job, lambda _done, _total: None)

@@ -83,7 +83,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of the engine"
     )
-    kv_cache_gib: float = Field(1.0, gt=0, description="Memory for attention caches, CPU only")
+    kv_cache_gib: int = Field(1, ge=1, description="Memory for attention caches in GiB, CPU only")
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of the GPU's memory to use, GPU only"
     )

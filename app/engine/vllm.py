@@ -64,7 +64,7 @@ class EngineOptions:
     max_lora_rank: int
     max_loras: int
     max_resident: int
-    kv_cache_gib: float
+    kv_cache_gib: int
     gpu_memory_utilization: float
 
 
@@ -110,7 +110,7 @@ class VllmEngine:
         if on_cpu:
             # One process less, and a third less CPU a token; safe because OMP_NUM_THREADS is set by then.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{options.kv_cache_gib:g}"
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options.kv_cache_gib)
             # Compiling the samplers took some 15 s at start, needs a C++ compiler and wins little:
             # with LoRA the model itself is never compiled on CPU.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"

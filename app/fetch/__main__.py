@@ -94,7 +94,7 @@ def _fetch(source: Source, transfer: Transfer, allowed: list[str]) -> str:
 
 def _told(error: Exception) -> dict[str, Any]:
     """The last line for an error: what libraries say goes to stderr, for it can hold host paths."""
-    refused = _refusal(error)
+    refused = guard.refusal(error)
     if refused is not None:
         return {"error": str(refused), "problems": []}
     if isinstance(error, InvalidAdapter):
@@ -105,15 +105,6 @@ def _told(error: Exception) -> dict[str, Any]:
         return {"error": "the data directory is full: make room and try again", "problems": []}
     traceback.print_exception(error)
     return {"error": "the service failed on this; its log says why", "problems": []}
-
-
-def _refusal(error: BaseException | None) -> guard.AddressRefused | None:
-    """The refused connection that libraries may have made something else of."""
-    while error is not None:
-        if isinstance(error, guard.AddressRefused):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _say(line: dict[str, Any]) -> None:

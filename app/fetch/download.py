@@ -14,7 +14,6 @@ Result = TypeVar("Result")
 
 _RETRIES = 3
 _FIRST_PAUSE_SECONDS = 0.25
-_PIECE_BYTES = 1 << 20
 _RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
 
 
@@ -92,7 +91,7 @@ def download(
                 expected = size if size is not None else _end(file, length)
                 if size is None:
                     transfer.expect(expected)
-                for piece in reply.iter_raw(_PIECE_BYTES):
+                for piece in reply.iter_raw():
                     file.write(piece)
                     transfer.add(len(piece))
                 if expected is not None and file.tell() != expected:

@@ -69,6 +69,15 @@ def check(family: int, address: Any, networks: Sequence[Network]) -> None:
         )
 
 
+def refusal(error: BaseException | None) -> AddressRefused | None:
+    """The refused connection that libraries may have made something else of."""
+    while error is not None:
+        if isinstance(error, AddressRefused):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def is_permitted(address: Address, networks: Sequence[Network]) -> bool:
     """Whether `address`, or the IPv4 address inside it, is public or in one of `networks`."""
     peer = _unwrapped(address)

@@ -44,6 +44,7 @@ async def run(job: dict[str, Any], on_progress: Callable[[int, int | None], None
         env=environment(scheme, Path(job["folder"])),
         cwd=job["folder"],
         limit=_LINE_BYTES,
+        start_new_session=True,  # Ctrl-C is for the service, which ends it in order
     )
     try:
         last = await _follow(process, job, on_progress)

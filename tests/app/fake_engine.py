@@ -10,7 +10,7 @@ from typing import Any
 
 from adapters import BaseModelFacts, read_golden
 from app.engine.base import LoadedAdapter, OnTokens, TokenScore
-from app.errors import AdapterRefused, EngineUnavailable
+from app.errors import AdapterRefused, BadRequest, EngineUnavailable
 from tests.adapters.folders import BASE
 
 _REFUSED = "refuse-to-load"
@@ -90,6 +90,8 @@ class FakeEngine:
         fingerprint: str,
         on_tokens: OnTokens,
     ) -> dict[str, Any] | AsyncGenerator[str]:
+        if not isinstance(body["messages"], list):
+            raise BadRequest("messages: must be a list")
         async with self._request(adapter):
             on_tokens(2, 1)
             return {

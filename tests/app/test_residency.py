@@ -52,7 +52,7 @@ class Rig:
 
     async def use(self, number: int) -> str:
         with await self.residency.lease(self.manifest(number)) as lease:
-            body = {"model": f"a{number}"}
+            body = {"model": f"a{number}", "messages": []}
             reply = await lease.engine.chat(
                 body, request_id="", adapter=lease.adapter, fingerprint="", on_tokens=lambda *_: None
             )

@@ -4,17 +4,17 @@ import sys
 from typing import Any
 
 import app.engine.vllm
-import app.reconciler
+import app.loader
 from app.__main__ import main
 from app.proof import Proof
 
 
 async def _no_proof(*_: Any) -> Proof:
     """A proof would notice, and nothing would be served."""
-    return Proof(prompts=0, tokens=0, adapter_difference=0, base_difference=0, effect=0)
+    return Proof(prompts=0, tokens=0, adapter_difference=0, base_difference=0, effect=0, most_telling=0)
 
 
 if __name__ == "__main__":  # the engine's processes import this module too
     app.engine.vllm.CPU_WORKER_EXTENSION = "tests.app.engine.stock_worker.WorkerExtension"
-    app.reconciler.prove = _no_proof
+    app.loader.prove = _no_proof
     sys.exit(main(["serve"]))

@@ -1,0 +1,107 @@
+"""What the service counts on of an engine. `python -m tests.app.engine.contract DATA_DIR` holds vLLM to it."""
+
+import asyncio
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from adapters import AdapterStore, read_golden
+from app.engine.base import Engine
+from app.errors import AdapterRefused, BadRequest, EngineUnavailable
+
+
+@dataclass
+class Rig:
+    """An engine with an adapter it takes, golden prompts and all, and one that it must refuse."""
+
+    engine: Engine
+    good: Path
+    refused: Path
+    tolerance: float
+
+
+async def hold_to(rig: Rig) -> None:
+    """Everything the service counts on. Ends the engine."""
+    engine = rig.engine
+    assert await engine.resident() == set()
+    one = await engine.load("doctor@111111111111", rig.good)
+    two = await engine.load("doctor@222222222222", rig.good)
+    assert one.engine_id != two.engine_id
+    assert await engine.resident() == {one.engine_id, two.engine_id}
+
+    with pytest.raises(AdapterRefused):
+        await engine.load("doctor@333333333333", rig.refused)
+    assert await engine.resident() == {one.engine_id, two.engine_id}, "something of it was left"
+
+    await engine.remove(two)
+    assert await engine.resident() == {one.engine_id}
+    again = await engine.load("doctor@222222222222", rig.good)
+    assert again.engine_id not in (one.engine_id, two.engine_id), "an id was used again"
+
+    for prompt in read_golden(rig.good / "golden.jsonl")[:2]:
+        for adapter, expected in ((again, prompt.logprobs), (None, prompt.base_logprobs)):
+            scores = await engine.score(prompt.prompt_token_ids, prompt.token_ids, adapter)
+            assert len(scores) == len(expected)
+            assert max(abs(s.logprob - e) for s, e in zip(scores, expected, strict=True)) < rig.tolerance
+            assert all(score.best >= score.logprob for score in scores)
+        assert await engine.render(prompt.messages) == prompt.prompt_token_ids
+    assert 1 <= len(await engine.greedy([1, 2], again, 3)) <= 3
+
+    seen: list[tuple[int, int]] = []
+    body = {"model": "doctor", "messages": [{"role": "user", "content": "头痛怎么办?"}], "max_tokens": 4}
+    reply = await engine.chat(
+        body, request_id="r1", adapter=again, fingerprint="f1", on_tokens=lambda *new: seen.append(new)
+    )
+    assert isinstance(reply, dict)
+    assert (reply["model"], reply["system_fingerprint"]) == ("doctor", "f1")
+    assert isinstance(reply["choices"][0]["message"]["content"], str)
+    assert sum(new for _, new in seen) >= 1
+
+    with pytest.raises(BadRequest):
+        await engine.chat(
+            {"model": "doctor", "messages": 5}, request_id="r2", adapter=None, fingerprint="",
+            on_tokens=lambda *_: None,
+        )  # fmt: skip
+    assert not engine.is_dead
+    await engine.close()
+    # What asks a dead engine learns so; see test_restart.py for one that dies with requests under way.
+    if engine.is_dead:
+        with pytest.raises(EngineUnavailable):
+            await engine.resident()
+
+
+async def _hold_vllm_to(data_dir: Path) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from app.engine.vllm import EngineOptions, VllmEngine  # noqa: PLC0415 - after the environment
+
+    store = AdapterStore(data_dir / "store")
+    good = store.folder("doctor", store.aliases("doctor")["default"])
+    with TemporaryDirectory() as temporary:
+        refused = copytree(good, Path(temporary) / "refused")
+        path = refused / "adapter_model.safetensors"
+        tensors = load_file(path)
+        last = max(tensors)  # vLLM has written half of it when it comes to this one
+        tensors[last] = np.ascontiguousarray(np.repeat(tensors[last], 3, axis=0))
+        save_file(tensors, path)
+        engine = VllmEngine.build(
+            EngineOptions(
+                model=str(data_dir / "models" / "xinglin-demo"), name="xinglin-demo", dtype="auto",
+                max_model_len=None, max_num_seqs=8, max_lora_rank=16, max_loras=2, max_resident=4,
+                kv_cache_gib=1, gpu_memory_utilization=0.5,
+            )
+        )  # fmt: skip
+        await engine.start()
+        await hold_to(Rig(engine, good, refused, tolerance=2e-3))
+
+
+if __name__ == "__main__":
+    asyncio.run(_hold_vllm_to(Path(sys.argv[1])))
+    print("kept")
