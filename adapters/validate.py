@@ -122,7 +122,11 @@ def _check_files(folder: Path) -> tuple[list[str], set[str]]:
             names.add(name)
     problems = [
         *_listed("an adapter is plain files only; these are links, folders or special files: ", special),
-        *_listed(f"save the adapter as {TENSOR_FILE}; these may run code when read: ", code),
+        *_listed(
+            f"only {TENSOR_FILE} is read; convert these, which may run code when read, by python -m training "
+            "convert-adapter: ",
+            code,
+        ),
         *_listed("remove these, which are no files of an adapter: ", strange),
         *(f"{name} is missing" for name in (CONFIG_FILE, TENSOR_FILE) if name not in names),
     ]

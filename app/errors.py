@@ -6,6 +6,8 @@ ApiError
 ├── ModelNotFound         no served model of that name
 ├── PathNotAllowed        a folder outside the allow-listed roots
 ├── AdapterRefused        the engine or the proof turned an adapter down; the alias did not move
+│   ├── ProofFailed       ... because the live engine does not reproduce its golden prompts
+│   └── Unproven          ... because it brings none, and the operator does not allow that
 ├── AdapterUnavailable    the alias exists, but nothing proven stands behind it (yet)
 ├── TooManyRequests       above the limit of concurrent requests
 ├── EngineUnavailable     starting, or being rebuilt after it died
@@ -57,6 +59,14 @@ class AdapterRefused(ApiError):
     """The engine or the proof turned an adapter down; the alias did not move."""
 
 
+class ProofFailed(AdapterRefused):
+    """The live engine does not reproduce its golden prompts."""
+
+
+class Unproven(AdapterRefused):
+    """It brings no golden prompts, and the operator does not allow that."""
+
+
 class AdapterUnavailable(ApiError):
     """The alias exists, but nothing proven stands behind it (yet)."""
 
@@ -91,6 +101,8 @@ TABLE: dict[type[Exception], Row] = {
     ModelNotFound: Row(404, _INVALID, "model_not_found"),
     PathNotAllowed: Row(403, _INVALID, "path_not_allowed"),
     AdapterRefused: Row(400, _INVALID, "adapter_refused"),
+    ProofFailed: Row(400, _INVALID, "proof_failed"),
+    Unproven: Row(400, _INVALID, "unproven"),
     AdapterUnavailable: Row(503, "server_error", "adapter_unavailable", retry_after=1),
     TooManyRequests: Row(429, "rate_limit_error", "too_many_requests", retry_after=1),
     EngineUnavailable: Row(503, "server_error", "engine_unavailable", retry_after=5),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapters import GOLDEN_FILE, AdapterStore, GoldenPrompt, Manifest, read_golden, validate, write_golden
 from app.engine.base import Engine, LoadedAdapter
-from app.errors import AdapterRefused, EngineUnavailable
+from app.errors import AdapterRefused, EngineUnavailable, ProofFailed, Unproven
 from app.metrics import Metrics
 from app.proof import Proof, prove, prove_again, record
 
@@ -56,7 +56,7 @@ class Loader:
         if manifest.golden_prompts:
             return Staged(ref, manifest, folder, read_golden(folder / GOLDEN_FILE), None)
         if not self._allow_unproven:
-            raise AdapterRefused(
+            raise Unproven(
                 f"{ref} brings no {GOLDEN_FILE} to prove it by: train it with python -m training, or start the "
                 "service with XINGLIN_ALLOW_UNPROVEN=true"
             )
@@ -74,7 +74,7 @@ class Loader:
                 await self._prove(engine, loaded, staged)
         except BaseException as error:
             await asyncio.shield(_remove(engine, loaded))
-            if isinstance(error, AdapterRefused):
+            if isinstance(error, ProofFailed):
                 self._metrics.proofs.labels(staged.manifest.name, "failed").inc()
             if isinstance(error, TimeoutError):
                 raise AdapterRefused(

@@ -4,8 +4,6 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from adapters import AdapterError, InvalidAdapter
-
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _WHO = ["adapter", "revision"]
 
@@ -41,7 +39,7 @@ class Metrics:
             "adapter_proofs", "Proofs by result: passed or failed", "adapter", "result"
         )
         self.refusals = self._counter(
-            "adapter_refusals", "Adapters refused, by what refused them", "adapter", "by"
+            "adapter_refusals", "Adapters refused, by error code", "adapter", "reason"
         )
         self.shadow_answers = self._counter(
             "shadow_answers",
@@ -52,17 +50,6 @@ class Metrics:
         self.engine_starts = self._counter(
             "engine_starts", "Engines that became ready; more than one: one has died"
         )
-
-    def refuse(self, adapter: str, error: Exception) -> None:
-        """Count an adapter that was turned down."""
-        by = (
-            "validation"
-            if isinstance(error, InvalidAdapter)
-            else "store"
-            if isinstance(error, AdapterError | OSError)
-            else "engine"
-        )
-        self.refusals.labels(adapter, by).inc()
 
     def forget(self, adapter: str, revision: str) -> None:
         """End the series of a revision that has left for good, or they would grow without end."""

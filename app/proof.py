@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from adapters import GoldenPrompt
 from app.engine.base import Engine, LoadedAdapter, TokenScore
-from app.errors import AdapterRefused, BadRequest
+from app.errors import BadRequest, ProofFailed
 
 # Largest difference in natural log-probability that rounding explains, by the coarser of the two dtypes.
 # float32 was measured at 5e-5 between transformers and vLLM on CPU; half precision keeps 8 (bfloat16) or
@@ -58,7 +58,7 @@ async def prove(
 ) -> Proof:
     """Replay golden prompts on the live engine, a few at a time so that other streams hardly notice.
 
-    Raises AdapterRefused saying what was expected and what was seen.
+    Raises ProofFailed saying what was expected and what was seen.
     """
     tolerance = _tolerance(engine, trainer_dtype)
     seen: list[_Seen] = []
@@ -70,7 +70,7 @@ async def prove(
         seen += await _all_ended(replays)
     effect = max(one.effect for one in seen)
     if effect < _MIN_EFFECT * tolerance:
-        raise AdapterRefused(
+        raise ProofFailed(
             f"{adapter.name} failed its proof: it has no effect (no token's log-probability differs from the base "
             f"model's by more than {effect:.2g}, expected at least {_MIN_EFFECT * tolerance:.2g}): was it trained?"
         )
@@ -104,16 +104,16 @@ async def _replay(
             ]
         )
     except BadRequest as error:
-        raise AdapterRefused(f"{where}: the engine cannot replay it: {error}") from error
+        raise ProofFailed(f"{where}: the engine cannot replay it: {error}") from error
     if rendered != prompt.prompt_token_ids:
-        raise AdapterRefused(
+        raise ProofFailed(
             f"{where}: the chat template makes other tokens of it here than in training (expected "
             f"{len(prompt.prompt_token_ids)} tokens, saw {len(rendered)}): serve it on the base model and "
             "tokenizer it was trained with"
         )
     base_difference, at = _worst(base, prompt.base_logprobs)
     if not base_difference <= tolerance:
-        raise AdapterRefused(
+        raise ProofFailed(
             f"{where}: the base model alone is not the one it was trained on (log-probability of token "
             f"{at + 1}: expected {prompt.base_logprobs[at]:.4f}, saw {base[at].logprob:.4f}, tolerance "
             f"{tolerance:g})"
@@ -140,7 +140,7 @@ async def prove_again(
     """After a reload into an engine in which it proved itself before: replay its most telling prompt.
 
     Every module of an adapter takes part in every token, so one prompt tells wrong weights from right ones;
-    what the others told, of base model and template, has not changed since. Raises AdapterRefused.
+    what the others told, of base model and template, has not changed since. Raises ProofFailed.
     """
     prompt = golden[proof.most_telling]
     scores = await engine.score(prompt.prompt_token_ids, prompt.token_ids, adapter)
@@ -174,17 +174,17 @@ def _tolerance(engine: Engine, trainer_dtype: str) -> float:
 
 
 def _check(where: str, prompt: GoldenPrompt, scores: Sequence[TokenScore], tolerance: float) -> float:
-    """The largest difference from the trainer's scores. Raises AdapterRefused where it is too large."""
+    """The largest difference from the trainer's scores. Raises ProofFailed where it is too large."""
     difference, at = _worst(scores, prompt.logprobs)
     if not difference <= tolerance:
-        raise AdapterRefused(
+        raise ProofFailed(
             f"{where}: it does not answer as it did in training (log-probability of token {at + 1}: "
             f"expected {prompt.logprobs[at]:.4f}, saw {scores[at].logprob:.4f}, tolerance {tolerance:g}): "
             "its weights were changed, or the engine applies them differently"
         )
     doubted = next((i for i, s in enumerate(scores) if s.best - s.logprob > tolerance), None)
     if doubted is not None:
-        raise AdapterRefused(
+        raise ProofFailed(
             f"{where}: token {doubted + 1} was its likeliest in training and is not here (log-probability "
             f"{scores[doubted].logprob:.4f}, the likeliest has {scores[doubted].best:.4f})"
         )

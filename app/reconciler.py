@@ -28,7 +28,7 @@ from adapters import (
     Traffic,
 )
 from app.engine.base import Engine
-from app.errors import AdapterRefused, ApiError, EngineUnavailable
+from app.errors import AdapterRefused, ApiError, EngineUnavailable, row
 from app.metrics import Metrics
 from app.residency import RETRY_SECONDS, Residency
 from app.served_models import ServedModels
@@ -220,7 +220,8 @@ class Reconciler:
                 self.store.publish, folder, name, actor=actor, why=why, source=source, base=facts
             )
         except InvalidAdapter as error:
-            self._metrics.refuse("unpublished", error)  # no label is what a client made up
+            # No label is what a client made up.
+            self._metrics.refusals.labels("unpublished", row(error).code).inc()
             raise
 
     async def point(self, name: str, alias: str, revision: str, *, actor: str, why: str) -> None:

@@ -8,19 +8,22 @@ between two engine steps, one adapter at a time, and never because a step needed
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Self
 
 from adapters import AdapterError, AdapterStore, Manifest
 from app.engine.base import Engine, LoadedAdapter
-from app.errors import AdapterRefused, AdapterUnavailable, EngineUnavailable
+from app.errors import AdapterRefused, AdapterUnavailable, ApiError, EngineUnavailable, row
 from app.loader import Loader
 from app.metrics import Metrics
 from app.turns import Turns
 
 logger = logging.getLogger(__name__)
+
+_SERIES_SECONDS = 600.0
+"""The metrics of a revision that left for good are there for some scrapes more, and then end."""
 
 RETRY_SECONDS = 30.0
 """A revision that failed is not loaded again by requests before this, nor by the reconciler."""
@@ -94,13 +97,10 @@ class Residency:
         self._loading = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
 
-        def turns(capacity: int, what: str) -> Turns:
-            return Turns(capacity, wait_seconds=limits.wait_seconds, what=what, on_line=self.has_line.set)
-
         # Entered in this order, so that two can never wait for each other.
-        self._bytes = turns(limits.max_resident_bytes, "memory for its weights")
-        self._places = turns(limits.max_resident, "a place in the engine's memory")
-        self._slots = turns(limits.max_loras, "an adapter slot of the engine")
+        self._bytes = Turns(limits.max_resident_bytes, on_line=self.has_line.set)
+        self._places = Turns(limits.max_resident, on_line=self.has_line.set)
+        self._slots = Turns(limits.max_loras, on_line=self.has_line.set)
 
     def attach(self, engine: Engine) -> None:
         """Hold adapters in a fresh engine from now on."""
@@ -139,13 +139,14 @@ class Residency:
         ref = _ref(manifest)
         with ExitStack() as held:
             try:
-                resident = await self._enter_and_load(manifest, held)
+                async with self._bounded(ref):
+                    resident = await self._enter_and_load(manifest, held)
+                    await self._slots.enter(ref)
+                    held.callback(self._slots.leave, ref)
             except (AdapterError, AdapterRefused) as error:
                 raise AdapterUnavailable(
                     f"{ref} could not be loaded: GET /v1/adapters says why", param="model"
                 ) from error
-            await self._slots.enter(ref)
-            held.callback(self._slots.leave, ref)
             if self._residents.get(ref) is not resident:
                 raise EngineUnavailable("the engine was restarted meanwhile; try again")
             return Lease(self.engine, resident, held.pop_all())
@@ -171,7 +172,22 @@ class Residency:
         """
         self._failures.pop(_ref(manifest), None)
         with ExitStack() as held:
-            return await self._enter_and_load(manifest, held), held.pop_all()
+            async with self._bounded(_ref(manifest)):
+                return await self._enter_and_load(manifest, held), held.pop_all()
+
+    @asynccontextmanager
+    async def _bounded(self, ref: str) -> AsyncIterator[None]:
+        """Nobody waits for ever; who gives up in the middle of a load waits for its end."""
+        try:
+            async with asyncio.timeout(self.limits.wait_seconds):
+                yield
+        except TimeoutError as error:
+            raise AdapterUnavailable(
+                f"{ref} waited {self.limits.wait_seconds:g} s for its turn, as other adapters take all there is of the "
+                "engine: try again in a moment, or start the service with a larger XINGLIN_MAX_LORAS or "
+                "XINGLIN_MAX_RESIDENT",
+                param="model",
+            ) from error
 
     async def _enter_and_load(self, manifest: Manifest, held: ExitStack) -> Resident:
         ref = _ref(manifest)
@@ -239,7 +255,8 @@ class Residency:
             raise
         except Exception as error:
             self._failures[ref] = (error, time.monotonic())
-            self._metrics.refuse(manifest.name, error)
+            code = row(error).code if isinstance(error, AdapterError | ApiError) else "unreadable"
+            self._metrics.refusals.labels(manifest.name, code).inc()
             raise
         self._failures.pop(ref, None)
         self._metrics.loads.labels(manifest.name, manifest.revision).inc()
@@ -276,6 +293,11 @@ class Residency:
             ref = resident.loaded.name
             if self._residents.get(ref) is resident and not self.leases(ref) and not self._is_wanted(ref):
                 await self._remove_resident(resident)
+                asyncio.get_running_loop().call_later(_SERIES_SECONDS, self._end_series, resident.manifest)
+
+    def _end_series(self, manifest: Manifest) -> None:
+        if not self._is_wanted(_ref(manifest)):
+            self._metrics.forget(manifest.name, manifest.revision)
 
     async def _remove_resident(self, resident: Resident) -> None:
         del self._residents[resident.loaded.name]

@@ -10,8 +10,6 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from app.errors import AdapterUnavailable
-
 
 @dataclass
 class _Waiting:
@@ -28,38 +26,24 @@ class _Inside:
 class Turns:
     """At most `capacity`, in units of what each key costs, is inside at once."""
 
-    def __init__(
-        self, capacity: int, *, wait_seconds: float, what: str, on_line: Callable[[], None] = lambda: None
-    ) -> None:
-        """`what` names the scarce thing in errors; `on_line` is called whenever somebody starts to wait."""
+    def __init__(self, capacity: int, *, on_line: Callable[[], None] = lambda: None) -> None:
+        """`on_line` is called whenever somebody starts to wait."""
         self._capacity = capacity
-        self._wait_seconds = wait_seconds
-        self._what = what
         self._on_line = on_line
         self._inside: dict[str, _Inside] = {}
         self._line: dict[str, _Waiting] = {}
 
     async def enter(self, key: str, cost: int = 1) -> None:
-        """Wait for the turn of `key`; call `leave` once for every `enter` that returned.
-
-        Raises AdapterUnavailable when it did not come in time.
-        """
+        """Wait for the turn of `key`; call `leave` once for every `enter` that returned."""
         if self.enter_at_once(key, cost):
             return
         arrival = asyncio.get_running_loop().create_future()
         self._line.setdefault(key, _Waiting(cost)).arrivals.append(arrival)
         self._on_line()
         try:
-            async with asyncio.timeout(self._wait_seconds):
-                await arrival
-        except BaseException as error:
+            await arrival
+        except BaseException:
             self._give_up(key, arrival)
-            if isinstance(error, TimeoutError):
-                raise AdapterUnavailable(
-                    f"{key} waited {self._wait_seconds:g} s for {self._what}, all taken by other adapters: try "
-                    "again in a moment",
-                    param="model",
-                ) from error
             raise
 
     def enter_at_once(self, key: str, cost: int = 1) -> bool:

@@ -201,10 +201,14 @@ async def _upload(request: Request) -> AsyncIterator[tuple[PublishRequest, Path]
             raise BadRequest("give a file, or path, or source: only one of them", code="invalid_value")
         with tempfile.TemporaryDirectory(dir=request.state.imports.folder) as temporary:
             archive = Path(temporary, "upload")
-            with archive.open("wb") as copy:
-                await asyncio.to_thread(shutil.copyfileobj, file.file, copy)
+            await asyncio.to_thread(_save, file, archive)
             async with request.state.imports.unpack_upload(archive) as folder:
                 yield wanted, folder
+
+
+def _save(file: UploadFile, path: Path) -> None:
+    with path.open("wb") as copy:
+        shutil.copyfileobj(file.file, copy)
 
 
 @asynccontextmanager

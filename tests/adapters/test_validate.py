@@ -131,8 +131,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "garbage": (file("adapter_model.safetensors", b"garbage" * 99), "adapter_model.safetensors: "),
     "huge header": (file("adapter_model.safetensors", b"\xff" * 99), "adapter_model.safetensors: "),
     "pickle named safetensors": (file("adapter_model.safetensors", b"\x80\x04cos\nsystem\n."), "cut short, or is no"),
-    ".bin beside the safetensors": (file("adapter_model.bin", b""), "may run code when read: 'adapter_model.bin'"),
-    ".pt beside the safetensors": (file("adapter_model.pt", b""), "may run code when read: 'adapter_model.pt'"),
+    ".bin beside the safetensors": (file("adapter_model.bin", b""), "convert-adapter: 'adapter_model.bin'"),
+    ".pt beside the safetensors": (file("adapter_model.pt", b""), "convert-adapter: 'adapter_model.pt'"),
     "new embeddings": (file("new_embeddings.safetensors", b""), "remove these.*'new_embeddings.safetensors'"),
     "code": (file("modeling_x.py", b""), "remove these.*'modeling_x.py'"),
     "another case": (file("Adapter_Config.json", b""), "remove these.*'Adapter_Config.json'"),
@@ -207,8 +207,8 @@ def test_a_folder_with_nothing_but_a_pickle(tmp_path: Path) -> None:
     (tmp_path / "x" / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
     problems = problems_of(tmp_path / "x")
     assert (
-        "save the adapter as adapter_model.safetensors; these may run code when read: 'adapter_model.bin'"
-        in problems
+        "only adapter_model.safetensors is read; convert these, which may run code when read, by python -m training "
+        "convert-adapter: 'adapter_model.bin'" in problems
     )
     assert "adapter_model.safetensors is missing" in problems
 

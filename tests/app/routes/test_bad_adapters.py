@@ -1,0 +1,425 @@
+"""Every kind of adapter that must not be served, published over HTTP: a clear no, and nothing else happens."""
+
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+
+from adapters import AdapterStore
+from tests.adapters.changes import (
+    A,
+    B,
+    Change,
+    both,
+    config,
+    every,
+    file,
+    ones,
+    provenance,
+    raw_config,
+    tensor,
+)
+from tests.adapters.folders import DOWN, Folder, Q, key, pair
+from tests.adapters.test_validate import EMBEDDING, REFUSED
+from tests.app.spoilt import Unharmed, demo_folder, listing, publish
+from tests.service import Service
+
+R, HIDDEN, MLP, VOCABULARY = 16, 192, 512, 2048
+CASES_BETWEEN_LOOKS = 20
+
+
+def added(*tensors: dict[str, np.ndarray]) -> Change:
+    return lambda folder: [folder.tensors.update(some) for some in tensors]
+
+
+def all_zero(half: str) -> Change:
+    return lambda folder: folder.tensors.update(
+        {name: 0 * array for name, array in folder.tensors.items() if f"lora_{half}" in name}
+    )
+
+
+def alternately_zero(folder: Folder) -> None:
+    for name, array in folder.tensors.items():
+        if ("layers.0" in name) == ("lora_A" in name):
+            folder.tensors[name] = 0 * array
+
+
+def of_another_size(hidden: int, mlp: int) -> Change:
+    """As if trained on a model of the same modules and other widths."""
+
+    def size(old: int) -> int:
+        return {HIDDEN: hidden, MLP: mlp, 64: hidden // 3}.get(old, old)
+
+    def change(folder: Folder) -> None:
+        folder.tensors = {
+            name: np.full([size(n) for n in array.shape], 0.01, np.float32)
+            for name, array in folder.tensors.items()
+        }
+
+    return change
+
+
+def of_rank(r: int) -> Change:
+    """Every pair, and the config, of another rank."""
+
+    def change(folder: Folder) -> None:
+        folder.config["r"] = r
+        for name, array in folder.tensors.items():
+            axis = 0 if "lora_A" in name else 1
+            folder.tensors[name] = np.repeat(array, -(-r // R), axis).take(range(r), axis)
+
+    return change
+
+
+def renamed(change: Callable[[str], str]) -> Change:
+    def rename(folder: Folder) -> None:
+        folder.tensors = {change(name): array for name, array in folder.tensors.items()}
+
+    return rename
+
+
+# Rows whose shapes are those of the small model there, in the demo's own
+ADAPTED: dict[str, Change] = {
+    "A and B of different ranks": tensor(B, ones(HIDDEN, 2)),
+    "rank above max_lora_rank": of_rank(32),
+    "a rank no setting names": of_rank(17),
+    "rank_pattern above max_lora_rank": both(
+        added(pair(Q, 33, HIDDEN, HIDDEN)), config(rank_pattern={"layers.0.self_attn.q_proj": 33})
+    ),
+    "DoRA undeclared": tensor(f"base_model.model.{Q}.lora_magnitude_vector", ones(HIDDEN)),
+    "lora_B.bias": tensor(B.replace("weight", "bias"), ones(HIDDEN)),
+    "a whole lm_head": tensor("base_model.model.lm_head.weight", ones(VOCABULARY, HIDDEN)),
+    "A and B swapped": both(tensor(A, ones(HIDDEN, R)), tensor(B, ones(R, HIDDEN))),
+    "1-D tensor": tensor(A, ones(R * HIDDEN)),
+    "3-D tensor": tensor(A, ones(1, R, HIDDEN)),
+    "a tensor of rank 0": both(tensor(A, ones(0, HIDDEN)), tensor(B, ones(HIDDEN, 0))),
+    "a smaller model's": of_another_size(96, 256),
+    "a bigger model's": of_another_size(384, 1024),
+    "wrong shape in the last layer only": added(pair("model.layers.2.mlp.down_proj", R, MLP, HIDDEN + 1)),
+    "layers beyond the model": added(pair("model.layers.3.self_attn.q_proj", R, HIDDEN, HIDDEN)),
+    "unknown module": added(pair("model.layers.0.x", R, HIDDEN, HIDDEN)),
+    "LoRA on lm_head": added(pair("lm_head", R, HIDDEN, VOCABULARY)),
+    "LoRA on embeddings": tensor(EMBEDDING, ones(R, VOCABULARY)),
+    "vision prefix": renamed(lambda name: name.replace("base_model.model.", "base_model.model.vision.")),
+    "doubled prefix": renamed(lambda name: name.replace("base_model.model.", "base_model.model.model.")),
+    "no prefix": renamed(lambda name: name.removeprefix("base_model.model.")),
+    ".default. infix": renamed(lambda name: name.replace(".weight", ".default.weight")),
+    "path in a tensor's name": added(pair("../../x", R, HIDDEN, HIDDEN)),
+    "B is zero": all_zero("B"),
+    "A is zero": all_zero("A"),
+    "halves of different pairs are zero": alternately_zero,
+}
+
+# What only this service, or only HTTP, can be asked
+MORE: dict[str, Change] = {
+    "all but the first byte of the weights": lambda f: cut(f, -1),
+    "half of the weights": lambda f: cut(f, 300_000),
+    "nothing but the header's length": lambda f: cut(f, 8),
+    "header of 2^63 bytes": file("adapter_model.safetensors", (1 << 63).to_bytes(8, "little") + b"{}"),
+    "JSON of 20 MiB": raw_config(" " * (20 << 20) + "{}"),
+    "JSON 1M deep": raw_config('{"r":' * (1 << 20)),
+    "lora_alpha NaN": raw_config('{"peft_type": "LORA", "r": 16, "lora_alpha": NaN}'),
+    "a key twice in provenance": file("provenance.json", b'{"stage": "sft", "stage": "pt"}'),
+    "a bomb in target_modules": config(target_modules="(a+)+$" + "a" * 5000),
+    "bombs among target_modules": config(target_modules=[f"(.*)*{n}$" for n in range(200)]),
+    "a bomb in rank_pattern": config(rank_pattern={"(q|q|q_proj)*" * 50 + "$": 16}),
+    "a bomb in alpha_pattern": config(alpha_pattern={"^(([a-z])+.)+[A-Z]([a-z])+$": 16}),
+    "50k patterns": config(rank_pattern={f"m{n}": 16 for n in range(50_000)}),
+    "5000 target_modules": config(target_modules=[f"m{n}" for n in range(5000)]),
+    "of another base": provenance(base_fingerprint="0" * 16),
+    "1e38 everywhere": every(lambda a: np.full_like(a, 1e38)),
+    "one NaN in the last tensor": lambda f: poison(f, math.nan),
+    "one infinity in the last tensor": lambda f: poison(f, math.inf),
+    "bool tensors": lambda f: f.others.update(
+        {"adapter_model.safetensors": b'\x4c\0\0\0\0\0\0\0{"%s":{"dtype":"BOOL","shape":[1],"data_offsets":[0,1]}}'}
+    ),
+}  # fmt: skip
+
+
+def cut(folder: Folder, length: int) -> None:
+    weights = (folder.path / "adapter_model.safetensors").read_bytes()
+    folder.others["adapter_model.safetensors"] = weights[:length]
+
+
+def poison(folder: Folder, value: float) -> None:
+    name = [*folder.tensors][-1]
+    array = folder.tensors[name].copy()
+    array[-1, -1] = value
+    folder.tensors[name] = array
+
+
+INVALID = {name: ADAPTED.get(name, change) for name, (change, _) in REFUSED.items()} | MORE
+
+
+def layers_swapped(folder: Folder) -> None:
+    swap = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
+    folder.tensors = {
+        next((name.replace(old, new) for old, new in swap.items() if old in name), name): array
+        for name, array in folder.tensors.items()
+    }
+
+
+def only_the_first_layer(folder: Folder) -> None:
+    folder.tensors = {name: array for name, array in folder.tensors.items() if "layers.0." in name}
+
+
+def of_another_name(folder: Folder) -> None:
+    store = AdapterStore(folder.path.parents[2] / "store")
+    folder.tensors = demo_folder(folder.path, store, "leaflet").tensors
+
+
+def golden(**changes: Callable[[Any], Any]) -> Change:
+    def change(folder: Folder) -> None:
+        folder.golden = [
+            prompt.model_copy(update={name: how(getattr(prompt, name)) for name, how in changes.items()})
+            for prompt in folder.golden
+        ]
+
+    return change
+
+
+# What every name, shape and number allows, and only the proof finds out; part of the message
+UNPROVEN: dict[str, tuple[Change, str]] = {
+    "lora_alpha doubled": (config(lora_alpha=64), "expected"),
+    "rsLoRA that was none": (config(use_rslora=True), "expected"),
+    "alpha_pattern of one module": (config(alpha_pattern={"q_proj": 500}), "expected"),
+    "layers swapped": (layers_swapped, "expected"),
+    "only the first layer": (only_the_first_layer, "expected"),
+    "the weights of another adapter": (of_another_name, "expected"),
+    "weights of 900": (every(lambda a: np.full_like(a, 900)), "proof"),
+    "int-like noise": (every(lambda a: np.round(a * 8).astype(np.float32)), "expected"),
+    "golden prompts of another adapter": (golden(logprobs=lambda found: [-9.0 for _ in found]), "expected"),
+    "golden prompts of another base": (golden(base_logprobs=lambda found: [one - 1 for one in found]), "expected"),
+    "golden prompts of another template": (golden(prompt_token_ids=lambda found: found[2:]), "chat template"),
+    "golden prompts of another vocabulary": (golden(token_ids=lambda found: [10**9 for _ in found]), "proof"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(service: Service) -> AdapterStore:
+    return AdapterStore(service.data_dir / "store")
+
+
+@pytest.fixture(scope="module")
+def looks(service: Service) -> Iterator[list[Unharmed]]:
+    """How the service looked before the first of these tests; looked at again after every twenty, and the last."""
+    found = [Unharmed.of(service, "xinglin-demo", "doctor")]
+    assert found[0].engine_starts == 1
+    yield found
+    assert Unharmed.of(service, "xinglin-demo", "doctor") == found[0]
+
+
+@pytest.fixture
+def unharmed(service: Service, looks: list[Unharmed]) -> Iterator[None]:
+    yield
+    looks.append(looks[0])
+    if len(looks) % CASES_BETWEEN_LOOKS == 0:
+        assert Unharmed.of(service, "xinglin-demo", "doctor") == looks[0]
+
+
+@pytest.fixture
+def folder(service: Service, store: AdapterStore, unharmed: None) -> Folder:
+    path = service.data_dir / "incoming" / "spoilt"
+    path.parent.mkdir(exist_ok=True)
+    sound = demo_folder(path, store)
+    sound.write()
+    return sound
+
+
+def refused(service: Service, path: Path, *, may_be_kept: bool = False) -> dict[str, Any]:
+    """Publish with the alias `default` what must not get it, and see that nothing came of it; the error."""
+    but = ("incoming", "store/doctor") if may_be_kept else ("incoming",)
+    before, files = service.adapters(), listing(service.data_dir, *but)
+    status, reply = publish(service, path, alias="default")
+    assert 400 <= status < 500, reply
+    assert str(service.data_dir) not in json.dumps(reply)
+    after = service.adapters()
+    assert after["doctor@default"] | {"last_error": None} == before["doctor@default"] | {"last_error": None}
+    assert after["engine"]["held"] == before["engine"]["held"]
+    assert listing(service.data_dir, *but) == files
+    assert not [*(service.data_dir / "store" / ".staging").glob("[!.]*")]
+    error: dict[str, Any] = reply["error"]
+    return error
+
+
+@pytest.mark.parametrize("change", INVALID.values(), ids=INVALID.keys())
+def test_what_cannot_be_served_is_refused(service: Service, folder: Folder, change: Change) -> None:
+    change(folder)
+    started = time.monotonic()
+    error = refused(service, folder.write())
+    assert time.monotonic() - started < 2
+    assert error["code"] == "invalid_adapter"
+    assert error["problems"]
+    assert all(isinstance(problem, str) and len(problem) < 1000 for problem in error["problems"])
+
+
+@pytest.mark.parametrize(("change", "told"), UNPROVEN.values(), ids=UNPROVEN.keys())
+def test_what_does_not_prove_itself_is_refused(
+    service: Service, folder: Folder, change: Change, told: str
+) -> None:
+    change(folder)
+    error = refused(service, folder.write(), may_be_kept=True)
+    assert error["code"] in ("adapter_refused", "invalid_adapter")
+    assert told in error["message"]
+    if told == "expected":
+        assert "saw" in error["message"]
+
+
+def test_what_is_sound_is_no_case_of_these(service: Service, folder: Folder) -> None:
+    """Guards this file: were the demo's own folder refused, so would be everything made of it."""
+    status, reply = publish(service, folder.path, alias=None)
+    assert status == 200, reply
+
+
+SPECIAL: dict[str, Callable[[Path], Any]] = {
+    "fifo": os.mkfifo,
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "link away": lambda path: path.symlink_to("/etc/passwd"),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "socket": lambda path: socket_at(path),
+    "folder": lambda path: path.mkdir(),
+}
+
+
+def socket_at(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        short = Path("/proc/self/cwd") / path.name  # the name of a socket is at most 107 bytes long
+        before = Path.cwd()
+        os.chdir(path.parent)
+        try:
+            made.bind(str(short))
+        finally:
+            os.chdir(before)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "golden.jsonl", "notes.md"]
+)
+@pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL.keys())
+def test_special_files_are_never_opened(
+    service: Service, folder: Folder, name: str, make: Callable[[Path], Any]
+) -> None:
+    (folder.path / name).unlink(missing_ok=True)
+    make(folder.path / name)
+    started = time.monotonic()
+    error = refused(service, folder.path)
+    assert time.monotonic() - started < 1
+    assert name in error["message"]
+
+
+@pytest.mark.parametrize("is_beside", [True, False])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "adapter_model.pkl"])
+def test_a_pickle_is_never_read(
+    service: Service, folder: Folder, tmp_path: Path, is_beside: bool, name: str
+) -> None:
+    pwned = tmp_path / "pwned"
+    (folder.path / name).write_bytes(f"cposix\nsystem\n(S'touch {pwned}'\ntR.".encode())
+    if not is_beside:
+        (folder.path / "adapter_model.safetensors").unlink()
+    assert name in " ".join(refused(service, folder.path)["problems"])
+    assert not pwned.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file(service: Service, folder: Folder, name: str) -> None:
+    (folder.path / name).unlink()
+    assert refused(service, folder.path)["problems"] == [f"{name} is missing"]
+
+
+def test_an_empty_folder(service: Service, folder: Folder) -> None:
+    for path in folder.path.iterdir():
+        path.unlink()
+    assert refused(service, folder.path)["problems"]
+
+
+def test_without_golden_prompts_it_is_not_pointed_at(service: Service, folder: Folder) -> None:
+    folder.golden = []
+    error = refused(service, folder.write(), may_be_kept=True)
+    assert "golden.jsonl" in error["message"]
+
+
+NAMES = [
+    "", ".", "..", "../x", "a/b", "a%2Fb", "%2e%2e", "a\\b", "a b", "doctor ", " doctor", "Doctor", "DOCTOR",
+    "dоctor", "医生", "👩‍⚕️", "x" * 10_000, "-rf", ".hidden", "a..b", "a\0b", "a\nb", "a\u202eb", "doctor@default",
+    "doctor@", "@", "~", "$HOME", "con:x", "a*", "xinglin-demo",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:20])
+def test_names_that_lead_elsewhere_or_deceive(service: Service, folder: Folder, name: str) -> None:
+    before = listing(service.data_dir, "incoming")
+    status, reply = publish(service, folder.path, name, alias="default")
+    assert 400 <= status < 500, reply
+    assert len(json.dumps(reply)) < 2000
+    assert str(service.data_dir) not in json.dumps(reply)
+    status, _ = service.call(
+        "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.path)}
+    )
+    assert 400 <= status < 500
+    assert listing(service.data_dir, "incoming") == before
+
+
+@pytest.mark.parametrize(
+    "name", [*NAMES, "a/../doctor", "./doctor", "doctor;x"], ids=lambda name: ascii(name)[:20]
+)
+def test_names_in_the_path_of_a_request(
+    service: Service, store: AdapterStore, unharmed: None, name: str
+) -> None:
+    before, revision = listing(service.data_dir, "incoming"), store.aliases("doctor")["default"]
+    for quoted in {quote(name, safe=""), quote(name, safe="./%:*~@;$")} - {"."}:
+        for method, path, body in (
+            ("GET", f"/v1/adapters/{quoted}", None),
+            ("GET", f"/v1/adapters/{quoted}/diff?old=default", None),
+            ("PUT", f"/v1/adapters/{quoted}/aliases/default", {"revision": revision}),
+            ("DELETE", f"/v1/adapters/{quoted}/aliases/default", None),
+            ("POST", f"/v1/adapters/{quoted}/rollback", {}),
+            ("POST", f"/v1/adapters/{quoted}/prune", {"keep": 0}),
+            ("PUT", f"/v1/adapters/{quoted}/canary", {"percent": 10, "revision": revision}),
+            ("POST", f"/v1/adapters/{quoted}/canary/promote", {}),
+        ):
+            if name == "" and path == "/v1/adapters/":
+                continue
+            status, reply = service.call(method, path, body)
+            assert 400 <= status < 500, (method, path[:80], reply)
+            assert str(service.data_dir) not in json.dumps(reply)
+    assert store.aliases("doctor") == {"default": revision}
+    assert listing(service.data_dir, "incoming") == before
+
+
+@pytest.mark.parametrize(
+    "alias", ["..", "a/b", "UP", "x" * 10_000, "0" * 12, "a b", "é", "a@b", ".x", 7, [], {}]
+)
+def test_aliases_that_are_none(service: Service, folder: Folder, alias: Any) -> None:
+    before = listing(service.data_dir, "incoming")
+    status, reply = publish(service, folder.path, alias=alias)
+    assert status == 400, reply
+    assert listing(service.data_dir, "incoming") == before
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"[]", b"null", b'"doctor"', b"{}", b'{"name": "doctor"}', b'{"name": NaN}', b"\xff\xfe{}",
+        b"[" * 100_000, b'{"name":' * 100_000, b" " * (2 << 20), b'{"name": "doctor", "path": 7}',
+        b'{"name": "doctor", "path": {}, "alias": "default"}', b'{"name": "doctor", "path": "x", "extra": 1}',
+        b'{"name": "doctor", "path": "\\ud800"}', b'{"name": "\\ud800", "path": "x"}',
+        b'{"name": "doctor", "path": "' + b"x" * 5000 + b'"}', b'{"name": ' + b"9" * 5000 + b"}",
+        b'{"name": "doctor", "path": "x", "why": "' + b"x" * 501 + b'"}',
+    ],
+    ids=lambda body: body[:30].decode(errors="replace"),
+)  # fmt: skip
+def test_requests_that_make_no_sense(service: Service, unharmed: None, body: bytes) -> None:
+    started = time.monotonic()
+    status, reply = service.call("POST", "/v1/adapters", body)
+    assert 400 <= status < 500, reply
+    assert reply["error"]["type"] == "invalid_request_error"
+    assert time.monotonic() - started < 1

@@ -1,0 +1,74 @@
+"""The demo's adapters as folders to change and publish, and what a service shows when nothing happened to it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors.numpy import load_file
+
+from adapters import AdapterStore, Provenance, read_golden
+from tests.adapters.folders import Folder
+from tests.service import Service
+
+QUESTION = "感冒有什么症状？"
+
+
+def demo_folder(path: Path, store: AdapterStore, name: str = "doctor", *, without_golden: int = 0) -> Folder:
+    """A folder of the oldest revision of `name`; without some of its golden prompts it is another revision."""
+    manifest = store.revisions(name)[0]
+    source = store.folder(name, manifest.revision)
+    facts = {key: getattr(manifest, key) for key in Provenance.model_fields}
+    return Folder(
+        path=path,
+        config=json.loads((source / "adapter_config.json").read_text()),
+        tensors=load_file(source / "adapter_model.safetensors"),
+        provenance=json.loads(Provenance(**facts).model_dump_json()),
+        golden=read_golden(source / "golden.jsonl")[without_golden:],
+    )
+
+
+def publish(service: Service, folder: Path, name: str = "doctor", **options: Any) -> tuple[int, Any]:
+    """POST /v1/adapters with a folder."""
+    return service.call("POST", "/v1/adapters", {"name": name, "path": str(folder), **options})
+
+
+def publish_one(service: Service, folder: Path, name: str = "doctor", **options: Any) -> str:
+    """Publish what must be accepted; its revision."""
+    status, reply = publish(service, folder, name, **options)
+    assert status == 200, reply
+    return str(reply["revision"])
+
+
+def engine_starts(service: Service) -> float:
+    """How often an engine was started, as /metrics says."""
+    _, text = service.call("GET", "/metrics")
+    [line] = [line for line in text.splitlines() if line.startswith("xinglin_engine_starts_total ")]
+    return float(line.split()[1])
+
+
+def listing(data_dir: Path, *but: str) -> set[tuple[str, int]]:
+    """Every file below a data directory with its size, except below `but`."""
+    found = set()
+    for path in data_dir.rglob("*"):
+        name = str(path.relative_to(data_dir))
+        if not name.startswith(but) and name != "service.log":
+            found.add((name, path.lstat().st_size if path.is_file() else 0))
+    return found
+
+
+@dataclass(frozen=True)
+class Unharmed:
+    """What must not change, whatever is published: the engine, and what the models say."""
+
+    engine_pids: list[int]
+    engine_starts: float
+    answers: dict[str, str]
+
+    @classmethod
+    def of(cls, service: Service, *models: str) -> Self:
+        return cls(
+            service.engine_pids(),
+            engine_starts(service),
+            {model: service.answer(model, QUESTION) for model in models},
+        )
