@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from adapters import AdapterRef, AdapterStore, Manifest, write_golden
-from app.errors import AdapterRefused, AdapterUnavailable, EngineUnavailable
+from adapters import AdapterRef, AdapterStore, Manifest, read_golden, write_golden
+from app.errors import AdapterRefused, AdapterUnavailable, EngineUnavailable, ProofFailed
 from app.loader import Loader
 from app.metrics import Metrics
 from app.residency import Limits, Residency
@@ -224,6 +224,28 @@ def test_an_engine_that_dies_takes_nobody_along(filled: Path) -> None:
             assert (await rig.use(number)).startswith(f"a{number}@")
         assert not rig.engine.broken_rules
         assert rig.residency.slots_taken == 0
+
+    _run(check())
+
+
+def test_an_unproven_adapter_is_held_to_what_it_said_first(filled: Path, tmp_path: Path) -> None:
+    path = make_folder(tmp_path / "plain", seed=99).write()
+    store = AdapterStore(filled / "store")
+    manifest = store.publish(path, "plain", actor="test")
+
+    async def check() -> None:
+        for drift, is_alike in ((0.0, True), (0.0, True), (0.5, False)):
+            rig = Rig(filled)  # a service that was started again
+            rig.engine.drift = drift
+            if is_alike:
+                with await rig.residency.lease(manifest):
+                    assert rig.residency.is_resident(f"plain@{manifest.revision}")
+            else:
+                with pytest.raises(ProofFailed, match="expected"):
+                    await rig.residency.hold(manifest)
+                assert rig.engine.held == {}
+            (recorded,) = (filled / "recorded").rglob("*.jsonl")
+            assert len(read_golden(recorded)) == 8
 
     _run(check())
 
