@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from app.engine.base import Engine
 from app.errors import EngineUnavailable
@@ -41,9 +41,13 @@ class Supervisor:
     @property
     def engine(self) -> Engine:
         """The live engine. Raises EngineUnavailable."""
-        if self._engine is None or self._engine.is_dead:
+        self.check_ready()
+        return cast(Engine, self._engine)
+
+    def check_ready(self) -> None:
+        """Raises EngineUnavailable while requests cannot be answered."""
+        if not self.is_ready:
             raise EngineUnavailable(f"waiting for {self.waiting_for}; try again in a moment")
-        return self._engine
 
     @property
     def is_ready(self) -> bool:

@@ -45,6 +45,7 @@ async def create_chat_completion(request: Request) -> Response:
         with ExitStack() as held:
             held.enter_context(state.admission.place())
             body = await _body(request)
+            state.supervisor.check_ready()
             choice = await _choose(request, body)
             meter = _meter(request, choice, started)
             request_id = uuid.uuid4().hex
@@ -188,8 +189,9 @@ class _EventStream(StreamingResponse):
         keep: list[str] | None,
     ) -> None:
         """`on_end` is called once with the outcome as a status; `keep` collects the events."""
+        self._watched_events = self._watched(events, keep)
         super().__init__(
-            self._watched(events, keep),
+            self._watched_events,
             headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
         )
         self._events = events
@@ -211,5 +213,6 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             with self._held:
+                await self._watched_events.aclose()
                 await self._events.aclose()
             self._on_end(self._outcome)

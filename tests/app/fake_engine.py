@@ -68,7 +68,8 @@ class FakeEngine:
     ) -> list[TokenScore]:
         async with self._request(adapter):
             for folder in [adapter.folder] if adapter else [a.folder for a in self.held.values()]:
-                for prompt in read_golden(folder / "golden.jsonl"):
+                golden = folder / "golden.jsonl"
+                for prompt in read_golden(golden) if golden.exists() else []:
                     if prompt.prompt_token_ids == list(prompt_token_ids):
                         scores = prompt.logprobs if adapter else prompt.base_logprobs
                         return [TokenScore(score, score) for score in scores]

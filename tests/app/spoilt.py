@@ -1,6 +1,7 @@
 """The demo's adapters as folders to change and publish, and what a service shows when nothing happened to it."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -72,3 +73,32 @@ class Unharmed:
             engine_starts(service),
             {model: service.answer(model, QUESTION) for model in models},
         )
+
+
+def begun(service: Service, model: str, tokens: int = 800) -> Iterator[str]:
+    """A stream of so many tokens that has begun; iterate to read it to its end, which must be a good one."""
+    events = service.client().chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=tokens,
+        stream=True,
+        extra_body={"min_tokens": tokens, "ignore_eos": True},
+    )
+    first = next(events)
+
+    def rest() -> Iterator[str]:
+        finish = None
+        for event in (first, *events):
+            finish = event.choices[0].finish_reason or finish
+            yield event.choices[0].delta.content or ""
+        assert finish == "length", finish
+
+    return rest()
+
+
+def asked(service: Service, model: str, **options: Any) -> tuple[int, Any]:
+    """Status and body of one chat request."""
+    messages = [{"role": "user", "content": QUESTION}]
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 24, **options}
+    return service.call("POST", "/v1/chat/completions", body)
