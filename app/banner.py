@@ -4,12 +4,14 @@ from app.served_models import ServedModels
 from app.settings import Settings
 
 _QUESTION = "感冒有什么症状？"
+_MOST_NAMES = 10
 
 
 def banner(settings: Settings, served: ServedModels, admin_key: str | None) -> str:
     """Lines that work when pasted into a shell or into Python."""
     url = f"http://{settings.host}:{settings.port}"
     adapters = [name for name, _ in served.named()]
+    more = f" and {len(adapters) - _MOST_NAMES} more" if len(adapters) > _MOST_NAMES else ""
     model = adapters[0] if adapters else served.base_model_name
     key = "unused" if settings.is_loopback else "$XINGLIN_ADMIN_KEY"
     auth = "" if settings.is_loopback else ' -H "Authorization: Bearer $XINGLIN_ADMIN_KEY"'
@@ -17,7 +19,7 @@ def banner(settings: Settings, served: ServedModels, admin_key: str | None) -> s
         "",
         f"  Xinglin 杏林 is ready: {url}",
         f"  base model  {served.base_model_name}",
-        f"  adapters    {', '.join(adapters) or 'none yet'}",
+        f"  adapters    {', '.join(adapters[:_MOST_NAMES]) + more or 'none yet'}",
         *([f"  admin key   {admin_key}"] if admin_key else []),
         "",
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} \\",

@@ -196,11 +196,9 @@ def main() -> int:
 
 def _measure(service: Service, names: list[str], options: argparse.Namespace) -> int:
     alone = asyncio.run(answers_alone(service.url, names))
-    print(
-        f"{len(names)} adapters give {len(set(alone.values()))} different answers"
-    )
+    print(f"{len(names)} adapters give {len(set(alone.values()))} different answers")
     rows, ratios, used = [], [], [memory(service)]
-    fitting = names[: options.resident - 1]
+    fitting = names[: options.resident]
     for number in range(options.rounds):
         pair = []
         for label, some in ((f"{len(fitting)} that fit", fitting), (f"{len(names)}", names)):
