@@ -1,4 +1,4 @@
-"""python -m app serve: run the service."""
+"""python -m app serve | swap-storm: run the service, and prove it under load."""
 
 import argparse
 import logging
@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 from pydantic import ValidationError
 
+from app import storm
 from app.access import stored_admin_key
 from app.fetch import checked_prefixes
 from app.fetch.guard import parse_networks
@@ -23,8 +24,11 @@ EXIT_BAD_SETTINGS = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
+    return int(options.run(options))
+
+
+def _serve(options: argparse.Namespace) -> int:
     given = {
         name: value
         for name, value in vars(options).items()
@@ -32,11 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     try:
         settings = Settings(**given)
+        checked_prefixes(settings.sources)
+        parse_networks(settings.private_networks)
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"]))
             of = f"setting {name} (XINGLIN_{name.upper()})" if name else "settings"
             print(f"{of}: {problem['msg']}", file=sys.stderr)
+        return EXIT_BAD_SETTINGS
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return EXIT_BAD_SETTINGS
     return serve(settings, show_admin_key=options.show_admin_key)
 
@@ -46,12 +55,6 @@ def serve(settings: Settings, *, show_admin_key: bool) -> int:
     if not Path(settings.base_model).exists() and settings.model is None:
         print("there is no demo base model yet: run `python -m training demo`, or name a model with --model",
               file=sys.stderr)  # fmt: skip
-        return EXIT_BAD_SETTINGS
-    try:
-        checked_prefixes(settings.sources)
-        parse_networks(settings.private_networks)
-    except ValueError as error:
-        print(error, file=sys.stderr)
         return EXIT_BAD_SETTINGS
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -149,6 +152,8 @@ def _parser() -> argparse.ArgumentParser:
         else:
             command.add_argument(flag, metavar=name.upper(), help=text)
     command.add_argument("--show-admin-key", action="store_true", help="print the admin key in the banner")
+    command.set_defaults(run=_serve)
+    storm.add_parser(commands)
     return parser
 
 

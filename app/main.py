@@ -1,6 +1,7 @@
 """The composition root: settings in, a FastAPI app out. Nothing else reads settings."""
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -98,6 +99,9 @@ def create_app(
         shadow = Shadow(settings.data_dir / "shadow", residency, metrics, keep_texts=settings.shadow_texts)
 
         def announce() -> None:
+            # What is there now stays: a full collection that walked through it would stall every stream.
+            gc.collect()
+            gc.freeze()
             metrics.engine_starts.inc()
             on_ready(served)
 

@@ -21,13 +21,19 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_help_names_every_setting() -> None:
     text = _run("serve", "--help").stdout
-    for name in Settings.model_fields.keys() - {"admin_key", "publish_roots"}:
+    for name in Settings.model_fields.keys() - {"admin_key", "publish_roots", "sources", "private_networks"}:
         assert f"XINGLIN_{name.upper()}" in "".join(text.split())
 
 
 @pytest.mark.parametrize(
     ("environment", "named"),
-    [({"XINGLIN_PORT": "http"}, "XINGLIN_PORT"), ({"XINGLIN_MAX_LORA_RANK": "17"}, "XINGLIN_MAX_LORA_RANK")],
+    [
+        ({"XINGLIN_PORT": "http"}, "XINGLIN_PORT"),
+        ({"XINGLIN_MAX_LORA_RANK": "17"}, "XINGLIN_MAX_LORA_RANK"),
+        ({"XINGLIN_MAX_RESIDENT": "4", "XINGLIN_MAX_LORAS": "4"}, "max_resident is 4"),
+        ({"XINGLIN_SOURCES": "hf:// ftp://somewhere/"}, "ftp://somewhere/"),
+        ({"XINGLIN_PRIVATE_NETWORKS": "10.0.0.0/8 nonsense"}, "nonsense"),
+    ],
 )
 def test_a_wrong_setting_is_named(environment: dict[str, str], named: str) -> None:
     result = _run("serve", **environment)

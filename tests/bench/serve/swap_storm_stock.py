@@ -109,6 +109,7 @@ class StockOperator:
     async def run(self, swaps: int, seconds: float, questions: Sequence[Messages]) -> None:
         """Swap until it is enough, or so much time has passed."""
         until = perf_counter() + seconds
+        asking: list[asyncio.Task[None]] = []
         while self._ledger.swaps < swaps and perf_counter() < until:
             action = self._chance.choices(("new", "back", "unload"), (6, 4, 1))[0]
             name = GONE if action == "unload" else self._chance.choice(ADAPTERS)
@@ -128,17 +129,20 @@ class StockOperator:
                 continue
             self._ledger.swaps += 1
             self._ledger.actions[action] += 1
-            took = perf_counter() - began
-            at = self._chance.randrange(len(questions))
-            answer = await self._client.ask(name, at, questions[at])
-            self._ledger.add(answer)
             what = {"new": "publish to ready", "back": "load to ready", "unload": "unload and load"}[action]
-            self._ledger.seconds[what].append(took)
-            if answer.tokens_at:
-                first = answer.tokens_at[0]
-                self._ledger.seconds["ready to first token"].append(first - answer.sent)
-                if action == "back":
-                    self._ledger.seconds["rollback to first answer"].append(first - began)
+            self._ledger.seconds[what].append(perf_counter() - began)
+            asking.append(asyncio.create_task(self._first_token(name, questions, action, began)))
+        await asyncio.gather(*asking)
+
+    async def _first_token(self, name: str, questions: Sequence[Messages], action: str, began: float) -> None:
+        at = self._chance.randrange(len(questions))
+        answer = await self._client.ask(name, at, questions[at])
+        self._ledger.add(answer)
+        if not answer.tokens_at:
+            return
+        self._ledger.seconds["ready to first token"].append(answer.tokens_at[0] - answer.sent)
+        if action == "back":
+            self._ledger.seconds["rollback to first answer"].append(answer.tokens_at[0] - began)
 
 
 def stock(options: argparse.Namespace, data_dir: Path, folder: Path) -> Figures:
