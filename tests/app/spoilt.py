@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from safetensors.numpy import load_file
 
-from adapters import AdapterStore, Provenance, read_golden
+from adapters import AdapterRef, AdapterStore, Provenance, read_golden
 from tests.adapters.folders import Folder
 from tests.service import Service
 
@@ -16,8 +16,8 @@ QUESTION = "感冒有什么症状？"
 
 
 def demo_folder(path: Path, store: AdapterStore, name: str = "doctor", *, without_golden: int = 0) -> Folder:
-    """A folder of the oldest revision of `name`; without some of its golden prompts it is another revision."""
-    manifest = store.revisions(name)[0]
+    """A folder of what `name` points at; without some of its golden prompts it is another revision."""
+    manifest = store.get(AdapterRef.parse(name))
     source = store.folder(name, manifest.revision)
     facts = {key: getattr(manifest, key) for key in Provenance.model_fields}
     return Folder(
@@ -75,7 +75,7 @@ class Unharmed:
         )
 
 
-def begun(service: Service, model: str, tokens: int = 800) -> Iterator[str]:
+def begun(service: Service, model: str, tokens: int = 500) -> Iterator[str]:
     """A stream of so many tokens that has begun; iterate to read it to its end, which must be a good one."""
     events = service.client().chat.completions.create(
         model=model,

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from tests.adapters.changes import (
     raw_config,
     tensor,
 )
-from tests.adapters.folders import DOWN, Folder, Q, key, pair
+from tests.adapters.folders import Folder, Q, pair
 from tests.adapters.test_validate import EMBEDDING, REFUSED
 from tests.app.spoilt import Unharmed, demo_folder, listing, publish
 from tests.service import Service
@@ -172,7 +171,7 @@ def only_the_first_layer(folder: Folder) -> None:
 
 
 def of_another_name(folder: Folder) -> None:
-    store = AdapterStore(folder.path.parents[2] / "store")
+    store = AdapterStore(folder.path.parents[1] / "store")
     folder.tensors = demo_folder(folder.path, store, "leaflet").tensors
 
 
@@ -226,12 +225,16 @@ def unharmed(service: Service, looks: list[Unharmed]) -> Iterator[None]:
 
 
 @pytest.fixture
-def folder(service: Service, store: AdapterStore, unharmed: None) -> Folder:
+def folder(service: Service, store: AdapterStore, unharmed: None) -> Iterator[Folder]:
+    """A sound folder to spoil. Should it be pointed at, the test has failed, and the others go on."""
+    before = store.aliases("doctor")["default"]
     path = service.data_dir / "incoming" / "spoilt"
     path.parent.mkdir(exist_ok=True)
     sound = demo_folder(path, store)
     sound.write()
-    return sound
+    yield sound
+    if store.aliases("doctor")["default"] != before:
+        service.call("PUT", "/v1/adapters/doctor/aliases/default", {"revision": before})
 
 
 def refused(service: Service, path: Path, *, may_be_kept: bool = False) -> dict[str, Any]:
@@ -267,7 +270,7 @@ def test_what_does_not_prove_itself_is_refused(
 ) -> None:
     change(folder)
     error = refused(service, folder.write(), may_be_kept=True)
-    assert error["code"] in ("adapter_refused", "invalid_adapter")
+    assert error["code"] in ("proof_failed", "adapter_refused")
     assert told in error["message"]
     if told == "expected":
         assert "saw" in error["message"]
@@ -279,17 +282,6 @@ def test_what_is_sound_is_no_case_of_these(service: Service, folder: Folder) -> 
     assert status == 200, reply
 
 
-SPECIAL: dict[str, Callable[[Path], Any]] = {
-    "fifo": os.mkfifo,
-    "link to a device": lambda path: path.symlink_to("/dev/zero"),
-    "link away": lambda path: path.symlink_to("/etc/passwd"),
-    "link to nothing": lambda path: path.symlink_to("nowhere"),
-    "link to itself": lambda path: path.symlink_to(path.name),
-    "socket": lambda path: socket_at(path),
-    "folder": lambda path: path.mkdir(),
-}
-
-
 def socket_at(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as made:
         short = Path("/proc/self/cwd") / path.name  # the name of a socket is at most 107 bytes long
@@ -299,6 +291,17 @@ def socket_at(path: Path) -> None:
             made.bind(str(short))
         finally:
             os.chdir(before)
+
+
+SPECIAL: dict[str, Callable[[Path], Any]] = {
+    "fifo": os.mkfifo,
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "link away": lambda path: path.symlink_to("/etc/passwd"),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "socket": socket_at,
+    "folder": lambda path: path.mkdir(),
+}
 
 
 @pytest.mark.parametrize(
@@ -345,81 +348,3 @@ def test_without_golden_prompts_it_is_not_pointed_at(service: Service, folder: F
     folder.golden = []
     error = refused(service, folder.write(), may_be_kept=True)
     assert "golden.jsonl" in error["message"]
-
-
-NAMES = [
-    "", ".", "..", "../x", "a/b", "a%2Fb", "%2e%2e", "a\\b", "a b", "doctor ", " doctor", "Doctor", "DOCTOR",
-    "dоctor", "医生", "👩‍⚕️", "x" * 10_000, "-rf", ".hidden", "a..b", "a\0b", "a\nb", "a\u202eb", "doctor@default",
-    "doctor@", "@", "~", "$HOME", "con:x", "a*", "xinglin-demo",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:20])
-def test_names_that_lead_elsewhere_or_deceive(service: Service, folder: Folder, name: str) -> None:
-    before = listing(service.data_dir, "incoming")
-    status, reply = publish(service, folder.path, name, alias="default")
-    assert 400 <= status < 500, reply
-    assert len(json.dumps(reply)) < 2000
-    assert str(service.data_dir) not in json.dumps(reply)
-    status, _ = service.call(
-        "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.path)}
-    )
-    assert 400 <= status < 500
-    assert listing(service.data_dir, "incoming") == before
-
-
-@pytest.mark.parametrize(
-    "name", [*NAMES, "a/../doctor", "./doctor", "doctor;x"], ids=lambda name: ascii(name)[:20]
-)
-def test_names_in_the_path_of_a_request(
-    service: Service, store: AdapterStore, unharmed: None, name: str
-) -> None:
-    before, revision = listing(service.data_dir, "incoming"), store.aliases("doctor")["default"]
-    for quoted in {quote(name, safe=""), quote(name, safe="./%:*~@;$")} - {"."}:
-        for method, path, body in (
-            ("GET", f"/v1/adapters/{quoted}", None),
-            ("GET", f"/v1/adapters/{quoted}/diff?old=default", None),
-            ("PUT", f"/v1/adapters/{quoted}/aliases/default", {"revision": revision}),
-            ("DELETE", f"/v1/adapters/{quoted}/aliases/default", None),
-            ("POST", f"/v1/adapters/{quoted}/rollback", {}),
-            ("POST", f"/v1/adapters/{quoted}/prune", {"keep": 0}),
-            ("PUT", f"/v1/adapters/{quoted}/canary", {"percent": 10, "revision": revision}),
-            ("POST", f"/v1/adapters/{quoted}/canary/promote", {}),
-        ):
-            if name == "" and path == "/v1/adapters/":
-                continue
-            status, reply = service.call(method, path, body)
-            assert 400 <= status < 500, (method, path[:80], reply)
-            assert str(service.data_dir) not in json.dumps(reply)
-    assert store.aliases("doctor") == {"default": revision}
-    assert listing(service.data_dir, "incoming") == before
-
-
-@pytest.mark.parametrize(
-    "alias", ["..", "a/b", "UP", "x" * 10_000, "0" * 12, "a b", "é", "a@b", ".x", 7, [], {}]
-)
-def test_aliases_that_are_none(service: Service, folder: Folder, alias: Any) -> None:
-    before = listing(service.data_dir, "incoming")
-    status, reply = publish(service, folder.path, alias=alias)
-    assert status == 400, reply
-    assert listing(service.data_dir, "incoming") == before
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"", b"[]", b"null", b'"doctor"', b"{}", b'{"name": "doctor"}', b'{"name": NaN}', b"\xff\xfe{}",
-        b"[" * 100_000, b'{"name":' * 100_000, b" " * (2 << 20), b'{"name": "doctor", "path": 7}',
-        b'{"name": "doctor", "path": {}, "alias": "default"}', b'{"name": "doctor", "path": "x", "extra": 1}',
-        b'{"name": "doctor", "path": "\\ud800"}', b'{"name": "\\ud800", "path": "x"}',
-        b'{"name": "doctor", "path": "' + b"x" * 5000 + b'"}', b'{"name": ' + b"9" * 5000 + b"}",
-        b'{"name": "doctor", "path": "x", "why": "' + b"x" * 501 + b'"}',
-    ],
-    ids=lambda body: body[:30].decode(errors="replace"),
-)  # fmt: skip
-def test_requests_that_make_no_sense(service: Service, unharmed: None, body: bytes) -> None:
-    started = time.monotonic()
-    status, reply = service.call("POST", "/v1/adapters", body)
-    assert 400 <= status < 500, reply
-    assert reply["error"]["type"] == "invalid_request_error"
-    assert time.monotonic() - started < 1
