@@ -103,6 +103,8 @@ def _check_module_names(config: Mapping[str, Any]) -> list[str]:
             continue
         if not isinstance(names, list) or not all(_is_literal(name) for name in names):
             problems.append(f"{key} must be plain module names, and no regular expression")
+        elif len(names) > _MAX_PATTERNS:
+            problems.append(f"{key} has {len(names)} names: at most {_MAX_PATTERNS} are allowed")
     return problems
 
 

@@ -6,7 +6,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters import GOLDEN_FILE, AdapterStore, GoldenPrompt, Manifest, read_golden, validate, write_golden
+from adapters import (
+    GOLDEN_FILE,
+    AdapterStore,
+    GoldenPrompt,
+    InvalidAdapter,
+    Manifest,
+    read_golden,
+    validate,
+    write_golden,
+)
 from app.engine.base import Engine, LoadedAdapter
 from app.errors import AdapterRefused, EngineUnavailable, ProofFailed, Unproven
 from app.metrics import Metrics
@@ -52,7 +61,10 @@ class Loader:
         """
         ref = f"{manifest.name}@{manifest.revision}"
         folder = self._store.verify(manifest)
-        validate(folder, engine.facts)
+        try:
+            validate(folder, engine.facts)
+        except InvalidAdapter as error:
+            raise InvalidAdapter([f"{ref}: {problem}" for problem in error.problems]) from error
         if manifest.golden_prompts:
             return Staged(ref, manifest, folder, read_golden(folder / GOLDEN_FILE), None)
         if not self._allow_unproven:

@@ -214,6 +214,7 @@ class Reconciler:
         self, folder: Path, name: str, *, actor: str, why: str, source: str | None = None
     ) -> Manifest:
         """Validate a folder against the live base model and put it into the store."""
+        self._check_name(name)
         facts = self._residency.engine.facts
         try:
             return await asyncio.to_thread(
@@ -307,9 +308,12 @@ class Reconciler:
             await asyncio.to_thread(move)
             self._point(manifest, alias)
 
+    def _check_name(self, name: str) -> None:
+        if name == self._served.base_model_name:
+            raise AdapterRefused(f"{name} is the name of the base model: publish under another name")
+
     def _check(self, manifest: Manifest) -> None:
-        if manifest.name == self._served.base_model_name:
-            raise AdapterRefused(f"{manifest.name} is the name of the base model: publish under another name")
+        self._check_name(manifest.name)
         if manifest.task != "chat":
             raise AdapterRefused(
                 f"{manifest.name} is a {manifest.task} adapter: only chat adapters are served"

@@ -14,6 +14,8 @@ from tests.service import ROOT, Service, free_port
 if TYPE_CHECKING:
     from tests.trainer import Trainer
 
+MAX_UPLOAD_BYTES = 16 << 20
+
 
 @pytest.fixture(scope="session")
 def demo_dir(request: pytest.FixtureRequest) -> Path:
@@ -43,7 +45,8 @@ def copy_products(source: Path, target: Path) -> Path:
 def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One service for the whole session. Tests leave its aliases `default` of doctor and leaflet as they were."""
     data_dir = copy_products(demo_dir, tmp_path_factory.mktemp("service") / "data")
-    service = Service(data_dir, free_port())
+    # Small uploads only, so that too large a one is soon made.
+    service = Service(data_dir, free_port(), {"XINGLIN_MAX_ADAPTER_GIB": str(MAX_UPLOAD_BYTES / 2**30)})
     service.start()
     yield service
     engines = service.engine_pids()

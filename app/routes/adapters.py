@@ -174,11 +174,13 @@ async def prune(request: Request, name: str, wanted: PruneRequest | None = None)
 
 def allowed_folder(path: str, roots: tuple[Path, ...]) -> Path:
     """`path` with links resolved, if it lies below a root. Raises PathNotAllowed, which names no host path."""
-    if "\0" not in path:
-        for root in roots:
+    for root in roots:
+        try:
             resolved = (root / path).resolve()
             if resolved.is_relative_to(root) and resolved.is_dir():
                 return resolved
+        except (OSError, ValueError):
+            continue  # too long, or with characters no file name can have
     raise PathNotAllowed(
         "path: no folder of that name lies below the roots this service may read; add its parent to "
         "XINGLIN_PUBLISH_ROOTS",

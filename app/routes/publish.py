@@ -14,14 +14,17 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
-from adapters import DEFAULT_ALIAS, AdapterRef
+from adapters import DEFAULT_ALIAS
+from adapters.ref import check_alias, check_name
 from app.access import admin
 from app.errors import BadRequest
 from app.fetch import parse_source
 from app.imports import Imports
 from app.reconciler import Reconciler
 from app.routes.adapters import ACTOR, allowed_folder
+from app.routes.chat import CLIENT_LEFT
 
 router = APIRouter(dependencies=[Depends(admin)])
 
@@ -82,6 +85,13 @@ async def publish_adapter(request: Request) -> Response:
 
     JSON with `path` publishes a folder, with `source` starts an import (202); multipart uploads an archive.
     """
+    try:
+        return await _publish_adapter(request)
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_LEFT)
+
+
+async def _publish_adapter(request: Request) -> Response:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
         async with _upload(request) as (wanted, folder):
@@ -161,7 +171,9 @@ def _checked(fields: Any) -> PublishRequest:
         code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
         message = f"{param}: {first['msg']}" if param else first["msg"]
         raise BadRequest(message, code=code, param=param) from error
-    AdapterRef.parse(f"{wanted.name}@{wanted.alias or DEFAULT_ALIAS}")
+    check_name(wanted.name)
+    if wanted.alias:
+        check_alias(wanted.alias)
     return wanted
 
 

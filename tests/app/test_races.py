@@ -26,7 +26,7 @@ from tests.service import ROOT, Service, free_port
 PUBLISHERS, CONTENTS = 50, 5
 OPERATORS, SECONDS = 8, 10
 KILLED_PUBLISHERS = 20
-KILLS = int(os.environ.get("XINGLIN_TEST_KILLS", "2"))
+KILLS = int(os.environ.get("XINGLIN_TEST_KILLS", "1"))
 
 
 @pytest.fixture(scope="module")

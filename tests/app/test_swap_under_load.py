@@ -16,10 +16,10 @@ from tests.service import ADMIN_KEY, Service
 from tests.trainer import Trainer
 
 STREAMS = 32
-SECONDS = float(os.environ.get("XINGLIN_TEST_SWAP_SECONDS", "30"))
-REVISIONS = 10
+SECONDS = float(os.environ.get("XINGLIN_TEST_SWAP_SECONDS", "15"))
+REVISIONS = 6
 MAX_TOKENS = 64  # some of the revisions go on and on
-ROLLBACKS_AFTER = (4, 7, 10)
+ROLLBACKS_AFTER = (3, 6)
 QUESTIONS = (
     "感冒有什么症状？",
     "如何预防糖尿病？",

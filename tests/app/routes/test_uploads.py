@@ -22,21 +22,10 @@ from tests.adapters.archives import header, moded, packed, patched, pax, raw, ta
 from tests.adapters.test_archive import LINKS, NAMES, NO_ARCHIVES, SPARSE
 from tests.adapters.test_archive_bombs import BOMBS
 from tests.app.spoilt import Unharmed, asked, begun, demo_folder, listing
-from tests.conftest import copy_products
-from tests.service import ADMIN_KEY, Service, free_port
+from tests.conftest import MAX_UPLOAD_BYTES
+from tests.service import ADMIN_KEY, Service
 
-MAX_BYTES = 16 << 20
 SMALL = b"x"
-
-
-@pytest.fixture(scope="module")
-def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service of this module, which takes small uploads only."""
-    data_dir = copy_products(demo_dir, tmp_path_factory.mktemp("uploads") / "data")
-    service = Service(data_dir, free_port(), {"XINGLIN_MAX_ADAPTER_GIB": str(MAX_BYTES / 2**30)})
-    service.start()
-    yield service
-    assert service.stop() == 0, service.log[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +46,12 @@ def unharmed(service: Service) -> Unharmed:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nobody_noticed(service: Service, unharmed: Unharmed) -> Iterator[None]:
+def _nobody_noticed(service: Service, store: AdapterStore, unharmed: Unharmed) -> Iterator[None]:
+    before = store.pointed()
     yield
+    for name, alias in store.pointed().keys() - before.keys():
+        store.remove_alias(name, alias, actor="test")
+    service.wait_for(lambda: service.adapters().keys() - {"engine"} == {"@".join(key) for key in before})
     assert Unharmed.of(service, "xinglin-demo", "doctor") == unharmed
 
 
@@ -312,7 +305,7 @@ def test_too_large_an_upload_is_cut_off(service: Service, nothing_left: None, de
 
         listening = threading.Thread(target=listen)
         listening.start()
-        for data in (start, *[piece] * (4 * MAX_BYTES >> 20)):
+        for data in (start, *[piece] * (4 * MAX_UPLOAD_BYTES >> 20)):
             if not listening.is_alive():
                 break
             try:
@@ -325,7 +318,7 @@ def test_too_large_an_upload_is_cut_off(service: Service, nothing_left: None, de
     assert b" 400 " in reply.partition(b"\r\n")[0]
     assert b"request_too_large" in reply
     assert b"XINGLIN_MAX_ADAPTER_GIB" in reply
-    assert sent <= 3 * MAX_BYTES
+    assert sent <= 3 * MAX_UPLOAD_BYTES
 
 
 @pytest.mark.parametrize("key", [None, "wrong", "é" * 9, "x" * 10_000])
