@@ -24,7 +24,7 @@ from tests.conftest import copy_products
 from tests.service import ROOT, Service, free_port
 
 PUBLISHERS, CONTENTS = 50, 5
-OPERATORS, SECONDS = 8, 10
+OPERATORS, SECONDS = 8, 6
 KILLED_PUBLISHERS = 20
 KILLS = int(os.environ.get("XINGLIN_TEST_KILLS", "1"))
 

@@ -151,8 +151,8 @@ def test_uploads_at_once_hold_up_no_stream(service: Service, members: list[tuple
 
 
 HOSTILE: dict[str, bytes] = {
-    **{f"tar {ascii(name)[:30]}": tgz((name, SMALL)) for name in NAMES},
-    **{f"zip {ascii(name)[:30]}": packed((name, SMALL)) for name in NAMES},
+    **{f"tar {ascii(name)[:30]}": tgz((name, SMALL)) for name in NAMES[::2]},
+    **{f"zip {ascii(name)[:30]}": packed((name, SMALL)) for name in NAMES[1::2]},
     **{f"tar member of kind {kind!r}": tgz((header(kind, "a", linkname="/etc/passwd"), b"")) for kind in LINKS},
     **{
         f"zip member of kind {kind:o}": packed((moded("a.json", kind | 0o777), b"/etc/passwd"))
