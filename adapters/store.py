@@ -62,14 +62,18 @@ class AdapterStore:
         """Alias to revision. Empty when nothing points at any revision of `name`."""
         found = {}
         for path in sorted((self.root / check_name(name) / "aliases").glob("[!.]*")):
-            with suppress(FileNotFoundError):  # removed while we read
+            with suppress(FileNotFoundError, IsADirectoryError):  # removed while we read; or no alias at all
                 found[path.name] = path.read_text(encoding="utf-8", errors="replace").strip()
         return found
 
     def pointed(self) -> dict[tuple[str, str], str]:
         """Every alias of every adapter, as (name, alias), to its revision."""
         names = {path.parts[-3] for path in self.root.glob("[!.]*/aliases/[!.]*")}
-        return {(name, alias): to for name in sorted(names) for alias, to in self.aliases(name).items()}
+        found: dict[tuple[str, str], str] = {}
+        for name in sorted(names):
+            with suppress(InvalidRef):  # somebody else's folder
+                found |= {(name, alias): to for alias, to in self.aliases(name).items()}
+        return found
 
     def get(self, ref: AdapterRef) -> Manifest:
         """The manifest `ref` names. Raises AdapterNotFound, StoreDamaged."""
@@ -79,7 +83,7 @@ class AdapterStore:
             manifest = Manifest.model_validate_json(text)
         except FileNotFoundError as error:
             raise AdapterNotFound(f"there is no revision {ref.name}@{revision}") from error
-        except ValidationError as error:
+        except (ValidationError, OSError) as error:
             raise StoreDamaged(f"the manifest of {ref.name}@{revision} cannot be read") from error
         said = manifest.name, manifest.revision, _revision(manifest.files)
         if said != (ref.name, revision, revision):
@@ -118,7 +122,7 @@ class AdapterStore:
             return Traffic.model_validate_json((self.root / check_name(name) / "traffic.json").read_bytes())
         except FileNotFoundError:
             return Traffic()
-        except ValidationError as error:
+        except (ValidationError, OSError) as error:
             raise StoreDamaged(f"the traffic shares of {name} cannot be read: set them again") from error
 
     # Write

@@ -16,6 +16,7 @@ from adapters import (
     validate,
     write_golden,
 )
+from adapters.durable import fsync
 from app.engine.base import Engine, LoadedAdapter
 from app.errors import AdapterRefused, EngineUnavailable, ProofFailed, Unproven
 from app.metrics import Metrics
@@ -74,7 +75,8 @@ class Loader:
             )
         # What it said when it was first loaded, on this base model, stands in for what its trainer heard.
         recorded = self._recorded_dir / engine.facts.fingerprint / f"{ref}.jsonl"
-        return Staged(ref, manifest, folder, read_golden(recorded) if recorded.exists() else [], recorded)
+        golden = read_golden(recorded) if recorded.exists() else []
+        return Staged(ref, manifest, folder, golden, recorded)
 
     async def load(self, engine: Engine, staged: Staged) -> LoadedAdapter:
         """Load and prove. What fails leaves nothing in the engine. Raises AdapterRefused, EngineUnavailable."""
@@ -124,4 +126,6 @@ def _keep(path: Path, golden: list[GoldenPrompt]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     write_golden(temporary, golden)
+    fsync(temporary)
     temporary.replace(path)
+    fsync(path.parent)

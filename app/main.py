@@ -100,6 +100,7 @@ def create_app(
 
         def announce() -> None:
             # What is there now stays: a full collection that walked through it would stall every stream.
+            gc.unfreeze()  # of an engine before this one
             gc.collect()
             gc.freeze()
             metrics.engine_starts.inc()

@@ -118,7 +118,7 @@ class Reconciler:
                     await self._follow(manifest, alias, is_start=is_start)
         for name, alias in [key for key in self.status if key not in desired]:
             async with self._transition[name]:
-                if await asyncio.to_thread(self._aliased, name, alias) is None:
+                if not await asyncio.to_thread(self._is_served, name, alias):
                     self._unpoint(name, alias)
         for name in {*traffic, *self._served.traffic}:
             if traffic.get(name) != self._served.traffic.get(name):
@@ -180,6 +180,11 @@ class Reconciler:
             self._served.traffic.pop(name, None)
         else:
             self._served.traffic[name] = traffic
+
+    def _is_served(self, name: str, alias: str) -> bool:
+        """Whether the alias is there, and not moved to an adapter of another task."""
+        revision = self._aliased(name, alias)
+        return revision is not None and (name, alias) in self._desired()[0]
 
     def _aliased(self, name: str, alias: str) -> str | None:
         return self.store.aliases(name).get(alias)
@@ -261,6 +266,9 @@ class Reconciler:
             await asyncio.to_thread(self.store.get, AdapterRef(name, alias=DEFAULT_ALIAS))
             present = await asyncio.to_thread(self._aliased, name, alias)
             if revision not in (None, present):
+                if present is not None:  # the old one's share is not the new one's, not for a moment
+                    await asyncio.to_thread(self.store.split, name, alias, 0, actor=actor, why=why)
+                    await self._follow_traffic(name)
                 await self._move(
                     name, alias, str(revision),
                     lambda: self.store.set_alias(name, alias, str(revision), actor=actor, why=why),
@@ -331,7 +339,7 @@ class Reconciler:
         )
         logger.info("%s@%s is answered by %s", name, alias, revision)
         if before is not None:
-            self._residency.let_go(_ref(before))
+            self._residency.retire(before)
 
     def _unpoint(self, name: str, alias: str) -> None:
         before = self._served.find(AdapterRef(name, alias=alias))
@@ -339,7 +347,7 @@ class Reconciler:
         self._served.expected.discard((name, alias))
         self.status.pop((name, alias), None)
         if before is not None:
-            self._residency.let_go(_ref(before))
+            self._residency.retire(before)
 
     def _record_failure(self, name: str, alias: str, error: Exception) -> None:
         logger.warning("%s@%s stays where it is: %s", name, alias, error)

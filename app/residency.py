@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -118,6 +118,7 @@ class Residency:
         for resident in self._residents.values():
             resident.held.close()
         self._residents.clear()
+        self._failures.clear()
         self._loader.forget()
 
     @property
@@ -139,14 +140,16 @@ class Residency:
         ref = _ref(manifest)
         with ExitStack() as held:
             try:
-                async with self._bounded(ref):
-                    resident = await self._enter_and_load(manifest, held)
-                    await self._slots.enter(ref)
-                    held.callback(self._slots.leave, ref)
-            except (AdapterError, AdapterRefused) as error:
+                resident = await self._enter_and_load(manifest, held)
+            except (AdapterUnavailable, EngineUnavailable):
+                raise
+            except Exception as error:  # whatever it was, `failure` keeps it
                 raise AdapterUnavailable(
                     f"{ref} could not be loaded: GET /v1/adapters says why", param="model"
-                ) from error
+                ) from error.with_traceback(None)
+            async with self._bounded(ref):
+                await self._slots.enter(ref)
+            held.callback(self._slots.leave, ref)
             if self._residents.get(ref) is not resident:
                 raise EngineUnavailable("the engine was restarted meanwhile; try again")
             return Lease(self.engine, resident, held.pop_all())
@@ -172,12 +175,11 @@ class Residency:
         """
         self._failures.pop(_ref(manifest), None)
         with ExitStack() as held:
-            async with self._bounded(_ref(manifest)):
-                return await self._enter_and_load(manifest, held), held.pop_all()
+            return await self._enter_and_load(manifest, held), held.pop_all()
 
     @asynccontextmanager
     async def _bounded(self, ref: str) -> AsyncIterator[None]:
-        """Nobody waits for ever; who gives up in the middle of a load waits for its end."""
+        """Nobody stands in line for ever. A load is no waiting: it has a limit of its own, in its proof."""
         try:
             async with asyncio.timeout(self.limits.wait_seconds):
                 yield
@@ -201,7 +203,8 @@ class Residency:
             )
         held.callback(self._released, ref)  # the last to be called
         for turns, cost in ((self._bytes, size), (self._places, 1)):
-            await turns.enter(ref, cost)
+            async with self._bounded(ref):
+                await turns.enter(ref, cost)
             held.callback(turns.leave, ref)
         # From here on it is not idle, and stays once it is there.
         return self._residents.get(ref) or await self._load_once(manifest, size)
@@ -235,7 +238,9 @@ class Residency:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            await asyncio.wait({task})
+            while not task.done():  # however often it is cancelled
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait({task})
             raise
 
     async def _load(self, manifest: Manifest, size: int) -> Resident:
@@ -254,7 +259,8 @@ class Residency:
         except EngineUnavailable:
             raise
         except Exception as error:
-            self._failures[ref] = (error, time.monotonic())
+            # Without its traceback, which would keep the engine, and grow each time it is raised again.
+            self._failures[ref] = (error.with_traceback(None), time.monotonic())
             code = row(error).code if isinstance(error, AdapterError | ApiError) else "unreadable"
             self._metrics.refusals.labels(manifest.name, code).inc()
             raise
@@ -279,6 +285,15 @@ class Residency:
             self._metrics.evictions.labels(victim.manifest.name, victim.manifest.revision).inc()
             await self._remove_resident(victim)
 
+    def retire(self, manifest: Manifest) -> None:
+        """Let go of a revision that an alias pointed at, resident or not, and end its metrics in a while."""
+        self.let_go(_ref(manifest))
+        asyncio.get_running_loop().call_later(_SERIES_SECONDS, self._end_series, manifest)
+
+    def _end_series(self, manifest: Manifest) -> None:
+        if not self._is_wanted(_ref(manifest)):
+            self._metrics.forget(manifest.name, manifest.revision)
+
     def let_go(self, ref: str) -> None:
         """Remove a revision from the engine if nobody holds it and nothing points at it any more."""
         resident = self._residents.get(ref)
@@ -293,11 +308,6 @@ class Residency:
             ref = resident.loaded.name
             if self._residents.get(ref) is resident and not self.leases(ref) and not self._is_wanted(ref):
                 await self._remove_resident(resident)
-                asyncio.get_running_loop().call_later(_SERIES_SECONDS, self._end_series, resident.manifest)
-
-    def _end_series(self, manifest: Manifest) -> None:
-        if not self._is_wanted(_ref(manifest)):
-            self._metrics.forget(manifest.name, manifest.revision)
 
     async def _remove_resident(self, resident: Resident) -> None:
         del self._residents[resident.loaded.name]

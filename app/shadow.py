@@ -166,7 +166,7 @@ def _texts(original: Original) -> list[str]:
         return _reply_texts(original.reply)
     texts: dict[int, str] = {}
     for event in original.events:
-        for line in event.splitlines():
+        for line in event.split("\n"):
             if not line.startswith("data: {"):
                 continue
             for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):

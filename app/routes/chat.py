@@ -6,6 +6,7 @@ an abort in the engine because the client left.
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -15,7 +16,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from adapters import AdapterError
 from app.access import chat as may_chat
@@ -25,12 +26,15 @@ from app.residency import Lease
 from app.served_models import Choice
 from app.shadow import Original
 
+logger = logging.getLogger(__name__)
+
 router = APIRouter()
 
 CLIENT_LEFT = 499
 DONE = "data: [DONE]\n\n"
 MAX_BODY_BYTES = 4 << 20  # parsing blocks everybody; the longest contexts are below this
 BODY_SECONDS = 60
+SEND_SECONDS = 60  # a client that does not read holds a slot of the engine
 
 
 @router.post("/v1/chat/completions", dependencies=[Depends(may_chat)])
@@ -44,7 +48,7 @@ async def create_chat_completion(request: Request) -> Response:
     try:
         with ExitStack() as held:
             held.enter_context(state.admission.place())
-            body = await _body(request)
+            body = await _body_in_time(request)
             state.supervisor.check_ready()
             choice = await _choose(request, body)
             meter = _meter(request, choice, started)
@@ -122,6 +126,16 @@ def _copy_for_shadow(
     if choice.manifest is None or choice.shadow is None or choice.shadow == choice.manifest:
         return None
     return Original(request_id, body, choice.manifest, choice.shadow, started)
+
+
+async def _body_in_time(request: Request) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _body(request)
+    except TimeoutError as error:
+        raise BadRequest(
+            f"the request took longer than {BODY_SECONDS} s to arrive", code="request_timeout"
+        ) from error
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -209,8 +223,14 @@ class _EventStream(StreamingResponse):
         self._outcome = 200 if last == DONE else 500
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:
+            logger.info("a client stopped reading its answer: its request is aborted")
         finally:
             with self._held:
                 await self._watched_events.aclose()

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from adapters import CANARY, AdapterError, AdapterRef, AdapterStore, Traffic, write_golden
@@ -16,7 +17,7 @@ from app.metrics import Metrics
 from app.reconciler import Reconciler
 from app.residency import Limits, Residency
 from app.served_models import ServedModels
-from tests.adapters.folders import GOLDEN, make_folder
+from tests.adapters.folders import GOLDEN, SCORE, make_folder
 from tests.app.fake_engine import FakeEngine
 
 REVISIONS = 5
@@ -208,6 +209,55 @@ def test_a_revision_by_its_name_only_where_allowed(tmp_path: Path) -> None:
                 assert await rig.reconciler.published(unknown) is None
 
     asyncio.run(asyncio.wait_for(check(), 60))
+
+
+def test_a_new_canary_does_not_inherit_the_share_of_the_old_one(rig: Rig) -> None:
+    async def check() -> None:
+        rig.store.set_alias("doctor", "default", rig.revisions[0], actor="test")
+        async with rig.running():
+            who: dict[str, Any] = {"actor": "test", "why": ""}
+            await rig.reconciler.split("doctor", CANARY, rig.revisions[1], 50, **who)
+            await rig.reconciler.split("doctor", CANARY, rig.revisions[2], 1, **who)
+        moves = [entry for entry in rig.store.log("doctor") if entry.alias == CANARY]
+        assert [(entry.action, entry.percent) for entry in moves] == [
+            ("point", None), ("split", 50), ("split", 0), ("point", None), ("split", 1),
+        ]  # fmt: skip
+
+    asyncio.run(check())
+
+
+def test_an_alias_moved_to_a_reward_adapter_answers_no_more(rig: Rig, tmp_path: Path) -> None:
+    async def check() -> None:
+        rig.store.set_alias("doctor", "default", rig.revisions[0], actor="test")
+        reward = make_folder(tmp_path / "reward", seed=60)
+        assert reward.provenance is not None
+        reward.provenance |= {"task": "reward"}
+        reward.tensors[SCORE] = np.ones((1, 8), np.float32)
+        async with rig.running():
+            assert rig.actual() == rig.revisions[0]
+            revision = rig.store.publish(reward.write(), "doctor", actor="test").revision
+            rig.store.set_alias("doctor", "default", revision, actor="test")
+            for _ in range(200):
+                await asyncio.sleep(0.01)
+                if rig.actual() is None:
+                    break
+            assert rig.actual() is None
+            with pytest.raises(ModelNotFound):
+                rig.served.choose("doctor")
+
+    asyncio.run(asyncio.wait_for(check(), 30))
+
+
+def test_what_lies_about_in_the_store_stops_nobody(rig: Rig) -> None:
+    async def check() -> None:
+        (rig.store.root / "No Adapter" / "aliases").mkdir(parents=True)
+        (rig.store.root / "No Adapter" / "aliases" / "x").write_text("x")
+        (rig.store.root / "doctor" / "aliases" / "a-folder").mkdir(parents=True)
+        rig.store.set_alias("doctor", "default", rig.revisions[0], actor="test")
+        async with rig.running():
+            assert rig.actual() == rig.revisions[0]
+
+    asyncio.run(check())
 
 
 def test_not_allowed_by_default(rig: Rig) -> None:

@@ -135,6 +135,32 @@ def test_a_wait_is_bounded(filled: Path) -> None:
     _run(check())
 
 
+def test_a_load_is_no_waiting(filled: Path) -> None:
+    async def check() -> None:
+        rig = Rig(filled, wait_seconds=0.05)
+        rig.engine.seconds = 0.1
+        assert (await rig.use(0)).startswith("a0@")
+
+    _run(check())
+
+
+def test_given_up_twice_a_load_still_keeps_its_place(filled: Path) -> None:
+    async def check() -> None:
+        rig = Rig(filled, max_resident=3)
+        rig.engine.seconds = 0.1
+        given_up = asyncio.create_task(rig.use(0))
+        await asyncio.sleep(0.05)
+        for _ in range(3):
+            given_up.cancel()
+            await asyncio.sleep(0.01)
+        assert rig.residency.leases(rig.ref(0)) == 1
+        await asyncio.gather(given_up, return_exceptions=True)
+        assert rig.residency.leases(rig.ref(0)) == 0
+        assert rig.held() == ["a0"]
+
+    _run(check())
+
+
 def test_what_is_not_wanted_leaves_when_its_last_request_ends(filled: Path) -> None:
     async def check() -> None:
         rig = Rig(filled)

@@ -1,0 +1,45 @@
+"""Clients that stop reading, or writing, hold nothing for ever."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from app.errors import BadRequest
+from app.routes import chat
+
+
+async def _never(*_: Any) -> Any:
+    await asyncio.Event().wait()
+
+
+def test_a_client_that_stops_reading_gives_back_what_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "SEND_SECONDS", 0.05)
+    ended: list[str | int] = []
+
+    async def events() -> AsyncGenerator[str]:
+        try:
+            while True:
+                yield "data: {}\n\n"
+        finally:
+            ended.append("aborted")
+
+    async def check() -> None:
+        held = ExitStack()
+        held.callback(ended.append, "lease")
+        stream = chat._EventStream(events(), held, {}, on_end=ended.append, keep=None)
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        await asyncio.wait_for(stream(scope, _never, _never), 5)
+
+    asyncio.run(check())
+    assert ended in (["lease", chat.CLIENT_LEFT], ["aborted", "lease", chat.CLIENT_LEFT])
+
+
+def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "BODY_SECONDS", 0.05)
+    request = Request({"type": "http", "method": "POST", "headers": []}, _never)
+    with pytest.raises(BadRequest, match=r"longer than 0\.05 s"):
+        asyncio.run(chat._body_in_time(request))
