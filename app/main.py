@@ -86,7 +86,7 @@ def create_app(
             metrics,
             limits,
             loader,
-            is_wanted=lambda ref: settings.allow_revisions or served.is_pointed(ref),
+            is_wanted=lambda ref: settings.allow_revisions or served.is_wanted(ref),
         )
         reconciler = Reconciler(
             store,

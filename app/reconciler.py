@@ -143,12 +143,13 @@ class Reconciler:
         status.desired = manifest.revision
         try:
             self._check(manifest)
+            way_back = await asyncio.to_thread(self._way_back, name, alias)
             if is_start and not self._residency.has_room:
-                self._point(manifest, alias)
+                self._point(manifest, alias, way_back)
                 return
             _, held = await self._residency.hold(manifest)
             with held:
-                self._point(manifest, alias)
+                self._point(manifest, alias, way_back)
         except EngineUnavailable:
             raise
         except Exception as error:  # whatever it is, the other adapters go on
@@ -188,6 +189,13 @@ class Reconciler:
             return revision is not None and self.store.get(AdapterRef(name, revision=revision)).task == "chat"
         except AdapterError:
             return True  # what answers goes on answering; the next round says what is wrong
+
+    def _way_back(self, name: str, alias: str) -> Manifest | None:
+        try:
+            revision = self.store.rollback_target(name, alias)
+            return self.store.get(AdapterRef(name, revision=revision))
+        except AdapterError:  # nothing before it, or pruned, or unreadable: who rolls back is told
+            return None
 
     def _aliased(self, name: str, alias: str) -> str | None:
         return self.store.aliases(name).get(alias)
@@ -315,9 +323,13 @@ class Reconciler:
         except (AdapterError, ApiError) as error:
             self._record_failure(name, alias, error)
             raise
+
+        def moved() -> Manifest | None:
+            move()
+            return self._way_back(name, alias)
+
         with held:
-            await asyncio.to_thread(move)
-            self._point(manifest, alias)
+            self._point(manifest, alias, await asyncio.to_thread(moved))
 
     def _check_name(self, name: str) -> None:
         if name == self._served.base_model_name:
@@ -332,25 +344,29 @@ class Reconciler:
 
     # Transitions; all under the adapter's lock
 
-    def _point(self, manifest: Manifest, alias: str) -> None:
+    def _point(self, manifest: Manifest, alias: str, way_back: Manifest | None) -> None:
         name, revision = manifest.name, manifest.revision
-        before = self._served.find(AdapterRef(name, alias=alias))
-        self._served.point(name, alias, manifest)
+        before = self._kept_for(name, alias)
+        self._served.point(name, alias, manifest, way_back=way_back)
         self._served.expected.add((name, alias))
         self.status[name, alias] = AliasStatus(
             desired=revision, actual=revision, state="ready", is_proven=bool(manifest.golden_prompts)
         )
         logger.info("%s@%s is answered by %s", name, alias, revision)
-        if before is not None:
-            self._residency.retire(before)
+        for one in before:
+            self._residency.retire(one)
 
     def _unpoint(self, name: str, alias: str) -> None:
-        before = self._served.find(AdapterRef(name, alias=alias))
+        before = self._kept_for(name, alias)
         self._served.unpoint(name, alias)
         self._served.expected.discard((name, alias))
         self.status.pop((name, alias), None)
-        if before is not None:
-            self._residency.retire(before)
+        for manifest in before:
+            self._residency.retire(manifest)
+
+    def _kept_for(self, name: str, alias: str) -> list[Manifest]:
+        both = self._served.find(AdapterRef(name, alias=alias)), self._served.way_back(name, alias)
+        return [manifest for manifest in both if manifest is not None]
 
     def _record_failure(self, name: str, alias: str, error: Exception) -> None:
         logger.warning("%s@%s stays where it is: %s", name, alias, error)

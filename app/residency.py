@@ -1,8 +1,8 @@
 """Which revisions the engine holds: loads on demand, proves what it loads, and makes room.
 
 There may be far more adapters than fit. A request holds its revision by a lease; what nobody holds may
-leave, the least recently used first, or at once when no alias points at it any more. Loading happens
-between two engine steps, one adapter at a time, and never because a step needed it.
+leave, the least recently used first, or at once when no alias points at it any more, nor would after a
+rollback. Loading happens between two engine steps, one adapter at a time, and never because a step needed it.
 """
 
 import asyncio
@@ -286,7 +286,7 @@ class Residency:
             await self._remove_resident(victim)
 
     def retire(self, manifest: Manifest) -> None:
-        """Let go of a revision that an alias pointed at, resident or not, and end its metrics in a while."""
+        """Let go of a revision that was kept for an alias, unless it is wanted still; end its metrics in a while."""
         self.let_go(_ref(manifest))
         asyncio.get_running_loop().call_later(_SERIES_SECONDS, self._end_series, manifest)
 
@@ -295,7 +295,7 @@ class Residency:
             self._metrics.forget(manifest.name, manifest.revision)
 
     def let_go(self, ref: str) -> None:
-        """Remove a revision from the engine if nobody holds it and nothing points at it any more."""
+        """Remove a revision from the engine if nobody holds it and nobody wants it any more."""
         resident = self._residents.get(ref)
         if resident is None or self.leases(ref) or self._is_wanted(ref):
             return

@@ -37,6 +37,7 @@ class ServedModels:
         self.traffic: dict[str, Traffic] = {}
         """By adapter; those without canary and shadow are left out."""
         self._pointed: dict[tuple[str, str], Manifest] = {}
+        self._way_back: dict[tuple[str, str], Manifest] = {}
 
     def choose(self, model: str, session: str | None = None) -> Choice:
         """Who answers a request for `model`. The same `session` gets the same side of a canary each time.
@@ -90,21 +91,31 @@ class ServedModels:
             for (name, alias), manifest in sorted(self._pointed.items(), key=lambda item: item[0])
         ]
 
-    def point(self, name: str, alias: str, manifest: Manifest) -> None:
-        """From now on `name@alias` is answered by this revision."""
+    def way_back(self, name: str, alias: str) -> Manifest | None:
+        """What a rollback of `name@alias` would point it at."""
+        return self._way_back.get((name, alias))
+
+    def point(self, name: str, alias: str, manifest: Manifest, *, way_back: Manifest | None = None) -> None:
+        """From now on `name@alias` is answered by this revision, and `way_back` is kept for its rollback."""
         self._pointed[name, alias] = manifest
+        self._way_back.pop((name, alias), None)
+        if way_back is not None:
+            self._way_back[name, alias] = way_back
 
     def unpoint(self, name: str, alias: str) -> None:
         """From now on nothing answers to `name@alias`."""
         self._pointed.pop((name, alias), None)
+        self._way_back.pop((name, alias), None)
 
-    def is_pointed(self, ref: str) -> bool:
-        """Whether any name is answered by the revision `name@revision`."""
-        return any(f"{manifest.name}@{manifest.revision}" == ref for manifest in self._pointed.values())
+    def is_wanted(self, ref: str) -> bool:
+        """Whether any name is answered by the revision `name@revision`, or would be after a rollback."""
+        kept = (*self._pointed.values(), *self._way_back.values())
+        return any(f"{manifest.name}@{manifest.revision}" == ref for manifest in kept)
 
     def clear(self) -> None:
         """Point at nothing: the engine is gone."""
         self._pointed.clear()
+        self._way_back.clear()
 
 
 def _is_chosen(percent: float, manifest: Manifest, session: str | None) -> bool:

@@ -62,6 +62,7 @@ async def list_adapters(request: Request) -> dict[str, Any]:
             "proven": status.is_proven,
             "resident": residency.is_resident(f"{name}@{status.actual}"),
             "percent": _percent(request, name, alias),
+            "rollback_to": _rollback_to(request, name, alias),
             "last_error": status.last_error,
         }
         for (name, alias), status in sorted(reconciler.status.items())
@@ -74,6 +75,12 @@ def _percent(request: Request, name: str, alias: str) -> float | None:
     traffic = request.state.served_models.traffic.get(name)
     share: float | None = getattr(traffic, alias, None) if alias in ("canary", "shadow") else None
     return share
+
+
+def _rollback_to(request: Request, name: str, alias: str) -> str | None:
+    """The revision that a rollback would point the alias at; it stays in the engine while there is room."""
+    manifest: Manifest | None = request.state.served_models.way_back(name, alias)
+    return manifest.revision if manifest else None
 
 
 async def _engine(residency: Residency) -> dict[str, Any]:

@@ -156,11 +156,13 @@ async def _prune_all(client: Client, name: str) -> None:
 
 
 def _unpointed(listed: dict[str, Any]) -> list[str] | None:
-    """What the engine holds and no alias is answered by."""
+    """What the engine holds and no alias is answered by, nor would be after a rollback."""
     if listed["engine"]["held"] is None:
         return None
-    pointed = {f"{entry['name']}@{entry['actual']}" for entry in listed["data"]}
-    return [ref for ref in listed["engine"]["held"] if ref not in pointed]
+    wanted = {
+        f"{entry['name']}@{entry[which]}" for entry in listed["data"] for which in ("actual", "rollback_to")
+    }
+    return [ref for ref in listed["engine"]["held"] if ref not in wanted]
 
 
 async def _remove_aliases(client: Client) -> set[str]:

@@ -200,7 +200,8 @@ def test_publishing_it_again_heals(
     assert publish_one(service, folder, name) == revision
     assert status_of(service, name) | {"resident": True} == {
         "name": name, "alias": "default", "desired": revision, "actual": revision, "status": "ready",
-        "proven": True, "resident": True, "percent": None, "last_error": None,
+        "proven": True, "resident": True, "percent": None, "rollback_to": None,
+        "last_error": None,
     }  # fmt: skip
     assert service.answer(name, "感冒有什么症状？") == unharmed.answers["doctor"]
 
@@ -235,6 +236,11 @@ def test_alias_moved_while_it_answers(service: Service, store: AdapterStore, nam
     assert {f"{name}@{before}", f"{name}@{after}"} <= set(engine["held"])
     assert engine["leases"][f"{name}@{before}"] == 1
     assert "".join(running) == expected
+
+    # The one before stays, for a rollback, until there is another before.
+    service.wait_for(lambda: service.adapters()["engine"]["leases"][f"{name}@{before}"] == 0)
+    assert status_of(service, name)["rollback_to"] == before
+    assert publish_one(service, a_folder(service, store, name, 2), name) != after
     service.wait_for(lambda: f"{name}@{before}" not in service.adapters()["engine"]["held"])
     assert f"{name}@{after}" in service.adapters()["engine"]["held"]
 
@@ -273,7 +279,8 @@ def test_a_failed_publication_under_a_name_that_answers(
     assert (status, reply["error"]["code"]) == (400, "proof_failed"), reply
     assert status_of(service, name) | {"last_error": None} == {
         "name": name, "alias": "default", "desired": before, "actual": before, "status": "ready",
-        "proven": True, "resident": True, "percent": None, "last_error": None,
+        "proven": True, "resident": True, "percent": None, "rollback_to": None,
+        "last_error": None,
     }  # fmt: skip
     assert "".join(running)
     assert answering_revision(service, name) == before

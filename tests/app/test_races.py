@@ -94,8 +94,11 @@ def assert_of_one_mind(service: Service, store: AdapterStore, answer: str) -> No
         engine = shown.pop("engine")
         pointed = {f"{name}@{alias}": revision for (name, alias), revision in store.pointed().items()}
         found = {ref: entry["actual"] for ref, entry in shown.items() if entry["status"] == "ready"}
-        held = sorted({f"{ref.partition('@')[0]}@{revision}" for ref, revision in pointed.items()})
-        return [each for each in ((pointed, found), (held, engine["held"])) if each[0] != each[1]]
+        held = set(engine["held"])
+        needed = {f"{ref.partition('@')[0]}@{revision}" for ref, revision in pointed.items()}
+        may_stay = {f"{entry['name']}@{entry['rollback_to']}" for entry in shown.values()}
+        different = [] if pointed == found else [pointed, found]
+        return [*different, *(needed - held), *(held - needed - may_stay)]
 
     deadline = time.monotonic() + 10
     while found := disagreements():

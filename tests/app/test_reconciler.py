@@ -41,7 +41,7 @@ class Rig:
         )
         self.residency = Residency(
             self.store, metrics, limits, loader,
-            is_wanted=lambda ref: allow_revisions or self.served.is_pointed(ref),
+            is_wanted=lambda ref: allow_revisions or self.served.is_wanted(ref),
         )  # fmt: skip
         self.reconciler = Reconciler(
             self.store, self.served, self.residency, metrics,
@@ -76,7 +76,13 @@ class Rig:
             held = {adapter.name for adapter in self.engine.held.values()}
             pointed = {f"doctor@{revision}" for revision in aliases.values()}
             traffic = self.served.traffic.get("doctor", Traffic())
-            if aliases == status == served and held == pointed and traffic == self.store.traffic("doctor"):
+            kept = {
+                f"doctor@{way_back.revision}"
+                for alias in aliases
+                if (way_back := self.served.way_back("doctor", alias))
+            }
+            is_tidy = pointed <= held <= pointed | kept
+            if aliases == status == served and is_tidy and traffic == self.store.traffic("doctor"):
                 return
         raise AssertionError((aliases, status, served, held))
 
@@ -174,6 +180,36 @@ def test_one_that_breaks_on_disk_falls_back_when_it_is_loaded_again(tmp_path: Pa
             with await rig.residency.lease(rig.served.choose("doctor").manifest) as lease:
                 assert lease.manifest
                 assert lease.manifest.revision == first
+            assert not rig.engine.broken_rules
+
+    asyncio.run(asyncio.wait_for(check(), 60))
+
+
+def test_the_way_back_stays_while_there_is_room(tmp_path: Path) -> None:
+    """A rollback loads nothing; what is not on the way back any more leaves."""
+
+    async def check() -> None:
+        rig = Rig(tmp_path)
+        first, second, third, fourth, _ = rig.revisions
+        who: dict[str, Any] = {"actor": "test", "why": ""}
+        rig.store.set_alias("doctor", "default", first, actor="test")
+        async with rig.running():
+            await rig.reconciler.point("doctor", "default", second, **who)
+            await rig.agree()
+            assert rig.residency.is_resident(f"doctor@{first}")
+            loads = rig.engine.loads.total()
+            assert await rig.reconciler.rollback("doctor", "default", to=None, **who) == first
+            assert rig.engine.loads.total() == loads
+            await rig.agree()
+            assert not rig.residency.is_resident(f"doctor@{second}"), "rolled back from, it is not wanted"
+            for revision in (second, third):
+                await rig.reconciler.point("doctor", "default", revision, **who)
+            await rig.agree()
+            assert not rig.residency.is_resident(f"doctor@{first}")
+            await rig.reconciler.point("doctor", "other", first, **who)
+            await rig.reconciler.point("doctor", "more", fourth, **who)
+            assert not rig.residency.is_resident(f"doctor@{second}"), "it makes room for what answers"
+            await rig.agree()
             assert not rig.engine.broken_rules
 
     asyncio.run(asyncio.wait_for(check(), 60))

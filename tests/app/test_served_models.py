@@ -56,9 +56,9 @@ def test_a_known_name_that_is_not_ready_says_so(served: ServedModels) -> None:
 def test_default_goes_by_the_bare_name(served: ServedModels) -> None:
     served.point("doctor", "canary", B)
     assert [name for name, _ in served.named()] == ["doctor@canary", "doctor"]
-    assert served.is_pointed(f"doctor@{B.revision}")
+    assert served.is_wanted(f"doctor@{B.revision}")
     served.unpoint("doctor", "canary")
-    assert not served.is_pointed(f"doctor@{B.revision}")
+    assert not served.is_wanted(f"doctor@{B.revision}")
 
 
 SESSIONS = [f"patient-{number}" for number in range(2000)]

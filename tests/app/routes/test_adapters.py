@@ -154,7 +154,8 @@ def test_publish_point_and_roll_back(service: Service, trainer: Trainer) -> None
     shown = service.adapters()
     assert shown["doctor@default"] | {"last_error": None} == {
         "name": "doctor", "alias": "default", "desired": second, "actual": second,
-        "status": "ready", "proven": True, "resident": True, "percent": None, "last_error": None,
+        "status": "ready", "proven": True, "resident": True, "percent": None, "rollback_to": first,
+        "last_error": None,
     }  # fmt: skip
     status, reply = service.call("POST", "/v1/adapters/doctor/rollback")
     assert (status, reply["revision"]) == (200, first), reply
