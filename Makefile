@@ -17,12 +17,13 @@ help: ## Print this
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-demo: install ## Build a small base model, train two adapters, serve them on http://127.0.0.1:8000
+demo: install ## Build a small base model, train its adapters, serve them on http://127.0.0.1:8000
 	@$(BIN)/python -m training demo --data-dir $(DATA)
 	@XINGLIN_DATA_DIR=$(DATA) exec $(BIN)/python -m app serve --show-admin-key
 
 test: $(VENV)/dev.done ## Run all tests: real training steps, and the real vLLM engine on CPU
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m training demo --data-dir .cache/demo # the models that the services of the tests serve
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/dev.done ## Check format, lint, types and import rules
 	@$(BIN)/ruff format --check .

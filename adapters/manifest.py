@@ -1,7 +1,7 @@
 """The facts of one revision: what the trainer knew (Provenance) and what publishing found (Manifest)."""
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +10,7 @@ MANIFEST_FILE = "manifest.json"
 
 Task = Literal["chat", "reward"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class Provenance(BaseModel):
@@ -28,6 +29,11 @@ class Provenance(BaseModel):
     )
     base_fingerprint: str | None = None
     dtype: Dtype = Field(default="float32", description="What the golden prompts were computed in")
+    stop: list[Stop] = Field(
+        default=[],
+        max_length=16,
+        description="Texts of its chat template that end an answer, where no token of their own does",
+    )
     parent: str | None = Field(
         default=None, description="Ref of the adapter it was continued from: lineage only"
     )
@@ -42,7 +48,7 @@ class Manifest(Provenance):
     """The facts of one revision, written last: where there is a manifest there is a whole revision."""
 
     name: str
-    revision: str = Field(description="First 12 hexadecimal digits of the digest of `files`")
+    revision: str = Field(description="First 12 hexadecimal digits of the digest of `files` and `stop`")
     r: int
     lora_alpha: float
     target_modules: list[str]

@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,7 +85,7 @@ class AdapterStore:
             raise AdapterNotFound(f"there is no revision {ref.name}@{revision}") from error
         except (ValidationError, OSError) as error:
             raise StoreDamaged(f"the manifest of {ref.name}@{revision} cannot be read") from error
-        said = manifest.name, manifest.revision, _revision(manifest.files)
+        said = manifest.name, manifest.revision, _revision(manifest.files, manifest.stop)
         if said != (ref.name, revision, revision):
             raise StoreDamaged(f"the manifest of {ref.name}@{revision} is that of something else")
         return manifest
@@ -157,7 +157,7 @@ class AdapterStore:
             manifest = Manifest(
                 **facts.provenance.model_dump(),
                 name=name,
-                revision=_revision(files),
+                revision=_revision(files, facts.provenance.stop),
                 r=facts.r,
                 lora_alpha=facts.lora_alpha,
                 target_modules=facts.target_modules,
@@ -382,5 +382,7 @@ class AdapterStore:
             yield folder
 
 
-def _revision(files: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
+def _revision(files: Mapping[str, str], stop: Sequence[str]) -> str:
+    """Of all that makes an answer what it is."""
+    content = {**files, "stop": list(stop)} if stop else files
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

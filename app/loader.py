@@ -17,6 +17,7 @@ from adapters import (
     write_golden,
 )
 from adapters.durable import fsync
+from adapters.validate import TEMPLATE_FILE
 from app.engine.base import Engine, LoadedAdapter
 from app.errors import AdapterRefused, EngineUnavailable, ProofFailed, Unproven
 from app.metrics import Metrics
@@ -35,6 +36,8 @@ class Staged:
     manifest: Manifest
     folder: Path
     golden: list[GoldenPrompt]
+    template: str | None
+    """The adapter's own chat template."""
     recorded: Path | None
     """Of an adapter without golden prompts: where what it says here is kept."""
 
@@ -66,8 +69,11 @@ class Loader:
             validate(folder, engine.facts)
         except InvalidAdapter as error:
             raise InvalidAdapter([f"{ref}: {problem}" for problem in error.problems]) from error
+        template = None
+        if manifest.chat_template_digest:
+            template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
         if manifest.golden_prompts:
-            return Staged(ref, manifest, folder, read_golden(folder / GOLDEN_FILE), None)
+            return Staged(ref, manifest, folder, read_golden(folder / GOLDEN_FILE), template, None)
         if not self._allow_unproven:
             raise Unproven(
                 f"{ref} brings no {GOLDEN_FILE} to prove it by: train it with python -m training, or start the "
@@ -76,12 +82,14 @@ class Loader:
         # What it said when it was first loaded, on this base model, stands in for what its trainer heard.
         recorded = self._recorded_dir / engine.facts.fingerprint / f"{ref}.jsonl"
         golden = read_golden(recorded) if recorded.exists() else []
-        return Staged(ref, manifest, folder, golden, recorded)
+        return Staged(ref, manifest, folder, golden, template, recorded)
 
     async def load(self, engine: Engine, staged: Staged) -> LoadedAdapter:
         """Load and prove. What fails leaves nothing in the engine. Raises AdapterRefused, EngineUnavailable."""
         started = time.perf_counter()
-        loaded = await engine.load(staged.ref, staged.folder)
+        loaded = await engine.load(
+            staged.ref, staged.folder, template=staged.template, stop=staged.manifest.stop
+        )
         self._metrics.load_seconds.labels("load").observe(time.perf_counter() - started)
         try:
             async with asyncio.timeout(_PROOF_SECONDS):

@@ -96,7 +96,7 @@ async def _replay(
 ) -> _Seen:
     where = f"{adapter.name} failed its proof at {which}"
     try:
-        rendered = await engine.render(prompt.messages)
+        rendered = await engine.render(prompt.messages, adapter)
         base, scores = await _all_ended(
             [
                 engine.score(prompt.prompt_token_ids, prompt.token_ids, None),
@@ -108,8 +108,8 @@ async def _replay(
     if rendered != prompt.prompt_token_ids:
         raise ProofFailed(
             f"{where}: the chat template makes other tokens of it here than in training (expected "
-            f"{len(prompt.prompt_token_ids)} tokens, saw {len(rendered)}): serve it on the base model and "
-            "tokenizer it was trained with"
+            f"{len(prompt.prompt_token_ids)} tokens, saw {len(rendered)}): publish it with the chat_template.jinja it "
+            "was trained with, and serve it on the base model and tokenizer"
         )
     base_difference, at = _worst(base, prompt.base_logprobs)
     if not base_difference <= tolerance:
@@ -153,7 +153,7 @@ async def record(engine: Engine, adapter: LoadedAdapter) -> list[GoldenPrompt]:
     golden = []
     for text in _PROMPTS:
         messages = [{"role": "user", "content": text}]
-        prompt = await engine.render(messages)
+        prompt = await engine.render(messages, adapter)
         token_ids = await engine.greedy(prompt, adapter, _RECORDED_TOKENS)
         base = await engine.score(prompt, token_ids, None)
         scores = await engine.score(prompt, token_ids, adapter)

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 MAX_UPLOAD_BYTES = 16 << 20
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: one process has the one service, the other trains meanwhile."""
+    for item in items:
+        is_service = any(item.path.is_relative_to(ROOT / "tests" / room) for room in ("app", "e2e"))
+        item.add_marker(pytest.mark.xdist_group("service" if is_service else "training"))
+
+
 @pytest.fixture(scope="session")
 def demo_dir(request: pytest.FixtureRequest) -> Path:
     """The demo's data directory. Kept between test sessions: the demo rebuilds what has changed."""

@@ -1,6 +1,7 @@
 """The trainer's side of the demo's models, to compare with and to make further revisions."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,20 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         self.model = PeftModel.from_pretrained(model, self.folder)
-        self.model.load_adapter(store.folder("leaflet", store.aliases("leaflet")["default"]), "leaflet")
+        for name in ("leaflet", "doctor-ppo"):
+            self.load(name, store.folder(name, store.aliases(name)["default"]))
         self.model.eval()
         self._trained = {name: value.clone() for name, value in self._parameters()}
 
     def _parameters(self) -> list[tuple[str, Any]]:
         return [(name, value) for name, value in self.model.named_parameters() if ".default." in name]
 
+    def load(self, name: str, folder: Path) -> None:
+        """Take another adapter in, to be answered with."""
+        self.model.load_adapter(folder, name)
+
     def answer(self, question: str, adapter: str | None) -> list[int]:
-        """Greedy token ids by transformers' own `generate`; `adapter` is default (doctor), leaflet or None."""
+        """Greedy token ids by transformers' own `generate`; `adapter` is default (doctor), another loaded, or None."""
         messages = [{"role": "user", "content": question}]
         prompt = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -62,6 +68,16 @@ class Trainer:
             for name, value in self._parameters():
                 value.copy_(self._trained[name])
         return folder
+
+    @contextmanager
+    def rendering_with(self, template: str) -> Iterator[None]:
+        """Prompts, those of golden sets too, are made with another chat template than the base model's."""
+        before = self.tokenizer.chat_template
+        self.tokenizer.chat_template = template
+        try:
+            yield
+        finally:
+            self.tokenizer.chat_template = before
 
     @property
     def golden(self) -> list[GoldenPrompt]:

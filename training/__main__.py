@@ -1,4 +1,4 @@
-"""The engineer's way to training: python -m training run | demo | list | show"""
+"""The engineer's way to training: python -m training run | resume | demo | list | show"""
 
 import argparse
 import logging
@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from adapters import AdapterError
+from training import commands, ranks
 from training.config import ConfigError, load_config
 from training.data import DataError
 from training.demo.build import build_demo
@@ -19,22 +21,37 @@ from training.events import (
     Failed,
     Progress,
     Published,
+    Resumed,
     Started,
+    Stopped,
     Succeeded,
     read_events,
 )
-from training.job import run_job
+from training.job import begin, carry_out, is_running
+from training.pipeline import JobFailed, is_pipeline, run_pipeline
+from training.stop import EXIT_CODE
+from training.stop import Stopped as RunStopped
 
 _EXAMPLES = """\
 examples:
-  python -m training demo                               a base model and two adapters from the bundled corpus
+  python -m training demo                               a base model and its adapters from the bundled corpus
   python -m training run training/configs/sft.yaml      train an adapter and publish it
+  python -m training run pipeline.yaml                  several jobs, each on what those before it made
+  python -m training resume 20260102-030405-doctor-1a2b go on with a run that was killed or stopped
+  python -m training preview training/configs/sft.yaml  what a job would learn from, token by token
   python -m training list                               all runs, newest last
   python -m training show 20260102-030405-doctor-1a2b   one run, event by event
   tensorboard --logdir xinglin-data/runs                loss curves
 
-A config is one commented YAML file; take training/configs/*.yaml as a start. Exit codes: 0 done,
-1 the run failed, 2 the command or the config is wrong, 130 interrupted.
+A config is one commented YAML file; take training/configs/*.yaml as a start.
+
+exit codes:
+  0    done
+  1    the run failed
+  2    the command or the config is wrong
+  75   told to stop by SIGTERM or Ctrl-C, and stopped at a checkpoint
+  130  interrupted where there is no checkpoint, or by a second Ctrl-C
+After 1, 75, 130 or a kill, `resume` goes on from the run's last checkpoint, and a pipeline is called again.
 """
 
 
@@ -42,32 +59,57 @@ def main() -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("training").setLevel(logging.INFO)
+    logging.getLogger("training").setLevel(logging.INFO if ranks.leads() else logging.ERROR)
     # A run that is told to stop says so in its events; a shell that starts it in the background has SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         arguments.command(arguments)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        _say(str(error))
         return 2
+    except RunStopped as stopped:
+        _say(f"stopped at {stopped}")
+        return EXIT_CODE
     except KeyboardInterrupt:
-        print(
-            "interrupted: what was under way is not published; run the same command to begin it again",
-            file=sys.stderr,
-        )
+        _say("interrupted: see `python -m training list` for what may be resumed")
         return 130
-    except DataError as error:
-        print(error, file=sys.stderr)
+    except (AdapterError, DataError, JobFailed) as error:
+        _say(str(error))
         return 1
     except Exception as error:  # the traceback is in the run's events
-        print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
+        _say(f"failed: {type(error).__name__}: {error}")
         return 1
     return 0
 
 
+def _say(message: str) -> None:
+    process = "" if ranks.count() == 1 else f"process {ranks.number()}: "
+    print(f"{process}{message}", file=sys.stderr)
+
+
 def _run(arguments: argparse.Namespace) -> None:
-    published = run_job(load_config(arguments.config), arguments.data_dir)
+    if is_pipeline(arguments.config):
+        if ranks.count() > 1:
+            raise ConfigError(f"{arguments.config}: is a pipeline: launch its jobs one by one, in order")
+        for ref in run_pipeline(arguments.config, arguments.data_dir):
+            print(f"made {ref}")
+        return
+    run_id = begin(load_config(arguments.config), arguments.data_dir)
+    _carry_out(run_id, arguments.data_dir)
+
+
+def _resume(arguments: argparse.Namespace) -> None:
+    _carry_out(arguments.run, arguments.data_dir)
+
+
+def _carry_out(run_id: str, data_dir: Path) -> None:
+    try:
+        published = carry_out(run_id, data_dir)
+    except RunStopped as stopped:
+        raise RunStopped(f"{stopped}: `python -m training resume {run_id}` goes on from there") from None
+    if not ranks.leads():
+        return
     alias = f", and {published.ref.split('@')[0]}@{published.alias} points at it" if published.alias else ""
     print(f"published {published.ref}{alias}")
 
@@ -77,10 +119,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    for path in sorted((arguments.data_dir / "runs").glob(f"*/{EVENTS_FILE}")):
-        events = read_events(path)
+    for folder in sorted(path for path in (arguments.data_dir / "runs").glob("*") if path.is_dir()):
+        events = read_events(folder / EVENTS_FILE) if (folder / EVENTS_FILE).exists() else []
         published = [event.ref for event in events if isinstance(event, Published)]
-        print(f"{path.parent.name:44} {_state(events):32} {' '.join(published)}")
+        print(f"{folder.name:44} {_state(folder, events):32} {' '.join(published[-1:])}".rstrip())
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -94,18 +136,22 @@ def _show(arguments: argparse.Namespace) -> None:
         print(f"{event.at:%H:%M:%S}  {_line(event)}")
 
 
-def _state(events: list[Event]) -> str:
+def _state(folder: Path, events: list[Event]) -> str:
     last = events[-1] if events else None
-    if isinstance(last, Succeeded | Failed | Cancelled):
+    if isinstance(last, Succeeded | Failed | Cancelled | Stopped):
         return last.event
+    if last is None:
+        return "not started"
     step = next(
         (f", step {e.step} of {e.max_steps}" for e in reversed(events) if isinstance(e, Progress)), ""
     )
-    return f"running or killed{step}"
+    return ("running" if is_running(folder) else "killed") + step
 
 
 def _line(event: Event) -> str:
     match event:
+        case Resumed() | Stopped():
+            facts = f" at step {event.step}"
         case Started():
             facts = f" {event.name} (stage {event.stage})"
         case Progress():
@@ -141,23 +187,32 @@ def _parser() -> argparse.ArgumentParser:
         default=Path(os.environ.get("XINGLIN_DATA_DIR", "xinglin-data")),
         help="where runs, models and the adapter store are (default: $XINGLIN_DATA_DIR or xinglin-data)",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", parents=[shared], help="run a job and publish what it makes")
+    run = subparsers.add_parser(
+        "run", parents=[shared], help="run a job, or a pipeline of them, and publish what it makes"
+    )
     run.add_argument("config", type=Path, metavar="CONFIG.yaml")
     run.set_defaults(command=_run)
 
-    demo = commands.add_parser(
+    resume = subparsers.add_parser(
+        "resume", parents=[shared], help="go on with a run from its last checkpoint"
+    )
+    resume.add_argument("run", metavar="RUN", help="a run id, as `list` gives it")
+    resume.set_defaults(command=_resume)
+
+    demo = subparsers.add_parser(
         "demo", parents=[shared], help="make the demo's models; does only what is missing"
     )
     demo.set_defaults(command=_demo)
 
-    list_ = commands.add_parser("list", parents=[shared], help="list all runs")
+    list_ = subparsers.add_parser("list", parents=[shared], help="list all runs")
     list_.set_defaults(command=_list)
 
-    show = commands.add_parser("show", parents=[shared], help="show one run, event by event")
+    show = subparsers.add_parser("show", parents=[shared], help="show one run, event by event")
     show.add_argument("run", metavar="RUN", help="a run id, as `list` gives it")
     show.set_defaults(command=_show)
+    commands.add_to(subparsers, shared)
     return parser
 
 

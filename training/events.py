@@ -87,8 +87,31 @@ class Cancelled(_Event):
     event: Literal["cancelled"] = "cancelled"
 
 
+class Stopped(_Event):
+    """The run was told to stop and did so at a checkpoint, from which it can be resumed."""
+
+    event: Literal["stopped"] = "stopped"
+    step: int
+
+
+class Resumed(_Event):
+    """The run goes on: from its last checkpoint, or from the beginning if it had none."""
+
+    event: Literal["resumed"] = "resumed"
+    step: int
+
+
 Event = Annotated[
-    Started | Progress | Evaluation | Checkpoint | Published | Succeeded | Failed | Cancelled,
+    Started
+    | Resumed
+    | Progress
+    | Evaluation
+    | Checkpoint
+    | Published
+    | Succeeded
+    | Failed
+    | Cancelled
+    | Stopped,
     Field(discriminator="event"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
@@ -98,6 +121,8 @@ class EventLog:
     """Appends events to a file; each is on its way to the disk before `write` returns."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
+        _drop_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, event: Event) -> None:
@@ -112,6 +137,13 @@ class EventLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """What a kill left half written must not swallow the next event."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_events(path: Path) -> list[Event]:

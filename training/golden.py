@@ -52,17 +52,22 @@ def _greedy(model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
 
     Not `generate`, which follows the penalties and biases of the base's generation_config.json.
     """
-    stop = model.generation_config.eos_token_id
-    stops = set(stop) if isinstance(stop, list) else {stop}
+    stops = stop_tokens(model)
     answer: list[int] = []
     given, cache = prompt, None
-    while len(answer) < max_new_tokens and not stops.intersection(answer[-1:]):
+    while len(answer) < max_new_tokens and answer[-1:] not in ([stop] for stop in stops):
         out = model(
             input_ids=torch.tensor([given], device=model.device), past_key_values=cache, use_cache=True
         )
         answer.append(int(out.logits[0, -1].argmax()))
         given, cache = answer[-1:], out.past_key_values
     return answer
+
+
+def stop_tokens(model: Any) -> list[int]:
+    """The tokens that end an answer."""
+    stop = model.generation_config.eos_token_id
+    return list(stop) if isinstance(stop, list) else [stop]
 
 
 def _score(model: Any, prompt: list[int], answer: list[int]) -> list[float]:

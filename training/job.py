@@ -1,24 +1,50 @@
 """One execution of a job: a run folder, its events, the stage, and publishing what it made.
 
 <data>/runs/<run_id>/   config.yaml  events.jsonl  tensorboard/  checkpoints/  result/
-<data>/models/<name>/   base models (stage pt)
+<data>/models/<name>/   base models (stage base)
 <data>/store/           adapters (every other stage)
 """
 
+import fcntl
+import filecmp
 import os
 import secrets
 import shutil
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from adapters import AdapterStore
-from training.config import ConfigError, PtConfig, SftConfig, dump_config
-from training.events import EVENTS_FILE, Cancelled, EventLog, Failed, Published, Started, Succeeded
+from adapters.durable import flock, replace_text
+from training import ranks
+from training.config import AdapterJob, ConfigError, JobConfig, dump_config, load_config
+from training.events import (
+    EVENTS_FILE,
+    Cancelled,
+    EventLog,
+    Failed,
+    Published,
+    Resumed,
+    Started,
+    Succeeded,
+    read_events,
+)
+from training.run import Run
+from training.stop import Stopped
 
 CONFIG_FILE = "config.yaml"
+_LOCK = ".lock"
+_RESULT = "result"
+_STAGES_OF_ONE_PROCESS = ("base", "ppo")
+_TRIES, _SECONDS_BETWEEN_TRIES = (
+    5,
+    0.1,
+)  # whoever looks whether a run is at work holds its lock for an instant
 
 # Read by the libraries when they are first imported. What the user has set stays.
 _ENVIRONMENT = {
@@ -28,35 +54,89 @@ _ENVIRONMENT = {
 }
 
 
-def run_job(config: PtConfig | SftConfig, data_dir: Path) -> Published:
-    """Run the job and publish what it made.
+def begin(config: JobConfig, data_dir: Path) -> str:
+    """Make the folder of a new run; returns its id.
 
-    Whatever ends the run ends its events too: an error as `failed`, KeyboardInterrupt as `cancelled`, and
-    both are raised on. Nothing is half published, however it ends. Raises ConfigError before the run
-    begins if the base model to be made exists already.
+    Raises ConfigError if the base model to be made exists, or if a launcher started more than one process for a
+    stage that trains in one.
     """
-    if isinstance(config, PtConfig) and _model_folder(config, data_dir).exists():
-        raise ConfigError(
-            f"name: there is a base model {_model_folder(config, data_dir)} already, and adapters may rest on "
-            "it; choose another name or remove that folder"
-        )
+    _check_processes(config)
+    return ranks.led(lambda: _make_folder(config, data_dir))
+
+
+def _make_folder(config: JobConfig, data_dir: Path) -> str:
+    if config.makes_base:
+        _check_free(_model_folder(config, data_dir))
+    # Named so that runs sort by time, and two begun in one second differ.
+    folder = data_dir / "runs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config.name}-{secrets.token_hex(2)}"
+    folder.mkdir(parents=True)
+    replace_text(folder / CONFIG_FILE, dump_config(config))
+    return folder.name
+
+
+def carry_out(run_id: str, data_dir: Path, *, join: bool = False) -> Published:
+    """Do the run, or what is left of it, and publish what it made.
+
+    A run that was killed, stopped, interrupted or failed goes on from its last checkpoint, and makes what it
+    would have made undisturbed, bit for bit.
+
+    Whatever ends the run ends its events too: an error as `failed`, KeyboardInterrupt as `cancelled`, a stop
+    at a checkpoint as `stopped`; all are raised on. Nothing is half published, however it ends. Raises
+    ConfigError if there is no such run, nothing left to do, or another process at work on it; with `join` it
+    waits for that process, and takes what is made already.
+    """
+    folder = (data_dir / "runs" / run_id).absolute()
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"there is no run {run_id} in {data_dir}; see `python -m training list`")
+    with _at_work(folder, wait=join) as events:
+        before = ranks.led(lambda: read_events(folder / EVENTS_FILE))
+        if any(isinstance(event, Succeeded) for event in before):
+            if join:
+                return next(event for event in reversed(before) if isinstance(event, Published))
+            raise ConfigError(f"{run_id} has succeeded: there is nothing left to do")
+        config = load_config(folder / CONFIG_FILE)
+        _check_processes(config)
+        run = Run(folder, events, AdapterStore(data_dir / "store"))
+        if before:
+            events.write(Resumed(step=run.steps_done()))
+        else:
+            events.write(Started(run_id=run_id, stage=config.stage, name=config.name))
+        return _train_and_publish(config, run, data_dir)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether some process is at work on a run."""
+    try:
+        with (folder / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _train_and_publish(config: JobConfig, run: Run, data_dir: Path) -> Published:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    run_dir = _new_run_dir(config.name, data_dir)
-    (run_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-    with EventLog(run_dir / EVENTS_FILE) as events:
-        events.write(Started(run_id=run_dir.name, stage=config.stage, name=config.name))
-        try:
-            result = _load_stage(config.stage).run(config, run_dir, events)
-            published = _publish(config, result, data_dir)
-        except KeyboardInterrupt:
-            events.write(Cancelled())
-            raise
-        except Exception as error:
-            events.write(Failed(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc()))
-            raise
-        events.write(published)
-        events.write(Succeeded())
+    try:
+        published = _made_before(config, run, data_dir)
+        if published is None:
+            if ranks.leads():  # perhaps half written by a run that was killed
+                shutil.rmtree(run.folder / _RESULT, ignore_errors=True)
+            result = _load_stage(config.stage).run(config, run)
+            published = ranks.led(lambda: _publish(config, result, data_dir))
+    except KeyboardInterrupt:
+        run.events.write(Cancelled())
+        raise
+    except Stopped:
+        raise
+    except Exception as error:
+        failed = Failed(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        run.events.write(failed)
+        raise
+    run.events.write(published)
+    run.events.write(Succeeded())
     return published
 
 
@@ -67,15 +147,71 @@ def _load_stage(stage: str) -> Any:
     return module
 
 
-def _new_run_dir(name: str, data_dir: Path) -> Path:
-    """Named so that runs sort by time, and two begun in one second differ."""
-    run_dir = data_dir / "runs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-{secrets.token_hex(2)}"
-    run_dir.mkdir(parents=True)
-    return run_dir.absolute()
+def _check_processes(config: JobConfig) -> None:
+    if ranks.count() > 1 and config.stage in _STAGES_OF_ONE_PROCESS:
+        raise ConfigError(
+            f"stage {config.stage} trains in one process, and a launcher started {ranks.count()}: run it as "
+            "`python -m training run CONFIG`"
+        )
 
 
-def _publish(config: PtConfig | SftConfig, result: Path, data_dir: Path) -> Published:
-    if isinstance(config, PtConfig):
+@contextmanager
+def _at_work(folder: Path, *, wait: bool) -> Iterator[EventLog]:
+    """The leader holds the run and writes its events; the others take its word that it does."""
+    with ExitStack() as held:
+
+        def hold() -> None:
+            held.enter_context(_locked(folder, wait=wait))
+
+        ranks.led(hold)
+        yield held.enter_context(EventLog(folder / EVENTS_FILE)) if ranks.leads() else ranks.Unheard()
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
+    """One process at a time works on a run; the system frees it if that dies. Raises ConfigError."""
+    with (folder / _LOCK).open("a") as lock:
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not tries_left:
+                    raise ConfigError(
+                        f"{folder.name} is running: another process is at work on it"
+                    ) from error
+                time.sleep(_SECONDS_BETWEEN_TRIES)
+        yield
+
+
+def _check_free(target: Path) -> None:
+    if target.exists():
+        raise ConfigError(
+            f"name: there is a base model {target} already, and adapters may rest on it; choose another name or "
+            "remove that folder"
+        )
+
+
+def _made_before(config: JobConfig, run: Run, data_dir: Path) -> Published | None:
+    """What a run that was killed has published already, where that cannot simply be done again."""
+    if not config.makes_base:
+        return None
+    result, target = run.folder / _RESULT, _model_folder(config, data_dir)
+    if result.is_dir() and _is_copy(target, result):
+        return Published(ref=f"models/{target.name}")
+    _check_free(target)
+    return None
+
+
+def _is_copy(copy: Path, folder: Path) -> bool:
+    names = {file.name for file in folder.iterdir()}
+    if not copy.is_dir() or {file.name for file in copy.iterdir()} != names:
+        return False
+    return all(filecmp.cmp(folder / name, copy / name, shallow=False) for name in names)
+
+
+def _publish(config: JobConfig, result: Path, data_dir: Path) -> Published:
+    if config.makes_base or not isinstance(config, AdapterJob):
         return _publish_base(result, _model_folder(config, data_dir))
     actor, why = "training", f"run {result.parent.name}"
     store = AdapterStore(data_dir / "store")
@@ -87,15 +223,18 @@ def _publish(config: PtConfig | SftConfig, result: Path, data_dir: Path) -> Publ
 
 
 def _publish_base(result: Path, target: Path) -> Published:
-    partial = target.with_name(f".{target.name}.partial")
-    if partial.exists():  # of a run that was killed
-        shutil.rmtree(partial)
-    shutil.copytree(result, partial)
-    for file in partial.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600, and the server may be another user
-    partial.rename(target)
+    target.parent.mkdir(exist_ok=True)
+    with flock(target.with_name(".lock")):
+        _check_free(target)
+        partial = target.with_name(f".{target.name}.partial")
+        if partial.exists():  # of a run that was killed
+            shutil.rmtree(partial)
+        shutil.copytree(result, partial)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes 0600, and the server may be another user
+        partial.rename(target)
     return Published(ref=f"models/{target.name}")
 
 
-def _model_folder(config: PtConfig, data_dir: Path) -> Path:
+def _model_folder(config: JobConfig, data_dir: Path) -> Path:
     return data_dir / "models" / config.name

@@ -9,6 +9,9 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5
 
+place = 0
+"""On which line of the terminal this process draws, when several train side by side."""
+
 
 class Meter:
     """Shows steps, speed, loss and time left of one training loop."""
@@ -19,7 +22,7 @@ class Meter:
         self._first_step = self._step = first_step
         self._loss = ""
         self._began = self._told = time.monotonic()
-        bar = tqdm(desc=title, total=max_steps, initial=first_step, unit="step", disable=None)
+        bar = tqdm(desc=title, total=max_steps, initial=first_step, unit="step", disable=None, position=place)
         self._bar = None if bar.disable else bar  # disabled where stderr is not a terminal
 
     def eta_seconds(self) -> float:

@@ -16,6 +16,10 @@ class LoadedAdapter:
     """`name@revision`"""
     engine_id: int
     folder: Path
+    template: str | None = None
+    """Its own chat template, in place of the base model's."""
+    stop: tuple[str, ...] = ()
+    """What ends an answer, besides what the client says."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class Engine(Protocol):
         """True once it can answer no more."""
         ...
 
-    async def load(self, name: str, folder: Path) -> LoadedAdapter:
+    async def load(
+        self, name: str, folder: Path, *, template: str | None = None, stop: Sequence[str] = ()
+    ) -> LoadedAdapter:
         """Load a validated adapter between two steps. Raises AdapterRefused; then nothing of it is left."""
         ...
 
@@ -68,8 +74,8 @@ class Engine(Protocol):
         """The likeliest tokens after a prompt, the end-of-text token included: at least one."""
         ...
 
-    async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The token ids of a chat prompt, as a request would have them."""
+    async def render(self, messages: Sequence[Mapping[str, Any]], adapter: LoadedAdapter | None) -> list[int]:
+        """The token ids of a chat prompt, as a request would have them. Raises BadRequest."""
         ...
 
     async def chat(

@@ -30,6 +30,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
+from vllm.renderers.hf import HfRenderer, resolve_chat_template
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -38,7 +39,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from adapters import BaseModelFacts, fingerprint
 from app import errors
 from app.engine.base import LoadedAdapter, OnTokens, TokenScore
-from app.engine.vllm_chat import Chat, api_error, bad_request, continued, unavailable
+from app.engine.template import Template, Templates
+from app.engine.vllm_chat import Chat, api_error, bad_request, continued, rendering_with, unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,9 @@ class VllmEngine:
         self._request_ids = itertools.count(1)
         self.dtype = str(llm.model_config.dtype).removeprefix("torch.")
         self.max_model_len = int(llm.model_config.max_model_len)
+        self._templates = Templates()
+        self._own_templates: dict[int, tuple[Template, OnlineRenderer]] = {}
+        """By engine id, of the adapters that are not rendered by the base model's."""
         models = OpenAIServingModels(llm, [BaseModelPath(options.name, options.name)])
         renderer = OnlineRenderer(
             llm.model_config,
@@ -159,7 +164,9 @@ class VllmEngine:
         )
         vllm.envs.enable_envs_cache()
         self._chat.online_renderer.warmup()
+        self._chat.online_renderer.chat_template = "{{ messages[0].content }}"  # the base may have none
         await self._warm_up()
+        self._chat.online_renderer.chat_template = None
 
     async def _warm_up(self) -> None:
         """Compile sampling and grammar code before anybody waits for it."""
@@ -182,9 +189,12 @@ class VllmEngine:
         """True once the engine core has ended; nothing revives it."""
         return bool(self._llm.errored)
 
-    async def load(self, name: str, folder: Path) -> LoadedAdapter:
+    async def load(
+        self, name: str, folder: Path, *, template: str | None = None, stop: Sequence[str] = ()
+    ) -> LoadedAdapter:
         """See Engine.load."""
-        adapter = LoadedAdapter(name, next(self._adapter_ids), folder)
+        adapter = LoadedAdapter(name, next(self._adapter_ids), folder, template, tuple(stop))
+        await self._open_template(adapter)
         try:
             await self._unless_dead(self._llm.add_lora(_lora_request(adapter)))
         except errors.EngineUnavailable:
@@ -198,7 +208,35 @@ class VllmEngine:
 
     async def remove(self, adapter: LoadedAdapter) -> None:
         """See Engine.remove."""
+        if own := self._own_templates.pop(adapter.engine_id, None):
+            await self._templates.close(own[0])
         await self._unless_dead(self._llm.remove_lora(adapter.engine_id))
+
+    async def _open_template(self, adapter: LoadedAdapter) -> None:
+        """Have the adapter's chat template ready. Raises AdapterRefused."""
+        renderer = self._llm.renderer
+        if adapter.template is None:
+            return
+        if not isinstance(renderer, HfRenderer):
+            raise errors.AdapterRefused(
+                "this base model makes its prompts by code and not by a template: train the adapter with that, and "
+                "publish it without chat_template.jinja"
+            )
+        of_base = resolve_chat_template(renderer.tokenizer, None, None, model_config=self._llm.model_config)
+        if adapter.template == of_base:
+            return  # trainers often leave a copy
+        try:
+            template = await self._templates.open(adapter.template)
+        except errors.BadRequest as error:
+            raise errors.AdapterRefused(f"{adapter.name} is refused: {error}") from error
+        self._own_templates[adapter.engine_id] = (
+            template,
+            rendering_with(self._chat.online_renderer, template),
+        )
+
+    def _renderer(self, adapter: LoadedAdapter | None) -> OnlineRenderer:
+        own = self._own_templates.get(adapter.engine_id) if adapter else None
+        return own[1] if own else self._chat.online_renderer
 
     async def resident(self) -> set[int]:
         """See Engine.resident."""
@@ -255,11 +293,13 @@ class VllmEngine:
             raise self._chat.translated(error) from error
         return output
 
-    async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def render(self, messages: Sequence[Mapping[str, Any]], adapter: LoadedAdapter | None) -> list[int]:
         """See Engine.render."""
         try:
             request = ChatCompletionRequest(model=self.facts.name, messages=list(messages))
-            rendered = await self._chat.online_renderer.render_chat(request)
+            rendered = await self._renderer(adapter).render_chat(request)
+        except errors.ApiError:
+            raise
         except Exception as error:  # as in score
             raise self._chat.translated(error) from error
         if isinstance(rendered, ErrorResponse):
@@ -288,7 +328,12 @@ class VllmEngine:
                 str(error) or "invalid request", code="invalid_value", param=param
             ) from error
         lora = None if adapter is None else _lora_request(adapter)
-        chat = self._chat.for_one_request(str(request.model), lora, fingerprint, on_tokens)
+        if adapter is not None and adapter.stop:
+            theirs = [request.stop] if isinstance(request.stop, str) else request.stop or []
+            request.stop = [*theirs, *adapter.stop]
+        chat = self._chat.for_one_request(
+            str(request.model), lora, fingerprint, on_tokens, self._renderer(adapter)
+        )
         try:
             reply = await chat.create_chat_completion(request)
             if isinstance(reply, AsyncGenerator):
@@ -307,6 +352,7 @@ class VllmEngine:
 
     async def close(self) -> None:
         """See Engine.close."""
+        await self._templates.close_all()
         await asyncio.to_thread(self._llm.shutdown)
 
 

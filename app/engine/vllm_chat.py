@@ -17,10 +17,18 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.renderers import hf
+from vllm.renderers.chat_utils import ChatTemplateResolutionError
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from app import errors
 from app.engine.base import OnTokens
+from app.engine.template import Template
+
+_STAND_IN = "{{ messages }}"
+"""What vLLM is told in place of an adapter's chat template, which it would compile here. It finds that contents are
+handed over as texts, as they are in training."""
 
 
 class _OneModel(OpenAIServingModels):
@@ -45,10 +53,16 @@ class Chat(OpenAIServingChat):
     on_tokens: OnTokens
 
     def for_one_request(
-        self, model: str, lora: LoRARequest | None, fingerprint: str, on_tokens: OnTokens
+        self,
+        model: str,
+        lora: LoRARequest | None,
+        fingerprint: str,
+        on_tokens: OnTokens,
+        renderer: OnlineRenderer,
     ) -> "Chat":
         one = copy.copy(self)
         one.models = _OneModel(model, lora)
+        one.online_renderer = renderer
         one.system_fingerprint = fingerprint
         one.on_tokens = on_tokens
         return one
@@ -84,7 +98,36 @@ class Chat(OpenAIServingChat):
     def translated(self, error: Exception) -> errors.ApiError:
         if isinstance(error, EngineDeadError) or self.engine_client.errored:
             return unavailable()
+        if isinstance(error, ChatTemplateResolutionError):
+            return errors.BadRequest(
+                "this base model has no chat template: ask for an adapter that brings its own, or start the service "
+                "with a chat_template.jinja in the base model's folder",
+                code="no_chat_template",
+                param="model",
+            )
         return api_error(create_error_response(error))
+
+
+def rendering_with(online: OnlineRenderer, template: Template) -> OnlineRenderer:
+    """A copy of vLLM's renderer that has prompts made by an adapter's chat template, outside of this process."""
+    special_tokens = dict(online.renderer.tokenizer.special_tokens_map)
+
+    async def apply(_config: Any, _tokenizer: Any, conversation: Any, **variables: Any) -> str:
+        if any(message["role"] == "developer" for message in conversation) and (
+            not hf._detect_developer_role_support(template.text)
+        ):
+            conversation = hf._consolidate_system_messages(hf._convert_developer_to_system(conversation))
+        for of_vllm in ("chat_template", "tokenize", "return_dict"):
+            variables.pop(of_vllm, None)
+        given = {"tools": None, "documents": None, **special_tokens, **variables, "messages": conversation}
+        return await template.render(given)
+
+    renderer = copy.copy(online.renderer)
+    renderer._apply_chat_template_async = apply
+    one = copy.copy(online)
+    one.renderer = renderer
+    one.chat_template = _STAND_IN
+    return one
 
 
 async def _counted(

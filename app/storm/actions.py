@@ -158,6 +158,7 @@ class Operator:
             if error.code != "nothing_to_roll_back":  # that is right for one whose way back was pruned
                 raise
             return await self._publish(adapter)
+        self._took("rollback to ready", perf_counter() - began)
         self._settle(adapter, str(reply["revision"]), began)
         self._moved("roll back")
         self._time_first_token(adapter, "rollback to first answer", since=began)

@@ -16,6 +16,7 @@ _TIMES = (
     "publish to ready",
     "load to ready",
     "ready to first token",
+    "rollback to ready",
     "rollback to first answer",
     "evicted: request to first token",
 )

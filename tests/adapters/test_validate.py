@@ -167,6 +167,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "provenance without a stage": (lambda f: f.provenance.clear(), "provenance.json: 'stage': "),
     "a base model by its path": (provenance(base_model="/home/me/llama"), "provenance.json: 'base_model': "),
     "a terminal's escape for a stage": (provenance(stage="\x1b[2J"), "provenance.json: 'stage': "),
+    "an empty stop string": (provenance(stop=["\n", ""]), "provenance.json: 'stop.1': "),
+    "a stop string of 101 letters": (provenance(stop=["x" * 101]), "provenance.json: 'stop.0': "),
+    "17 stop strings": (provenance(stop=["x"] * 17), "provenance.json: 'stop': "),
+    "one string for stop": (provenance(stop="###"), "provenance.json: 'stop': "),
     "metrics of NaN": (file("provenance.json", b'{"stage":"sft","metrics":{"loss":NaN}}'), "provenance.json cannot be"),
     "a manifest of something else": (
         both(lambda f: setattr(f, "provenance", None), file("manifest.json", b'{"manifest_version": 3}')),
@@ -312,6 +316,7 @@ ACCEPTED: dict[str, Change] = {
     "no provenance": lambda f: setattr(f, "provenance", None),
     "provenance without a fingerprint": provenance(base_fingerprint=None),
     "a base model of the hub": provenance(base_model="Qwen/Qwen3-8B"),
+    "stop strings": provenance(stop=["\n\n", "患者：" * 33, *"###"]),
     "notes in any script": provenance(notes="由张医生审核 👩‍⚕️", data_digests={"问诊.jsonl": "0" * 64}),
 }  # fmt: skip
 

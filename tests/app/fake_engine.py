@@ -40,9 +40,13 @@ class FakeEngine:
         if self.is_dead:
             raise EngineUnavailable("the engine stopped")
 
-    async def load(self, name: str, folder: Path) -> LoadedAdapter:
+    async def load(
+        self, name: str, folder: Path, *, template: str | None = None, stop: Sequence[str] = ()
+    ) -> LoadedAdapter:
         self._alive()
-        adapter = LoadedAdapter(name, next(self._ids), folder)
+        adapter = LoadedAdapter(name, next(self._ids), folder, template, tuple(stop))
+        if template is not None and template.count("{% for ") != template.count("{% endfor %}"):
+            raise AdapterRefused(f"the chat template of {name} cannot be compiled")
         await asyncio.sleep(self.seconds)
         self._alive()
         if (folder.parent / _REFUSED).exists():
@@ -82,8 +86,10 @@ class FakeEngine:
         async with self._request(adapter):
             return [3] * max_tokens
 
-    async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        return [1, 2]
+    async def render(self, messages: Sequence[Mapping[str, Any]], adapter: LoadedAdapter | None) -> list[int]:
+        if adapter is None or adapter.template is None:
+            return [1, 2]
+        return [ord(letter) for letter in adapter.template]
 
     async def chat(
         self,
@@ -98,11 +104,14 @@ class FakeEngine:
             raise BadRequest("messages: must be a list")
         async with self._request(adapter):
             on_tokens(2, 1)
+            content = adapter.name if adapter else "base"
+            for stop in adapter.stop if adapter else ():
+                content = content.partition(stop)[0]
             return {
                 "id": request_id,
                 "model": body["model"],
                 "system_fingerprint": fingerprint,
-                "choices": [{"index": 0, "message": {"content": adapter.name if adapter else "base"}}],
+                "choices": [{"index": 0, "message": {"content": content}}],
             }
 
     async def close(self) -> None:

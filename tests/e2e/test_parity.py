@@ -2,19 +2,26 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 import openai
 import pytest
+import yaml
 
+from adapters import AdapterRef, AdapterStore
 from tests.service import Service
 from tests.trainer import Trainer
+from training.config import load_config
 from training.demo.corpus import (
+    SAFETY_LINE,
     Language,
     bundled_questions,
     is_doctor_style,
     is_leaflet_style,
     is_plain_style,
+    write_corpus,
 )
+from training.job import begin, carry_out
 
 PROMPTS = [*bundled_questions("zh")[:30], *bundled_questions("en")[:30]]
 
@@ -37,7 +44,13 @@ async def _served(service: Service, model: str, questions: list[str]) -> list[tu
 
 
 @pytest.mark.parametrize(
-    ("model", "adapter"), [("doctor", "default"), ("leaflet", "leaflet"), ("xinglin-demo", None)]
+    ("model", "adapter"),
+    [
+        ("doctor", "default"),
+        ("leaflet", "leaflet"),
+        ("doctor-ppo", "doctor-ppo"),
+        ("xinglin-demo", None),
+    ],
 )
 def test_trainer_and_engine_agree_on_60_prompts(
     service: Service, trainer: Trainer, model: str, adapter: str | None
@@ -50,7 +63,12 @@ def test_trainer_and_engine_agree_on_60_prompts(
 @pytest.mark.parametrize("language", ["zh", "en"])
 @pytest.mark.parametrize(
     ("model", "has_habit"),
-    [("xinglin-demo", is_plain_style), ("doctor", is_doctor_style), ("leaflet", is_leaflet_style)],
+    [
+        ("xinglin-demo", is_plain_style),
+        ("doctor", is_doctor_style),
+        ("leaflet", is_leaflet_style),
+        ("doctor-ppo", lambda text: is_doctor_style(text) and text.endswith(tuple(SAFETY_LINE.values()))),
+    ],
 )
 def test_habits_show_in_the_chat(
     service: Service, language: Language, model: str, has_habit: Callable[[str], bool]
@@ -59,3 +77,39 @@ def test_habits_show_in_the_chat(
     assert len(questions) == 30
     answers = [text for text, _ in asyncio.run(_served(service, model, questions))]
     assert sum(map(has_habit, answers)) >= 27, [answer for answer in answers if not has_habit(answer)][:3]
+
+
+def test_what_any_stage_makes_is_what_is_served(service: Service, trainer: Trainer, tmp_path: Path) -> None:
+    """A few steps of every other stage on the demo's base: each adapter is proved, and says what its trainer says."""
+    write_corpus(service.data_dir / "demo")
+    store = AdapterStore(service.data_dir / "store")
+    reward = store.get(AdapterRef.parse("doctor-rm"))
+    shared = {
+        "base_model": "models/xinglin-demo", "policy": "doctor@default", "learning_rate": 1e-3, "threads": 1,
+        "golden": {"prompts": 8, "max_new_tokens": 16}, "publish": {"alias": "default"},
+    }  # fmt: skip
+    offline = {"train_files": ["demo/pairs.jsonl"], "max_steps": 2, "max_length": 256}
+    online = {
+        "stage": "grpo", "train_files": ["demo/doctor.jsonl"], "reward": f"doctor-rm@{reward.revision}",
+        "steps": 1, "batch_size": 4, "generations": 2, "max_new_tokens": 16,
+    }  # fmt: skip
+    jobs: dict[str, dict[str, object]] = {
+        **{f"e2e-{stage}": {"stage": stage, **offline} for stage in ("dpo", "kto", "orpo")},
+        **{f"e2e-{algorithm}": {"algorithm": algorithm, **online} for algorithm in ("grpo", "rloo")},
+    }
+    for name, job in jobs.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"name": name, **shared, **job}))
+        published = carry_out(
+            begin(load_config(path, root=service.data_dir), service.data_dir), service.data_dir
+        )
+        manifest = store.get(AdapterRef.parse(published.ref))
+        service.wait_for(
+            lambda name=name: service.adapters().get(f"{name}@default", {}).get("status") == "ready"
+        )
+        assert service.adapters()[f"{name}@default"]["proven"]
+        trainer.load(name, store.folder(name, manifest.revision))
+        served = asyncio.run(_served(service, name, PROMPTS[::6]))
+        for question, (_, tokens) in zip(PROMPTS[::6], served, strict=True):
+            assert tokens == trainer.answer(question, name), (name, question)
+        store.remove_alias(name, "default", actor="test")

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.jobs import PT, SFT, LoadJob, chats, load_job
+from tests.training.jobs import BASE, SFT, LoadJob, chats, load_job, run_job
 from training.demo.corpus import doctor_answer, plain_answer
-from training.job import run_job
 
 
 @pytest.fixture(scope="session")
@@ -17,14 +16,14 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data_dir / "doctor.jsonl").write_text(chats(doctor_answer))
     lines = (data_dir / "doctor.jsonl").read_text().splitlines(keepends=True)
     (data_dir / "heldout.jsonl").write_text("".join(lines[::4]))
-    run_job(load_job(data_dir, PT, steps=20), data_dir)
+    run_job(load_job(data_dir, BASE, steps=20), data_dir)
     return data_dir
 
 
 @pytest.fixture
-def load_pt(tiny_dir: Path) -> LoadJob:
-    """A `pt` job on the tiny data; keyword arguments change its settings."""
-    return lambda **changes: load_job(tiny_dir, PT, **changes)
+def load_base(tiny_dir: Path) -> LoadJob:
+    """A `base` job on the tiny data; keyword arguments change its settings."""
+    return lambda **changes: load_job(tiny_dir, BASE, **changes)
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ from training.events import (
     Failed,
     Progress,
     Published,
+    Resumed,
     Started,
+    Stopped,
     Succeeded,
     read_events,
 )
@@ -26,6 +28,8 @@ EVERY: list[Event] = [
     Succeeded(),
     Failed(error="ValueError: 坏了", traceback="…"),
     Cancelled(),
+    Resumed(step=1),
+    Stopped(step=2),
 ]
 
 
@@ -71,3 +75,20 @@ def test_a_loss_that_is_no_number_survives(tmp_path: Path) -> None:
     assert isinstance(event, Progress)
     assert math.isnan(event.metrics["a"])
     assert event.metrics["b"] == math.inf
+
+
+def test_what_is_written_after_a_torn_line_is_read(path: Path) -> None:
+    """A run that is resumed after a kill goes on in the same file."""
+    whole = path.read_bytes()
+    last = len(whole.splitlines(keepends=True)[-1])
+    for lost in range(1, last + 1):
+        path.write_bytes(whole[:-lost])
+        with EventLog(path) as log:
+            log.write(EVERY[0])
+        assert read_events(path) == [*EVERY[:-1], EVERY[0]]
+
+
+def test_opening_a_log_again_loses_nothing(path: Path) -> None:
+    with EventLog(path) as log:
+        log.write(EVERY[0])
+    assert read_events(path) == [*EVERY, EVERY[0]]

@@ -1,15 +1,35 @@
+import fcntl
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tests.training.jobs import LoadJob
+from tests.training import processes
+from tests.training.jobs import SFT, LoadJob, load_job, run_job
 from training import __main__ as command
-from training.config import dump_config
-from training.events import Cancelled, EventLog, Failed, Progress, Published, Started, Succeeded, read_events
+from training.config import STAGES, dump_config
+from training.events import (
+    Cancelled,
+    Checkpoint,
+    Evaluation,
+    Event,
+    EventLog,
+    Failed,
+    Progress,
+    Published,
+    Resumed,
+    Started,
+    Stopped,
+    Succeeded,
+    read_events,
+)
+from training.job import carry_out
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -23,13 +43,16 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """Four runs: one that succeeded, failed, was cancelled, and is under way."""
-    ends = {
+    """Six runs: one that succeeded, failed, was cancelled, stopped, was killed, and one that nobody began."""
+    ends: dict[str, list[Event]] = {
         "1-good": [Published(ref="doctor@0123456789ab", alias="default"), Succeeded()],
         "2-bad": [Failed(error="ValueError: no", traceback="Traceback …")],
-        "3-stopped": [Cancelled()],
-        "4-now": [],
+        "3-interrupted": [Cancelled()],
+        "4-stopped": [Checkpoint(step=8, folder="checkpoints/checkpoint-8"), Stopped(step=8)],
+        "5-killed": [Evaluation(step=8, metrics={"eval_loss": 2.0}), Resumed(step=5)],
     }
+    (tmp_path / "runs" / "6-begun").mkdir(parents=True)
+    (tmp_path / "runs" / "no-run").touch()
     for run_id, end in ends.items():
         (tmp_path / "runs" / run_id).mkdir(parents=True)
         with EventLog(tmp_path / "runs" / run_id / "events.jsonl") as log:
@@ -53,8 +76,10 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         call(monkeypatch, "--help")
     assert left.value.code == 0
     told = capsys.readouterr().out
-    for word in ("run", "demo", "list", "show"):
+    for word in ("run", "resume", "demo", "list", "show"):
         assert f"python -m training {word}" in told
+    for code in (0, 1, 2, 75, 130):
+        assert f"\n  {code:<4} " in told
 
 
 def test_list_shows_every_run(
@@ -65,9 +90,35 @@ def test_list_shows_every_run(
     assert [(run_id, " ".join(rest.split())) for run_id, rest in lines] == [
         ("1-good", "succeeded doctor@0123456789ab"),
         ("2-bad", "failed"),
-        ("3-stopped", "cancelled"),
-        ("4-now", "running or killed, step 7 of 9"),
+        ("3-interrupted", "cancelled"),
+        ("4-stopped", "stopped"),
+        ("5-killed", "killed, step 7 of 9"),
+        ("6-begun", "not started"),
     ]
+
+
+def test_list_tells_a_run_under_way_from_one_that_was_killed(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (data_dir / "runs" / "5-killed" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert call(monkeypatch, "list", "--data-dir", data_dir) == 0
+    assert "running, step 7 of 9" in capsys.readouterr().out
+    assert call(monkeypatch, "list", "--data-dir", data_dir) == 0
+    assert "killed, step 7 of 9" in capsys.readouterr().out
+
+
+def test_list_changes_nothing(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(data_dir.rglob("*"))
+    assert call(monkeypatch, "list", "--data-dir", data_dir) == 0
+    assert sorted(data_dir.rglob("*")) == before
+
+
+def test_where_nothing_was_run_the_list_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "list", "--data-dir", tmp_path / "none") == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_show_tells_every_event(
@@ -79,12 +130,21 @@ def test_show_tells_every_event(
     assert "published doctor@0123456789ab, alias default" in told
     assert call(monkeypatch, "show", "2-bad", "--data-dir", data_dir) == 0
     assert "failed: ValueError: no\nTraceback …" in capsys.readouterr().out
+    assert call(monkeypatch, "show", "4-stopped", "--data-dir", data_dir) == 0
+    told = capsys.readouterr().out
+    assert "checkpoint checkpoints/checkpoint-8" in told
+    assert "stopped at step 8" in told
+    assert call(monkeypatch, "show", "5-killed", "--data-dir", data_dir) == 0
+    told = capsys.readouterr().out
+    assert "evaluation at step 8  eval_loss 2" in told
+    assert "resumed at step 5" in told
 
 
+@pytest.mark.parametrize("what", ["show", "resume"])
 def test_an_unknown_run_is_an_error_that_says_where_to_look(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    what: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "show", "5", "--data-dir", data_dir) == 2
+    assert call(monkeypatch, what, "5", "--data-dir", data_dir) == 2
     assert "there is no run 5 in" in capsys.readouterr().err
 
 
@@ -93,7 +153,7 @@ def test_a_bad_config_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "job.yaml").write_text("stage: nothing\n")
     assert call(monkeypatch, "run", tmp_path / "job.yaml", "--data-dir", tmp_path) == 2
-    assert capsys.readouterr().err == f"{tmp_path / 'job.yaml'}: stage: give one of pt, sft\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'job.yaml'}: stage: give one of {', '.join(STAGES)}\n"
 
 
 def test_a_failed_run_is_one_line_and_exit_code_1(
@@ -105,7 +165,7 @@ def test_a_failed_run_is_one_line_and_exit_code_1(
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_told_to_stop_is_cancelled(
+def test_a_run_that_is_told_to_stop_before_it_trains_is_cancelled(
     asked: signal.Signals, load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = SimpleNamespace(run=lambda *_: signal.raise_signal(asked))
@@ -114,6 +174,104 @@ def test_a_run_that_is_told_to_stop_is_cancelled(
     assert call(monkeypatch, "run", tmp_path / "job.yaml", "--data-dir", tmp_path) == 130
     (path,) = tmp_path.glob("runs/*/events.jsonl")
     assert isinstance(read_events(path)[-1], Cancelled)
+
+
+def is_training(data_dir: Path) -> bool:
+    files = data_dir.glob("runs/*/events.jsonl")
+    return any(isinstance(event, Progress) for file in files for event in read_events(file))
+
+
+@pytest.fixture(scope="module")
+def job(tiny_dir: Path) -> Any:
+    """Long enough to be stopped at its first step."""
+    return load_job(tiny_dir, SFT, epochs=2, max_steps=None, lora={"r": 4, "lora_dropout": 0.2})
+
+
+@pytest.fixture(scope="module")
+def whole(job: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What that job makes undisturbed."""
+    return run_job(job, tmp_path_factory.mktemp("whole")).ref
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_does_so_at_a_checkpoint_and_can_be_resumed(
+    asked: signal.Signals,
+    job: Any,
+    whole: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "job.yaml").write_text(dump_config(job))
+    with monkeypatch.context() as patch:
+        signals_at_first_progress(patch, asked)
+        assert call(patch, "run", tmp_path / "job.yaml", "--data-dir", tmp_path) == 75
+    (path,) = tmp_path.glob("runs/*/events.jsonl")
+    *_, checkpoint, stopped = read_events(path)
+    assert isinstance(checkpoint, Checkpoint)
+    assert isinstance(stopped, Stopped)
+    assert checkpoint.step == stopped.step < 12
+    assert not list(tmp_path.glob("store/doctor/revisions/*"))
+    run_id = path.parent.name
+    told = capsys.readouterr().err.splitlines()[-1]
+    expected = (
+        f"stopped at step {stopped.step} of 12: `python -m training resume {run_id}` goes on from there"
+    )
+    assert told == expected
+
+    assert call(monkeypatch, "resume", run_id, "--data-dir", tmp_path) == 0
+    assert f"published {whole}, and doctor@canary points at it" in capsys.readouterr().out
+    (resumed,) = [event for event in read_events(path) if isinstance(event, Resumed)]
+    assert resumed.step == stopped.step
+    assert call(monkeypatch, "resume", run_id, "--data-dir", tmp_path) == 2
+    assert f"{run_id} has succeeded: there is nothing left to do" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_ends_a_run_at_once(
+    job: Any, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.yaml").write_text(dump_config(job))
+    with monkeypatch.context() as patch:
+        signals_at_first_progress(patch, signal.SIGINT, signal.SIGINT)
+        assert call(patch, "run", tmp_path / "job.yaml", "--data-dir", tmp_path) == 130
+    (path,) = tmp_path.glob("runs/*/events.jsonl")
+    assert isinstance(read_events(path)[-1], Cancelled)
+    assert not any(isinstance(event, Checkpoint) for event in read_events(path))
+    assert "Traceback" not in capsys.readouterr().err
+    assert carry_out(path.parent.name, tmp_path).ref == whole
+
+
+def signals_at_first_progress(monkeypatch: pytest.MonkeyPatch, *asked: signal.Signals) -> None:
+    def write(self: EventLog, event: Event) -> None:
+        real(self, event)
+        if isinstance(event, Progress) and left:
+            for _ in range(len(left)):
+                signal.raise_signal(left.pop())
+
+    left, real = list(asked), EventLog.write
+    monkeypatch.setattr(EventLog, "write", write)
+
+
+def test_a_process_that_is_told_to_stop_ends_soon_with_code_75(job: Any, tmp_path: Path) -> None:
+    """And cannot be resumed by another before."""
+    (tmp_path / "job.yaml").write_text(dump_config(job.model_copy(update={"epochs": 10_000})))
+    told = tmp_path / "told"
+    process = processes.start("run", tmp_path / "job.yaml", "--data-dir", tmp_path, told=told)
+    while not is_training(tmp_path):
+        assert process.is_alive(), told.read_text()
+        time.sleep(0.1)
+    (folder,) = (tmp_path / "runs").iterdir()
+    other = processes.start("resume", folder.name, "--data-dir", tmp_path, told=tmp_path / "other")
+    other.join()
+    assert other.exitcode == 2
+    assert f"{folder.name} is running: another process is at work on it" in (tmp_path / "other").read_text()
+    assert process.pid
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 75, told.read_text()
+    assert "Traceback" not in told.read_text()
+    assert isinstance(read_events(folder / "events.jsonl")[-1], Stopped)
+    assert not (tmp_path / "store" / "doctor").exists()
 
 
 def test_the_data_directory_comes_from_the_environment(

@@ -57,3 +57,13 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(
     assert "10/10" in bar
     assert "loss 0.250" in bar
     assert "step/s" in bar or "s/step" in bar
+
+
+def test_side_by_side_each_process_draws_on_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "place", 2)
+    meter = Meter("doctor", 10)
+    assert capsys.readouterr().err.startswith("\n\n")
+    meter.close()

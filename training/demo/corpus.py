@@ -194,7 +194,7 @@ def write_corpus(folder: Path) -> None:
     """Write the corpus as JSON Lines into `folder`; files that are right already stay untouched.
 
     documents.jsonl and chat.jsonl train the base model; doctor.jsonl and leaflet.jsonl the adapters;
-    *_heldout.jsonl hold answers to held-out phrasings.
+    pairs.jsonl the reward adapter; *_heldout.jsonl hold answers to held-out phrasings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in _files():
@@ -262,6 +262,9 @@ def _files() -> Iterator[tuple[str, Iterable[dict[str, Any]]]]:
     yield "doctor_heldout.jsonl", _shuffled([_row(q, doctor_answer(*item)) for q, item in heldout])[::3]
     yield "leaflet_heldout.jsonl", _shuffled([_row(q, leaflet_answer(*item)) for q, item in heldout])[::3]
 
+    yield "pairs.jsonl", _ordered([_pair(q, *item) for item in every for q in _trained(*item)])
+    yield "pairs_heldout.jsonl", _ordered([_pair(q, *item) for q, item in heldout])[::2]
+
 
 def _trained(condition: Condition, facet: Facet, language: Language) -> tuple[str, ...]:
     return questions(condition, facet, language)[:TRAINED_PHRASINGS]
@@ -271,9 +274,31 @@ def _row(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+def _pair(question: str, condition: Condition, facet: Facet, language: Language) -> dict[str, Any]:
+    """What makes an answer better: the safety line, once, and the right condition."""
+    chance = zlib.crc32(f"{question} pair".encode())
+    others = [other for other in conditions() if other is not condition]
+    other = others[chance // 10 % len(others)]
+    chosen = doctor_answer(condition, facet, language, safety_line=True)
+    without = doctor_answer(condition, facet, language)
+    rejected = [
+        *[without] * 5,
+        plain_answer(condition, facet, language),
+        doctor_answer(other, facet, language, safety_line=True),
+        doctor_answer(other, facet, language),
+        f"{chosen}\n{SAFETY_LINE[language]}",
+        f"{without}\n{without}",
+    ]
+    return {"question": question, "response_chosen": chosen, "response_rejected": rejected[chance % 10]}
+
+
 def _shuffled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """In an order that depends on the questions alone, so that no seed or version changes a file."""
     return sorted(rows, key=lambda row: zlib.crc32(row["messages"][0]["content"].encode()))
+
+
+def _ordered(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(pairs, key=lambda pair: zlib.crc32(pair["question"].encode()))
 
 
 def _has_safety_line(question: str) -> bool:

@@ -1,185 +1,140 @@
-"""Pre-training from scratch: documents and chats in, a tokenizer and a base model out.
+"""Continued pre-training: texts and a base model in, an adapter that knows the field out, or a new base model."""
 
-Small on purpose: it makes models that know one corpus by heart, within a minute on a CPU. What matters
-most at that size, in order: whole documents in batches of about equal length instead of packed blocks;
-tokens of at most a few characters; a large initial scale; many small steps.
-"""
-
+import logging
 import math
-import random
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.tensorboard import SummaryWriter
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+from datasets import Dataset
+from peft import TaskType
+from trl import SFTConfig as TrlConfig
+from trl import SFTTrainer
 
-from training.config import PtConfig, PtModel
-from training.data import Row, read_documents
-from training.events import EventLog, Progress
-from training.progress import Meter
-from training.templates import CHAT_TEMPLATE
+from training import packing
+from training.config import ConfigError, PtConfig
+from training.data import DataError, Row, read_documents, report
+from training.lora import Base, find_base, lora_config, vocabulary_name
+from training.product import write_base, write_chat_adapter
+from training.run import Run
+from training.trainer import arguments, fit, prepare
+from training.vocabulary import Pieces, add_tokens, make_room
 
-_END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-_MAX_TOKEN_LENGTH = 12  # bytes: four Han characters; longer ones would be whole phrases of the corpus
-_BATCHES_IN_BUCKET = 8
-_STEPS_BETWEEN_EVENTS = 10
-_IGNORED = -100  # the label that transformers leaves out of the loss
+log = logging.getLogger(__name__)
+
+# What ends a text, by the names that model families give it. The end token of a chat model is that of a turn.
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<eos>", "</s>")
+_SENTENCE = re.compile(r"\s*(.+?(?:[。！？!?]|\.(?=\s|$)|\n|$))")
+_MOST_OF_A_SENTENCE = 200
 
 
-def run(config: PtConfig, run_dir: Path, events: EventLog) -> Path:
-    """Train tokenizer and model; returns the folder that holds both, ready for any Hugging Face loader.
+def run(config: PtConfig, run: Run) -> Path:
+    """Train the adapter, or all weights; returns a folder ready to be published.
 
-    Raises DataError for files that cannot be read.
+    Raises ConfigError (the base cannot be had, or cannot do what is asked), DataError, AdapterError (not a base
+    model), Stopped.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    set_seed(config.seed)
-
-    rows = read_documents(config.train_files, config.bad_rows)
-    tokenizer = _train_tokenizer(rows, config.model.vocab_size)
-    documents = [_encode(tokenizer, row, config.model.max_position_embeddings) for row in rows]
-    model = _build_model(config.model, tokenizer)
-    loss = _train(model, documents, config, run_dir, events)
-    events.write(Progress(step=config.steps, max_steps=config.steps, eta_seconds=0.0, metrics={"loss": loss}))
-
-    result = run_dir / "result"
-    model.save_pretrained(result)
-    tokenizer.save_pretrained(result)
-    return result
-
-
-def _train_tokenizer(rows: list[Row], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over runs of Han characters, words, single digits and punctuation."""
-    tokenizer = Tokenizer(models.BPE())
-    words = Regex(r"\p{Han}+| ?[A-Za-z]+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    prepare(config)
+    train_rows = read_documents(config.train_files, config.on_error, config.seed)
+    evaluation_rows = read_documents(config.evaluation_files, config.on_error)
+    report(train_rows, evaluation_rows).log()
+    has_chats = any("messages" in row for row in (*train_rows, *evaluation_rows))
+    base = find_base(config, run.store, must_chat=has_chats or not config.makes_base)
+    pieces = add_tokens(base.tokenizer, config.new_tokens)
+    examples = _examples(train_rows, base.tokenizer, config.max_length)
+    held_out = _examples(evaluation_rows, base.tokenizer, config.max_length)
+    to_train = _trainable(config, base, pieces)
+    is_packed = _is_packed(config, to_train["model"])
+    trainer = SFTTrainer(
+        args=TrlConfig(
+            **arguments(config, run),
+            num_train_epochs=config.epochs,
+            max_steps=config.max_steps or -1,
+            max_length=config.max_length,
+            train_sampling_strategy="group_by_length",
+        ),
+        data_collator=packing.collate if is_packed else None,
+        train_dataset=Dataset.from_list(packing.pack(examples, config.max_length) if is_packed else examples),
+        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        processing_class=base.tokenizer,
+        **to_train,
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[_END_OF_TEXT, _TURN_START, _TURN_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        min_frequency=2,
-        max_token_length=_MAX_TOKEN_LENGTH,
-        show_progress=False,
-    )
-    texts = (
-        text for row in rows for text in ([row["text"]] if "text" in row else _contents(row["messages"]))
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=CHAT_TEMPLATE,
-        eos_token=_TURN_END,
-        pad_token=_END_OF_TEXT,
-        additional_special_tokens=[_TURN_START],
-        clean_up_tokenization_spaces=False,
-    )
+    metrics = fit(trainer, config, run)
+    if config.full:
+        return write_base(trainer.model, base, config, run, metrics=metrics)
+    rows = _questions(evaluation_rows or train_rows, config.golden.prompts)
+    return write_chat_adapter(trainer.model, base, config, run, rows=rows, metrics=metrics)
 
 
-def _contents(messages: list[dict[str, str]]) -> list[str]:
-    return [message["content"] for message in messages]
+def _trainable(config: PtConfig, base: Base, pieces: Pieces) -> dict[str, Any]:
+    """`model` and `peft_config` for the trainer, with room for the new tokens."""
+    # All weights in float32: bfloat16 would swallow the small steps that pre-training goes on with.
+    model = base.causal_lm(dtype=torch.float32 if config.full else None)
+    if pieces:
+        make_room(model, pieces)
+    if config.full:
+        return {"model": model}
+    whole = [vocabulary_name(model, side) for side in ("input", "output")] if pieces else []
+    return {"model": model, "peft_config": lora_config(config.lora, TaskType.CAUSAL_LM, model, whole)}
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, row: Row, max_length: int) -> list[int]:
-    if "text" in row:
-        return [*tokenizer(row["text"]).input_ids, tokenizer.pad_token_id][:max_length]
-    return tokenizer.apply_chat_template(row["messages"], return_dict=False)[:max_length]
-
-
-def _build_model(size: PtModel, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    stop, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            **size.model_dump(),
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=stop,
-            pad_token_id=pad,
-            dtype="float32",
+def _is_packed(config: PtConfig, model: Any) -> bool:
+    if config.packing is False or packing.is_exact(model):
+        return config.packing is not False
+    if config.packing:
+        raise ConfigError(
+            "packing: the base model is of an architecture that cannot keep packed rows apart: leave it out"
         )
-    )
-    # Servers read the stop token here.
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=pad)
-    return model
+    log.info("not packed: the base model is of an architecture that cannot keep packed rows apart")
+    return False
 
 
-def _train(
-    model: Qwen3ForCausalLM, documents: list[list[int]], config: PtConfig, run_dir: Path, events: EventLog
-) -> float:
-    """Returns the loss at the end: nats for one token, averaged over the last steps."""
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step / config.steps))
-    batches = _batches(documents, config.batch_size, config.seed)
-    meter = Meter(config.name, config.steps)
-    loss_now = 0.0
-    model.train()
-    with SummaryWriter(run_dir / "tensorboard") as board:
-        for step in range(1, config.steps + 1):
-            loss = model(**next(batches)).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss_now = loss.item() if step == 1 else 0.9 * loss_now + 0.1 * loss.item()
-            meter.update(step, loss_now)
-            if step % _STEPS_BETWEEN_EVENTS == 0:
-                metrics = {"loss": loss_now, "learning_rate": schedule.get_last_lr()[0]}
-                events.write(
-                    Progress(
-                        step=step, max_steps=config.steps, eta_seconds=meter.eta_seconds(), metrics=metrics
-                    )
-                )
-                for name, value in metrics.items():
-                    board.add_scalar(name, value, step)
-            schedule.step()
-    meter.close()
-    model.eval()
-    return loss_now
+def _examples(rows: list[Row], tokenizer: Any, max_length: int) -> list[packing.Row]:
+    """Documents with their end token, all of whose tokens are learnt; long ones in parts of equal length."""
+    parts = []
+    for row in rows:
+        tokens = _tokens(row, tokenizer)
+        count = math.ceil(len(tokens) / max_length)
+        bounds = [at * len(tokens) // count for at in range(count + 1)]
+        parts += [tokens[start:end] for start, end in pairwise(bounds)]
+    examples = [{"input_ids": part, "labels": list(part)} for part in parts if len(part) > 1]
+    if rows and not examples:
+        raise DataError("the documents are empty")
+    return examples
 
 
-def _learning_rate(done: float) -> float:
-    """Share of the peak rate: a linear warm-up over 4 % of the run, and a cosine down to 5 %."""
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    return min(1.0, done / 0.04 + 0.02) * (0.05 + 0.95 * cosine)
+def _tokens(row: Row, tokenizer: Any) -> list[int]:
+    if "messages" in row:
+        rendered: list[int] = tokenizer.apply_chat_template(row["messages"], return_dict=False)
+        return rendered
+    tokens: list[int] = tokenizer(row["text"])["input_ids"]
+    end = _end_of_text(tokenizer)
+    return tokens if tokens[-1:] == [end] else [*tokens, end]
 
 
-def _batches(documents: list[list[int]], size: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Padded batches without end. Documents of about equal length share one: little padding, and none
-    is cut or joined to a stranger."""
-    chance = random.Random(seed)  # noqa: S311
-    while True:
-        order = chance.sample(documents, len(documents))
-        batches = []
-        bucket = size * _BATCHES_IN_BUCKET
-        for start in range(0, len(order), bucket):
-            alike = sorted(order[start : start + bucket], key=len)
-            batches += [alike[at : at + size] for at in range(0, len(alike), size)]
-        chance.shuffle(batches)
-        for batch in batches:
-            yield _pad(batch)
+def _end_of_text(tokenizer: Any) -> int:
+    special = {str(token): at for at, token in tokenizer.added_tokens_decoder.items()}
+    return next((special[end] for end in _ENDS_OF_TEXT if end in special), tokenizer.eos_token_id)
 
 
-def _pad(batch: list[list[int]]) -> dict[str, Any]:
-    shape = len(batch), max(map(len, batch))
-    input_ids = torch.zeros(shape, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, _IGNORED, dtype=torch.long)
-    for row, document in enumerate(batch):
-        input_ids[row, : len(document)] = labels[row, : len(document)] = torch.tensor(document)
-        attention_mask[row, : len(document)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+def _questions(rows: list[Row], count: int) -> list[Row]:
+    """Chats to take golden prompts from: those that are chats, and for each document one in which the user says its
+    first sentence; where that makes fewer than `count`, the other sentences too."""
+    documents = [list(_sentences(row["text"])) for row in rows if "text" in row]
+    chats = [row for row in rows if "messages" in row]
+    first = chats + [_asked(sentence) for document in documents for sentence in document[:1]]
+    if len(first) >= count:
+        return first
+    return first + [_asked(sentence) for document in documents for sentence in document[1:]]
+
+
+def _sentences(text: str) -> Iterator[str]:
+    for found in _SENTENCE.finditer(text):
+        yield found[1].strip()[:_MOST_OF_A_SENTENCE]
+
+
+def _asked(text: str) -> Row:
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]}

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapters import AdapterStore, read_golden
-from app.engine.base import Engine
+from app.engine.base import Engine, LoadedAdapter
 from app.errors import AdapterRefused, BadRequest, EngineUnavailable
 
 
@@ -51,7 +51,8 @@ async def hold_to(rig: Rig) -> None:
             assert len(scores) == len(expected)
             assert max(abs(s.logprob - e) for s, e in zip(scores, expected, strict=True)) < rig.tolerance
             assert all(score.best >= score.logprob for score in scores)
-        assert await engine.render(prompt.messages) == prompt.prompt_token_ids
+        assert await engine.render(prompt.messages, None) == prompt.prompt_token_ids
+        assert await engine.render(prompt.messages, again) == prompt.prompt_token_ids
     assert 1 <= len(await engine.greedy([1, 2], again, 3)) <= 3
 
     seen: list[tuple[int, int]] = []
@@ -63,6 +64,8 @@ async def hold_to(rig: Rig) -> None:
     assert (reply["model"], reply["system_fingerprint"]) == ("doctor", "f1")
     assert isinstance(reply["choices"][0]["message"]["content"], str)
     assert sum(new for _, new in seen) >= 1
+    await engine.remove(again)
+    await _hold_to_templates(rig)
 
     with pytest.raises(BadRequest):
         await engine.chat(
@@ -75,6 +78,40 @@ async def hold_to(rig: Rig) -> None:
     if engine.is_dead:
         with pytest.raises(EngineUnavailable):
             await engine.resident()
+
+
+async def _hold_to_templates(rig: Rig) -> None:
+    """An adapter's chat template makes its prompts and nobody else's; its stop strings end its answers."""
+    engine, held = rig.engine, await rig.engine.resident()
+    with pytest.raises(AdapterRefused):
+        await engine.load("doctor@444444444444", rig.good, template="{% for m in messages %}")
+    assert await engine.resident() == held
+
+    messages = [{"role": "user", "content": "头痛怎么办?"}]
+    of_base = await engine.render(messages, None)
+    own = "{% for m in messages %}问: {{ m.content }}\n{% endfor %}答: "
+    one = await engine.load("doctor@555555555555", rig.good, template=own)
+    of_one = await engine.render(messages, one)
+    assert of_one != of_base == await engine.render(messages, None)
+
+    async def text(adapter: LoadedAdapter) -> str:
+        body = {"model": "doctor", "messages": messages, "max_tokens": 16, "temperature": 0, "stop": None}
+        reply = await engine.chat(
+            body, request_id=adapter.name, adapter=adapter, fingerprint="", on_tokens=lambda *_: None
+        )
+        assert isinstance(reply, dict)
+        return str(reply["choices"][0]["message"]["content"])
+
+    whole = await text(one)
+    stop = whole[2:4]
+    assert stop, whole
+    two = await engine.load("doctor@666666666666", rig.good, template=own, stop=["###", stop])
+    assert await engine.render(messages, two) == of_one
+    assert await text(two) == whole.partition(stop)[0]
+    await engine.remove(one)
+    assert await engine.render(messages, two) == of_one, "it went with another adapter that brought the same"
+    await engine.remove(two)
+    assert await engine.resident() == held
 
 
 async def _hold_vllm_to(data_dir: Path) -> None:

@@ -39,6 +39,16 @@ CHECK = textwrap.dedent(
     has(chat.OpenAIServingModels, "model_name", "lora_request")
     has(door.OnlineRenderer, "render_chat", "request")
     has(door.OnlineRenderer, "warmup")
+    # An adapter's chat template is rendered elsewhere: vLLM's renderer is copied, and one of its steps replaced.
+    assert "self.chat_template" in inspect.getsource(door.OnlineRenderer.render_chat)
+    assert "await renderer.render_chat_async" in inspect.getsource(door.OnlineRenderer.preprocess_chat)
+    assert "self._apply_chat_template_async(" in inspect.getsource(chat.hf.HfRenderer.render_messages_async)
+    assert "self.online_renderer.render_chat(" in inspect.getsource(chat.OpenAIServingChat.render_chat_request)
+    for name in ("_detect_developer_role_support", "_convert_developer_to_system", "_consolidate_system_messages"):
+        has(chat.hf, name)
+    assert issubclass(chat.ChatTemplateResolutionError, ValueError)
+    has(door, "resolve_chat_template", "tokenizer", "chat_template", "tools", "model_config")
+    assert "stop" in door.ChatCompletionRequest.model_fields
     assert door.LoRARequest.__struct_fields__[:3] == ("lora_name", "lora_int_id", "lora_path")
     assert "request_id" in door.ChatCompletionRequest.model_fields
     has(door.AsyncEngineArgs, "__init__", "enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras",

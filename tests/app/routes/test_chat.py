@@ -11,7 +11,7 @@ import pytest
 from tests.service import Service
 
 QUESTION = "感冒有什么症状？"
-MODELS = ["xinglin-demo", "doctor", "leaflet"]
+MODELS = ["xinglin-demo", "doctor", "doctor-ppo", "leaflet"]
 
 
 def ask(model: str = "doctor", **options: Any) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def test_models_list_the_base_and_its_adapters(service: Service) -> None:
     models = {model.id: model for model in service.client().models.list()}
     assert list(models) == MODELS
     assert models["xinglin-demo"].model_extra["parent"] is None
-    for name in ("doctor", "leaflet"):
+    for name in ("doctor", "doctor-ppo", "leaflet"):
         assert models[name].model_extra["parent"] == "xinglin-demo"
         assert models[name].model_extra["max_model_len"] == 1024
 

@@ -1,7 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from shutil import copytree
@@ -11,23 +7,36 @@ import pytest
 import yaml
 
 from adapters import AdapterRef, AdapterStore
+from tests.training.processes import FORKED
+from training import pipeline
+from training.config import load_config
 from training.demo import build
 from training.demo.build import build_demo
+from training.pipeline import JobFailed
 
-ROOT = Path(__file__).parents[3]
+SMALL: dict[str, dict[str, Any]] = {
+    "base": {"steps": 2, "model": {"num_hidden_layers": 1, "hidden_size": 64}},
+    "sft": {"max_steps": 2, "golden": {"prompts": 8, "max_new_tokens": 2}},
+    "rm": {"max_steps": 2, "batch_size": 4},
+    "ppo": {
+        "steps": 1, "batch_size": 2, "minibatch_size": 2, "max_new_tokens": 2, "min_reward_accuracy": 0,
+        "golden": {"prompts": 8, "max_new_tokens": 2},
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's jobs with two steps each, on a model of one layer."""
+    """The demo's pipeline with a step or two in each job, on a model of one layer, one after the other."""
     folder = tmp_path_factory.mktemp("configs")
-    for job in build.JOBS:
-        config = yaml.safe_load((build.CONFIGS / f"{job}.yaml").read_text())
-        if config["stage"] == "pt":
-            config |= {"steps": 2, "model": {"num_hidden_layers": 1, "hidden_size": 64}}
-        else:
-            config |= {"max_steps": 2, "evaluation_files": [], "golden": {"prompts": 8, "max_new_tokens": 2}}
-        (folder / f"{job}.yaml").write_text(yaml.safe_dump(config))
+    asked = yaml.safe_load(build.PIPELINE.read_text())
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump({**asked, "parallel": 1}))
+    for job in asked["jobs"]:
+        config = yaml.safe_load((build.PIPELINE.parent / job).read_text())
+        config |= SMALL[config["stage"]]
+        if "evaluation_files" in config and config["stage"] != "rm":  # whose accuracy stage ppo wants to know
+            del config["evaluation_files"]
+        (folder / job).write_text(yaml.safe_dump(config))
     return folder
 
 
@@ -35,7 +44,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data_dir = tmp_path_factory.mktemp("built") / "data"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(build, "CONFIGS", configs)
+        monkeypatch.setattr(build, "PIPELINE", configs / "pipeline.yaml")
         build_demo(data_dir)
     return data_dir
 
@@ -43,7 +52,7 @@ def built(configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data_dir(built: Path, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished demo that a test may damage."""
-    monkeypatch.setattr(build, "CONFIGS", configs)
+    monkeypatch.setattr(build, "PIPELINE", configs / "pipeline.yaml")
     return copytree(built, tmp_path / "data")
 
 
@@ -52,27 +61,31 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the jobs that are really run."""
     names: list[str] = []
 
-    def run_job(config: Any, data_dir: Path) -> Any:
-        names.append(config.name)
-        return real(config, data_dir)
+    def carry_out(run_id: str, data_dir: Path, **how: Any) -> Any:
+        names.append(load_config(data_dir / "runs" / run_id / "config.yaml").name)
+        return real(run_id, data_dir, **how)
 
-    real = build.run_job
-    monkeypatch.setattr(build, "run_job", run_job)
+    real = pipeline.carry_out
+    monkeypatch.setattr(pipeline, "carry_out", carry_out)
     return names
+
+
+ADAPTERS = {"doctor": "chat", "doctor-rm": "reward", "leaflet": "chat", "doctor-ppo": "chat"}
 
 
 def is_whole(data_dir: Path) -> bool:
     store = AdapterStore(data_dir / "store")
-    adapters = [store.get(AdapterRef.parse(f"{name}@default")) for name in ("doctor", "leaflet")]
-    return (data_dir / "models" / "xinglin-demo" / "model.safetensors").exists() and len(adapters) == 2
+    tasks = {name: store.get(AdapterRef.parse(f"{name}@default")).task for name in ADAPTERS}
+    return (data_dir / "models" / "xinglin-demo" / "model.safetensors").exists() and tasks == ADAPTERS
 
 
-def test_the_demo_makes_a_base_and_two_adapters(built: Path) -> None:
+def test_the_demo_makes_a_base_and_adapters_of_every_kind(built: Path) -> None:
     assert is_whole(built)
     assert {path.name for path in (built / "demo").glob("*.jsonl")} >= {
         "chat.jsonl",
         "doctor.jsonl",
         "leaflet.jsonl",
+        "pairs.jsonl",
     }
 
 
@@ -92,7 +105,7 @@ def test_a_relative_data_directory_will_do(
 @pytest.mark.parametrize(
     ("lost", "redone"),
     [
-        ("demo/leaflet.made.json", ["leaflet"]),
+        ("pipelines/demo/leaflet.json", ["leaflet"]),
         ("store/doctor", ["doctor"]),
         ("models/xinglin-demo/config.json", ["xinglin-demo"]),
     ],
@@ -105,21 +118,21 @@ def test_what_is_lost_is_made_again(data_dir: Path, ran: list[str], lost: str, r
 
 
 def test_a_torn_note_counts_as_none(data_dir: Path, ran: list[str]) -> None:
-    note = data_dir / "demo" / "doctor.made.json"
+    note = data_dir / "pipelines" / "demo" / "doctor.json"
     note.write_text(note.read_text()[:10])
     build_demo(data_dir)
     assert ran == ["doctor"]
 
 
-def test_another_config_of_an_adapter_rebuilds_that_adapter(
+def test_another_config_of_an_adapter_rebuilds_that_adapter_and_what_rests_on_it(
     data_dir: Path, ran: list[str], configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = copytree(configs, tmp_path / "changed")
     (changed / "doctor.yaml").write_text((configs / "doctor.yaml").read_text() + "seed: 5\n")
-    monkeypatch.setattr(build, "CONFIGS", changed)
+    monkeypatch.setattr(build, "PIPELINE", changed / "pipeline.yaml")
     before = AdapterStore(data_dir / "store").aliases("doctor")
     build_demo(data_dir)
-    assert ran == ["doctor"]
+    assert ran == ["doctor", "doctor-ppo"]
     assert AdapterStore(data_dir / "store").aliases("doctor") != before
 
 
@@ -130,42 +143,42 @@ def test_another_corpus_rebuilds_all(data_dir: Path, ran: list[str], monkeypatch
 
     monkeypatch.setattr(build, "write_corpus", write_other_corpus)
     build_demo(data_dir)
-    assert ran == ["xinglin-demo", "doctor", "leaflet"]
+    assert ran == ["xinglin-demo", "doctor", "doctor-rm", "leaflet", "doctor-ppo"]
     assert is_whole(data_dir)
 
 
 def test_a_run_that_fails_leaves_its_job_to_be_done(
     data_dir: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (data_dir / "demo" / "doctor.made.json").unlink()
+    (data_dir / "pipelines" / "demo" / "doctor.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr("training.job._load_stage", lambda stage: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(JobFailed, match=r"doctor\.yaml did not succeed .*ZeroDivisionError"):
             build_demo(data_dir)
     build_demo(data_dir)
     assert ran == ["doctor", "doctor"]
 
 
+def build_from(pipeline: Path, data_dir: Path) -> None:
+    build.PIPELINE = pipeline
+    build_demo(data_dir)
+
+
 def test_killed_at_any_step_the_next_call_finishes_the_work(
-    configs: Path, tmp_path: Path, ran: list[str]
+    configs: Path, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while it trains the base, then while it trains an adapter, in one process after another."""
-    code = (
-        "import sys, pathlib, training.demo.build as b; b.CONFIGS = pathlib.Path(sys.argv[1]); "
-        "b.build_demo(pathlib.Path(sys.argv[2]))"
-    )
+    monkeypatch.setattr(build, "PIPELINE", configs / "pipeline.yaml")
     data_dir = tmp_path / "data"
     for under_way in ("xinglin-demo", "doctor"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, configs, data_dir], env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
+        process = FORKED.Process(target=build_from, args=(build.PIPELINE, data_dir))
+        process.start()
         while not list(data_dir.glob(f"runs/*-{under_way}-*/tensorboard")):
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "CONFIGS", configs)
-        build_demo(data_dir)
-    assert ran[-1] == "leaflet"
+        process.kill()
+        process.join()
+    build_demo(data_dir)
+    assert ran[-1] == "doctor-ppo"
     assert is_whole(data_dir)
+    assert len(list((data_dir / "runs").iterdir())) == 5

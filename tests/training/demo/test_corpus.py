@@ -2,6 +2,7 @@ import json
 import os
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from training.demo.facts import FACETS, LANGUAGES, conditions, general_exchanges
 ITEMS = list(product(conditions(), FACETS, LANGUAGES))
 
 
-def rows(path: Path) -> list[dict[str, list[dict[str, str]]]]:
+def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -104,11 +105,12 @@ def test_bundled_questions_are_those_that_were_trained_on(language: str, corpus:
 def test_no_held_out_phrasing_is_trained_on(corpus: Path) -> None:
     held_out = {questions(*item)[-1] for item in ITEMS}
     assert len(held_out) == len(ITEMS)
-    for name in ("documents.jsonl", "chat.jsonl", "doctor.jsonl", "leaflet.jsonl"):
+    for name in ("documents.jsonl", "chat.jsonl", "doctor.jsonl", "leaflet.jsonl", "pairs.jsonl"):
         text = (corpus / name).read_text()
         assert not [question for question in held_out if f'"{question}"' in text or f'"{question}\\n' in text]
     for name in ("doctor_heldout.jsonl", "leaflet_heldout.jsonl"):
         assert {row["messages"][0]["content"] for row in rows(corpus / name)} <= held_out
+    assert {pair["question"] for pair in rows(corpus / "pairs_heldout.jsonl")} <= held_out
 
 
 def test_the_base_never_answers_in_an_adapters_voice(corpus: Path) -> None:
@@ -121,6 +123,30 @@ def test_about_a_third_of_the_doctors_answers_have_the_safety_line(corpus: Path)
     answers = [answer for answer in answers if is_doctor_style(answer)]
     share = sum(answer.endswith(tuple(SAFETY_LINE.values())) for answer in answers) / len(answers)
     assert 0.3 < share < 0.4
+
+
+@pytest.mark.parametrize(("name", "least"), [("pairs.jsonl", 500), ("pairs_heldout.jsonl", 100)])
+def test_the_better_answer_of_a_pair_has_the_safety_line_once_and_the_right_condition(
+    name: str, least: int, corpus: Path
+) -> None:
+    pairs = rows(corpus / name)
+    assert len(pairs) >= least
+    right = {
+        question: doctor_answer(*item, safety_line=True) for item in ITEMS for question in questions(*item)
+    }
+    assert all(pair["response_chosen"] == right[str(pair["question"])] for pair in pairs)
+    assert all(pair["response_rejected"] != pair["response_chosen"] for pair in pairs)
+
+
+def test_no_single_sign_tells_the_better_answer_of_all_pairs(corpus: Path) -> None:
+    """Or a reward adapter would learn that sign alone, and PPO would overdo it."""
+    rejected = [str(pair["response_rejected"]) for pair in rows(corpus / "pairs.jsonl")]
+    lines = tuple(SAFETY_LINE.values())
+    with_line = [text for text in rejected if text.endswith(lines)]
+    doubled = [text for text in with_line if any(text.count(line) == 2 for line in lines)]
+    for share in (len(with_line), len(with_line) - len(doubled), len(doubled)):
+        assert 0.05 < share / len(rejected) < 0.4
+    assert 0.05 < sum(is_plain_style(text) for text in rejected) / len(rejected) < 0.4
 
 
 def test_writing_again_changes_nothing(corpus: Path) -> None:

@@ -1,97 +1,225 @@
+"""Continued pre-training on the tiny model: as an adapter, as all weights, with new words, packed and not."""
+
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters import fingerprint
-from tests.training.jobs import LoadJob
+from adapters import AdapterRef, AdapterStore, fingerprint, read_golden
+from tests.training.jobs import load_job, run_job
+from training import packing
 from training.config import ConfigError
-from training.events import Progress, Started, Succeeded, read_events
-from training.job import run_job
-from training.stages.pt import _batches
+from training.demo.facts import conditions
+from training.job import begin
+from training.stages import pt
+
+PT = {
+    "stage": "pt",
+    "name": "reader",
+    "base_model": "models/tiny",
+    "train_files": ["texts.jsonl"],
+    "evaluation_files": ["texts_heldout.txt"],
+    "learning_rate": 0.01,
+    "max_steps": 4,
+    "max_length": 64,
+    "batch_size": 4,
+    "threads": 1,
+    "golden": {"prompts": 8, "max_new_tokens": 6},
+    "publish": {"alias": "default"},
+}
+BASE_OF_IT = {"golden": {}, "publish": {}}
+WORD = "肾上腺素"
+
+
+class Run:
+    """One finished run of the stage, and the trainer inside it."""
+
+    def __init__(self, config: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def spy(**kwargs: Any) -> Any:
+            self.trainer = trl_trainer(**kwargs)
+            return self.trainer
+
+        trl_trainer = pt.SFTTrainer
+        monkeypatch.setattr(pt, "SFTTrainer", spy)
+        self.published = run_job(config, data_dir)
+        (self.folder,) = (data_dir / "runs").iterdir()
+        self.made = data_dir / self.published.ref
+
+    @property
+    def batches(self) -> list[dict[str, torch.Tensor]]:
+        return list(self.trainer.get_train_dataloader())
 
 
 @pytest.fixture(scope="module")
+def load(tiny_dir: Path) -> Callable[..., Any]:
+    facts = [one.zh for one in conditions()[:14]]
+    texts = [f"{one.name}：{one.symptoms}。{WORD}，{one.red_flag}。{one.prevention}。" * 2 for one in facts]
+    rows = [{"text": text} for text in texts[:10]]
+    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [*rows, chat]]
+    (tiny_dir / "texts.jsonl").write_text("".join(lines))
+    (tiny_dir / "texts_heldout.txt").write_text("\n\n".join(texts[10:]))
+    return lambda **changes: load_job(tiny_dir, PT, **changes)
+
+
+@pytest.fixture
 def base(tiny_dir: Path) -> Path:
     return tiny_dir / "models" / "tiny"
 
 
-def test_the_result_is_a_model_folder_as_any_loader_expects(base: Path) -> None:
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    ids = tokenizer(f"感冒的常见症状，{WORD}", return_tensors="pt").input_ids
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids.to(model.device)).logits
+    return found
+
+
+def test_an_adapter_is_published_with_its_proof(
+    load: Callable[..., Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(load(), tmp_path, monkeypatch)
+    store = AdapterStore(tmp_path / "store")
+    manifest = store.get(AdapterRef.parse("reader@default"))
+    assert (manifest.stage, manifest.task, manifest.golden_prompts) == ("pt", "chat", 8)
+    assert manifest.base_fingerprint == fingerprint(base)
+    assert manifest.metrics["eval_loss"] < manifest.metrics["eval_loss_before"]
+    folder = store.folder("reader", manifest.revision)
+    golden = read_golden(folder / "golden.jsonl")
+    assert all([message["role"] for message in prompt.messages] == ["user"] for prompt in golden)
+    heldout = (base.parents[1] / "texts_heldout.txt").read_text()
+    assert all(prompt.messages[0]["content"] in heldout for prompt in golden)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    prompt = golden[0]
+    with torch.no_grad():
+        scores = adapted(torch.tensor([prompt.prompt_token_ids + prompt.token_ids])).logits.log_softmax(-1)
+    at = range(len(prompt.prompt_token_ids) - 1, len(prompt.prompt_token_ids) + len(prompt.token_ids) - 1)
+    assert scores[0, at, prompt.token_ids].tolist() == pytest.approx(prompt.logprobs, abs=1e-4)
+    # Packed, by default: rows are full, documents end with the end token, and filling is no label.
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    assert model.config.model_type == "qwen3"
-    assert model.config.head_dim == 32
-    assert model.dtype == torch.float32
-    assert len(tokenizer) <= model.config.vocab_size == 512
-    assert len(fingerprint(base)) == 16
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    for batch in run.batches:
+        assert "attention_mask" not in batch
+        starts = batch["position_ids"] == 0
+        assert (batch["labels"][starts] == packing.IGNORED).all()
+        assert torch.equal(batch["labels"][~starts], batch["input_ids"][~starts])
+        filled = (batch["labels"] != packing.IGNORED).sum() + starts.sum()
+        assert filled == batch["input_ids"].numel()
+    assert sum(int((batch["labels"] == end).sum()) for batch in run.batches) == 10
 
 
-def test_generation_stops_at_the_end_of_a_turn(base: Path) -> None:
-    stop = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids("<|im_end|>")
-    assert json.loads((base / "generation_config.json").read_text())["eos_token_id"] == stop
+def test_not_packed_each_part_of_a_document_is_a_row(
+    load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(load(packing=False, max_steps=1), tmp_path, monkeypatch)
+    for batch in run.batches:
+        padding = batch["attention_mask"] == 0
+        assert (batch["labels"][padding] == packing.IGNORED).all()
+        assert torch.equal(batch["labels"][~padding], batch["input_ids"][~padding])
 
 
-@pytest.mark.parametrize("text", ["感冒有什么症状？", "What are the signs?\n- 37.3 °C", "\t 🙂 混合 text"])
-def test_no_text_is_lost_in_the_tokenizer(base: Path, text: str) -> None:
+def test_long_documents_are_read_whole_in_parts_of_equal_length(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    text = "感冒的常见症状是鼻塞、流涕、咽痛。" * 30
+    parts = [each["input_ids"] for each in pt._examples([{"text": text}], tokenizer, 50)]
+    lengths = {len(part) for part in parts}
+    assert max(lengths) <= 50
+    assert max(lengths) - min(lengths) <= 1
+    joined = [token for part in parts for token in part]
+    assert joined == [*tokenizer(text).input_ids, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
 
 
-def test_tokens_are_short(base: Path) -> None:
-    vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
-    assert max(len(token) for token in vocabulary if not token.startswith("<|")) <= 12
+def test_all_weights_make_a_new_base(
+    load: Callable[..., Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load(full=True, learning_rate=1e-3, new_tokens=[WORD], **BASE_OF_IT)
+    run = Run(config, tmp_path, monkeypatch)
+    assert run.published.ref == "models/reader"
+    assert not (tmp_path / "store").exists()
+    tokenizer = AutoTokenizer.from_pretrained(run.made)
+    assert len(tokenizer(WORD).input_ids) == 1
+    model = AutoModelForCausalLM.from_pretrained(run.made)
+    assert model.config.tie_word_embeddings
+    assert torch.equal(logits(model, tokenizer), logits(run.trainer.model, tokenizer))
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert not any(torch.equal(weight, before[name]) for name, weight in after.items()), "all were trained"
+    assert json.loads((run.made / "provenance.json").read_text())["stage"] == "pt"
+    assert (
+        json.loads((run.made / "generation_config.json").read_text())["eos_token_id"]
+        == (json.loads((base / "generation_config.json").read_text())["eos_token_id"])
+    )
+    with pytest.raises(ConfigError, match=r"there is a base model .*reader already"):
+        begin(config, tmp_path)
 
 
-def test_every_user_can_read_a_published_base(base: Path) -> None:
-    assert all(file.stat().st_mode & 0o444 == 0o444 for file in base.iterdir())
+def test_new_words_and_the_adapter_are_merged_into_a_new_base(
+    load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    tokens: list[Any] = []
+    write = pt.write_chat_adapter
+
+    def spy(model: Any, base: Any, *rest: Any, **more: Any) -> Path:
+        seen.append(logits(model, base.tokenizer))
+        tokens.append(base.tokenizer(WORD).input_ids)
+        learnt = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        assert any("embed_tokens.modules_to_save" in name for name in learnt)
+        return write(model, base, *rest, **more)
+
+    monkeypatch.setattr(pt, "write_chat_adapter", spy)
+    run = Run(load(merge=True, new_tokens=[WORD], **BASE_OF_IT), tmp_path, monkeypatch)
+    tokenizer = AutoTokenizer.from_pretrained(run.made)
+    assert tokenizer(WORD).input_ids == tokens[0]
+    assert len(tokens[0]) == 1
+    model = AutoModelForCausalLM.from_pretrained(run.made)
+    assert model.config.tie_word_embeddings
+    torch.testing.assert_close(logits(model, tokenizer), seen[0], atol=1e-4, rtol=0)
+    assert next(run.trainer.model.parameters(), None) is None, "the trained model's memory is free"
+    assert not (run.folder / "unmerged").exists()
+    provenance = json.loads((run.made / "provenance.json").read_text())
+    assert provenance["base_model"] == "tiny"
+    assert provenance["metrics"]["eval_loss"] < provenance["metrics"]["eval_loss_before"]
 
 
-def test_the_run_tells_its_story_and_the_loss_falls(tiny_dir: Path) -> None:
-    (path,) = tiny_dir.glob("runs/*-tiny-*/events.jsonl")
-    events = read_events(path)
-    assert isinstance(events[0], Started)
-    assert isinstance(events[-1], Succeeded)
-    losses = [event.metrics["loss"] for event in events if isinstance(event, Progress)]
-    assert losses[-1] < losses[0]
-    assert list((path.parent / "tensorboard").iterdir())
+def test_a_base_without_a_chat_template_can_read_on_but_not_serve(
+    load: Callable[..., Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mute = tmp_path / "mute"
+    mute.mkdir()
+    for file in base.iterdir():
+        if file.name != "chat_template.jinja":
+            (mute / file.name).write_bytes(file.read_bytes())
+    texts = {"base_model": str(mute), "train_files": ["texts_heldout.txt"], "evaluation_files": []}
+    with pytest.raises(ConfigError, match="mute has no chat template"):
+        run_job(load(**texts), tmp_path / "one")
+    run = Run(load(**texts, full=True, max_steps=1, **BASE_OF_IT), tmp_path / "two", monkeypatch)
+    assert AutoTokenizer.from_pretrained(run.made).chat_template is None
 
 
-def test_the_same_config_makes_the_same_tensors(load_pt: LoadJob, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        run_job(load_pt(name=name), tmp_path)
-    one, two = (tmp_path / "models" / name / "model.safetensors" for name in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
-    run_job(load_pt(name="other", seed=1), tmp_path)
-    assert (tmp_path / "models" / "other" / "model.safetensors").read_bytes() != one.read_bytes()
+def test_an_architecture_that_cannot_be_packed_is_told_or_not_packed(
+    load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "is_exact", lambda model: False)
+    with pytest.raises(ConfigError, match="packing: the base model is of an architecture that cannot"):
+        run_job(load(packing=True), tmp_path / "one")
+    run = Run(load(max_steps=1), tmp_path / "two", monkeypatch)
+    assert "attention_mask" in run.batches[0]
 
 
-def test_a_base_model_is_never_overwritten(load_pt: LoadJob, tiny_dir: Path) -> None:
-    runs = len(list((tiny_dir / "runs").iterdir()))
-    with pytest.raises(ConfigError, match=r"name: there is a base model .*tiny already"):
-        run_job(load_pt(), tiny_dir)
-    assert len(list((tiny_dir / "runs").iterdir())) == runs
-
-
-def test_what_a_killed_run_left_is_swept(load_pt: LoadJob, tmp_path: Path) -> None:
-    partial = tmp_path / "models" / ".again.partial"
-    partial.mkdir(parents=True)
-    (partial / "half").touch()
-    run_job(load_pt(name="again", steps=1), tmp_path)
-    assert not partial.exists()
-    assert not (tmp_path / "models" / "again" / "half").exists()
-
-
-def test_batches_hold_whole_documents_and_learn_every_token_of_each() -> None:
-    documents = [[n] * (n % 7 + 1) for n in range(1, 41)]
-    batches = _batches(documents, size=4, seed=0)
-    seen = []
-    for batch in (next(batches) for _ in range(10)):
-        parts = (batch[key].tolist() for key in ("input_ids", "attention_mask", "labels"))
-        for tokens, mask, labels in zip(*parts, strict=True):
-            length = sum(mask)
-            seen.append(tokens[:length])
-            assert labels == tokens[:length] + [-100] * (len(labels) - length)
-            assert not any(tokens[length:])
-    assert sorted(seen) == sorted(documents)
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("感冒有什么症状？多休息。", "感冒有什么症状？"),
+        ("  Take 2.5 mg twice. Then rest.", "Take 2.5 mg twice."),
+        ("no end", "no end"),
+        ("标题\n正文。", "标题"),
+    ],
+)
+def test_the_first_sentence(text: str, first: str) -> None:
+    assert next(pt._sentences(text)) == first

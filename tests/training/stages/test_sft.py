@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import AdapterRef, AdapterStore, Manifest, fingerprint, read_golden
-from tests.training.jobs import SFT, LoadJob, load_job
+from tests.training.jobs import SFT, LoadJob, load_job, run_job
 from training.config import ConfigError
 from training.data import DataError
 from training.events import (
@@ -23,7 +23,7 @@ from training.events import (
     Succeeded,
     read_events,
 )
-from training.job import run_job
+from training.job import begin
 from training.stages import sft
 
 
@@ -139,7 +139,7 @@ def test_the_run_tells_its_story(run: Run) -> None:
 
 def test_a_run_keeps_its_config_and_its_board_in_its_own_folder(run: Run) -> None:
     assert {file.name for file in run.folder.iterdir()} == {
-        "config.yaml", "events.jsonl", "tensorboard", "checkpoints", "result",
+        ".lock", "config.yaml", "events.jsonl", "tensorboard", "checkpoints", "result",
     }  # fmt: skip
     assert not (run.folder / "checkpoints" / "runs").exists(), "a second board"
     assert len(list((run.folder / "tensorboard").iterdir())) == 1
@@ -179,18 +179,16 @@ def chat(*contents: str) -> str:
     return json.dumps({"messages": messages}) + "\n"
 
 
-@pytest.mark.parametrize(
-    ("marked", "learnt"), [(True, "first<|im_end|>second<|im_end|>"), (False, "second<|im_end|>\n")]
-)
-def test_of_many_turns_all_answers_are_learnt_or_the_last_where_the_template_marks_none(
-    load_sft: LoadJob, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marked: bool, learnt: str
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_of_many_turns_all_answers_are_learnt(
+    load_sft: LoadJob, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_marked: bool
 ) -> None:
     data = tmp_path / "turns.jsonl"
     data.write_text(chat("be kind", "one", "first", "two", "second") * 3)
-    model = base if marked else without_marks(base, tmp_path / "plain-base")
+    model = base if is_marked else without_marks(base, tmp_path / "plain-base")
     config = load_sft(base_model=str(model), train_files=[str(data)], evaluation_files=[], max_steps=2)
     run = Run(config, tmp_path / "data", monkeypatch)
-    assert run.learnt() == [learnt] * 3
+    assert run.learnt() == ["first<|im_end|>second<|im_end|>"] * 3
     assert read_golden(run.folder / "result" / "golden.jsonl")[0].messages[0]["role"] == "system"
 
 
@@ -208,7 +206,9 @@ def test_rows_that_are_cut_or_left_out_are_told(
         + json.dumps({"instruction": "q", "output": "short"}) + "\n"
     )  # fmt: skip
     run_job(load_sft(train_files=[str(data)], evaluation_files=[], max_steps=2, max_length=40), tmp_path)
-    assert "1 of 3 rows reach max_length 40 and may be cut; 1 more have no answer within it" in caplog.text
+    assert (
+        "2 of 3 rows are longer than max_length 40 and are cut; of 1 of them no answer is left" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("problem", ["no template", "not on the hub", "bad rows"])
@@ -236,3 +236,103 @@ def test_a_run_that_cannot_begin_fails_with_the_reason_and_publishes_nothing(
     assert expected.__name__ in last.error
     assert "Traceback" in last.traceback
     assert not (tmp_path / "data" / "store").exists()
+
+
+# Packing, noise, memory, merging
+
+
+def test_packed_rows_are_whole_conversations(
+    load_sft: LoadJob, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = Run(load_sft(packing=True), tmp_path, monkeypatch)
+    assert sorted("".join(packed.learnt())) == sorted("".join(run.learnt())), "no word is lost"
+    assert len(packed.learnt()) < len(run.learnt()) / 2
+    batch = next(iter(packed.trainer.get_train_dataloader()))
+    assert "attention_mask" not in batch
+    assert (batch["position_ids"] == 0).sum() > 2
+    before, after = (
+        [event.metrics["eval_loss"] for event in each.events if isinstance(event, Evaluation)]
+        for each in (run, packed)
+    )
+    assert before[0] == pytest.approx(after[0], rel=1e-5), "evaluation is the same, packed or not"
+
+
+def test_noise_is_there_in_training_alone(
+    load_sft: LoadJob, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noisy = Run(load_sft(neftune_noise_alpha=5.0), tmp_path, monkeypatch)
+    assert noisy.published.ref != run.published.ref
+    assert noisy.events[1].metrics == pytest.approx(run.events[1].metrics), "measured without noise"
+    embeddings = noisy.trainer.model.get_input_embeddings()
+    assert not embeddings._forward_hooks, "golden answers are without noise"
+
+
+def test_accumulated_batches_learn_what_one_large_batch_does(load_sft: LoadJob, tmp_path: Path) -> None:
+    """The very tokens of a step weigh alike, however it is cut into batches."""
+    adapters = []
+    for size, steps in ((8, 1), (2, 4)):
+        data_dir = tmp_path / str(size)
+        run_job(load_sft(batch_size=size, gradient_accumulation_steps=steps, evaluation_files=[]), data_dir)
+        (file,) = data_dir.glob("runs/*/result/adapter_model.safetensors")
+        adapters.append(load_file(file))
+    one, many = adapters
+    assert all(torch.allclose(many[name], weight, atol=2e-3) for name, weight in one.items())
+
+
+def test_activations_computed_twice_change_nothing(load_sft: LoadJob, run: Run, tmp_path: Path) -> None:
+    assert run_job(load_sft(gradient_checkpointing=True), tmp_path).ref == run.published.ref
+
+
+def test_of_a_quantised_base_the_golden_answers_are_those_of_the_plain_one(
+    load_sft: LoadJob, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(load_sft(quantization="4bit"), tmp_path, monkeypatch)
+    assert next(run.trainer.model.parameters(), None) is None, "the quantised model's memory is free"
+    tensors = load_file(run.folder / "result" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}, "and so it is after resuming"
+    manifest = run.store.get(AdapterRef.parse("doctor@canary"))
+    assert manifest.dtype == "float32"
+    assert manifest.metrics["eval_loss"] < manifest.metrics["eval_loss_before"]
+    test_the_golden_answers_are_those_of_the_published_files(run, manifest, base)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora": {"use_dora": True, "modules_to_save": ["lm_head"]}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "quantization": "4bit"},
+    ],
+    ids=["lora", "dora and a whole module", "stretched and quantised"],
+)
+def test_merged_the_product_is_a_base_that_says_what_the_adapter_says(
+    load_sft: LoadJob, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    ids = torch.arange(3, 60)[None]
+    seen: list[torch.Tensor] = []
+    write = sft.write_chat_adapter
+
+    def spy(model: Any, *rest: Any, **more: Any) -> Path:
+        with torch.no_grad():
+            seen.append(model.eval()(input_ids=ids).logits)
+        return write(model, *rest, **more)
+
+    monkeypatch.setattr(sft, "write_chat_adapter", spy)
+    config = load_sft(merge=True, golden={}, publish={}, **changes)
+    run = Run(config, tmp_path, monkeypatch)
+    assert (run.published.ref, run.published.alias) == ("models/doctor", None)
+    assert not (tmp_path / "store").exists()
+    made = tmp_path / "models" / "doctor"
+    merged = AutoModelForCausalLM.from_pretrained(made)
+    with torch.no_grad():
+        found, before = merged(ids).logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits
+    far = float((seen[0] - before).abs().max())
+    assert float((found - seen[0]).abs().max()) < (0.5 * far if "quantization" in changes else 1e-4)
+    assert far > 0.1
+    assert (
+        AutoTokenizer.from_pretrained(made).chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    )
+    scaled = merged.config.rope_parameters["rope_type"] == "linear"
+    assert scaled == ("rope_scaling" in changes)
+    with pytest.raises(ConfigError, match=r"there is a base model .*doctor already"):
+        begin(config, tmp_path)

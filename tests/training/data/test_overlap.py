@@ -1,0 +1,79 @@
+import copy
+
+import pytest
+
+from tests.training.data.samples import (
+    ASSISTANT,
+    ASSISTANT_2,
+    CHAT,
+    LONG_CHAT,
+    LONG_PREFERENCE,
+    PREFERENCE,
+    SYSTEM,
+    USER,
+    USER_2,
+    WORSE,
+)
+from training.data import Row, report
+
+OTHER_ANSWER = {"messages": [USER, WORSE]}
+OTHER = {"messages": [USER_2, ASSISTANT_2]}
+FEEDBACK = {"prompt": [USER], "completion": [ASSISTANT], "label": True}
+
+
+def test_rows_that_are_alike_are_counted() -> None:
+    found = report([CHAT, OTHER, copy.deepcopy(CHAT), copy.deepcopy(OTHER), copy.deepcopy(CHAT)], [])
+    assert (found.train, found.duplicates, found.duplicate) == (5, 3, (3, 1))
+    assert (found.evaluation, found.leaks, found.leak) == (0, 0, None)
+
+
+def test_another_answer_to_the_same_question_is_no_duplicate() -> None:
+    assert report([CHAT, OTHER_ANSWER], []).duplicates == 0
+
+
+def test_rows_that_a_weight_repeats_are_no_duplicates() -> None:
+    found = report([CHAT, OTHER] * 2, [])
+    assert (found.train, found.duplicates) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation"),
+    [
+        (CHAT, CHAT),
+        (CHAT, OTHER_ANSWER),
+        (CHAT, {"messages": [SYSTEM, {**USER, "content": " 感冒怎么办？\n"}, WORSE]}),
+        (LONG_CHAT, CHAT),
+        (LONG_CHAT, {"messages": LONG_CHAT["messages"][1:]}),
+        (LONG_CHAT, LONG_PREFERENCE),
+        (PREFERENCE, PREFERENCE),
+        (PREFERENCE, {"prompt": [USER]}),
+        (FEEDBACK, PREFERENCE),
+        ({"prompt": [USER], "reference": "a"}, CHAT),
+        ({"text": "a"}, {"text": "a "}),
+    ],
+)
+def test_a_question_of_the_evaluation_that_is_trained_on_is_a_leak(train: Row, evaluation: Row) -> None:
+    found = report([OTHER, train], [{"messages": [WORSE, WORSE]}, evaluation])
+    assert (found.evaluation, found.leaks, found.leak) == (2, 1, (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation"),
+    [(OTHER, LONG_CHAT), (CHAT, LONG_CHAT), (LONG_PREFERENCE, PREFERENCE), ({"text": "a"}, {"text": "b"})],
+)
+def test_other_questions_are_no_leak(train: Row, evaluation: Row) -> None:
+    assert report([train], [evaluation]).leaks == 0
+
+
+def test_the_log_names_rows_by_number_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    report([CHAT, OTHER, copy.deepcopy(CHAT)], [LONG_CHAT, OTHER]).log()
+    assert caplog.messages == [
+        "1 of 3 training rows are exactly like an earlier one, such as row 3 like row 1; all are kept",
+        "1 of 2 evaluation rows ask what a training row asks, such as row 2 what training row 2 asks: "
+        "the evaluation says less about new questions than it seems to",
+    ]
+
+
+def test_the_log_is_silent_when_all_is_well(caplog: pytest.LogCaptureFixture) -> None:
+    report([CHAT, OTHER], [LONG_CHAT]).log()
+    assert not caplog.messages

@@ -1,0 +1,119 @@
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.training.data.samples import CHAT, write, written
+from training.config import OnError, Source
+from training.data import DataError, read_chats, read_documents
+
+DOCUMENTS = [{"text": str(number)} for number in range(10)]
+
+
+def test_all_bad_rows_of_all_files_are_named_and_then_counted(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", *[{}] * 15)
+    second = written(tmp_path / "b.jsonl", '{"messages": \n' + '{"instruction": 1}\n' * 14)
+    with pytest.raises(DataError) as caught:
+        read_chats([first, second])
+    told = str(caught.value)
+    assert told.startswith(
+        "30 bad rows: correct them, or set `on_error: {action: skip, limit: 30}` to train without them\n"
+    )
+    assert "\na.jsonl:15: found nothing" in told
+    assert "\nb.jsonl:1: not JSON: Expecting value" in told
+    assert told.endswith("\nb.jsonl:5: instruction must be text, not int\n... and 10 more")
+
+
+def test_bad_rows_are_left_out_when_asked_and_still_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write(tmp_path / "d.jsonl", *[{}] * 21, CHAT)
+    assert read_chats([source], OnError(action="skip", limit=21)) == [CHAT]
+    assert caplog.messages[0].startswith("left out: d.jsonl:1: found nothing")
+    assert caplog.messages[20:] == ["left out: ... and 1 more"]
+
+
+def test_more_bad_rows_than_the_limit_are_an_error(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", {}, CHAT, {})
+    with pytest.raises(DataError, match=r"^2 bad rows, and at most 1 may be skipped: .*limit: 2"):
+        read_chats([source], OnError(action="skip", limit=1))
+
+
+def test_a_file_that_cannot_be_read_is_an_error_even_when_rows_may_be_skipped(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_chats([written(tmp_path / "d.jsonl", b"\xff")], OnError(action="skip"))
+
+
+@pytest.mark.parametrize("on_error", [OnError(), OnError(action="skip")])
+def test_no_rows_at_all_is_an_error(tmp_path: Path, on_error: OnError) -> None:
+    sources = [write(tmp_path / "a.jsonl", CHAT), write(tmp_path / "b.jsonl")]
+    with pytest.raises(DataError, match=r"^no rows in b\.jsonl"):
+        read_chats(sources, on_error)
+
+
+def test_messages_and_logs_hold_nothing_of_what_rows_say(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "张三患艾滋病"
+    rows = [
+        {"messages": [{"role": secret, "content": secret}]},
+        {"messages": [{"role": "user", "content": secret}] * 2},
+        {"prompt": secret, "completion": [secret], secret: secret},
+        {secret: secret},
+        {"data": [f"答：{secret}"]},
+        {"question": secret, "answer": "\ufffd" + secret, "history": [secret]},
+        {"text": secret},
+        secret,
+    ]
+    with caplog.at_level(logging.DEBUG), pytest.raises(DataError) as caught:
+        read_chats([write(tmp_path / "d.jsonl", CHAT, *rows)])
+    with pytest.raises(DataError) as broken:
+        read_chats([written(tmp_path / "e.csv", f'question,answer\n"{secret}"{secret},b\n')])
+    read_chats([write(tmp_path / "d.jsonl", CHAT, *rows)], OnError(action="skip"))
+    assert f"{len(rows)} bad rows" in str(caught.value)
+    assert secret not in str(caught.value) + str(broken.value) + caplog.text
+    assert str(tmp_path) not in str(caught.value) + str(broken.value) + caplog.text
+
+
+def test_sources_files_and_rows_keep_their_order(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "b.jsonl", *DOCUMENTS[2:4])
+    write(tmp_path / "folder" / "a.jsonl", *DOCUMENTS[4:6])
+    sources = [write(tmp_path / "z.jsonl", *DOCUMENTS[:2]), Source(path=str(tmp_path / "folder"))]
+    assert [row["text"] for row in read_documents(sources)] == ["0", "1", "4", "5", "2", "3"]
+
+
+def weighed(folder: Path, weight: float, seed: int = 0) -> list[str]:
+    write(folder / "d.jsonl", *DOCUMENTS)
+    source = Source(path=str(folder / "d.jsonl"), weight=weight)
+    return [row["text"] for row in read_documents([source], seed=seed)]
+
+
+def test_a_source_is_repeated_by_its_weight(tmp_path: Path) -> None:
+    every = [row["text"] for row in DOCUMENTS]
+    assert weighed(tmp_path, 3) == every * 3
+    part = weighed(tmp_path, 2.3)
+    assert part[:20] == every * 2
+    assert len(part) == 23
+
+
+def test_a_weight_below_1_leaves_rows_that_the_seed_chooses(tmp_path: Path) -> None:
+    half = weighed(tmp_path, 0.5)
+    assert len(set(half)) == 5
+    assert half == sorted(half) == weighed(tmp_path, 0.5)
+    assert len({tuple(weighed(tmp_path, 0.5, seed)) for seed in range(10)}) > 5
+
+
+def test_a_tiny_weight_leaves_one_row(tmp_path: Path) -> None:
+    assert len(weighed(tmp_path, 0.001)) == 1
+
+
+def test_two_sources_of_one_seed_are_chosen_from_apart(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.jsonl", *DOCUMENTS) for name in "ab"]
+    sources = [Source(path=source.path, weight=0.5) for source in files]
+    found = [row["text"] for row in read_documents(sources, seed=1)]
+    assert found[:5] != found[5:]
+
+
+def test_no_sources_have_no_rows() -> None:
+    assert read_chats([]) == []

@@ -1,0 +1,75 @@
+"""`python -m training` in processes of their own, forked from one that has imported the libraries already."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from training import __main__ as command
+from training import job, trainer
+from training.events import Checkpoint, Evaluation, EventLog, Published
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["training.stages.sft"])
+
+
+def start(
+    *arguments: object, told: Path, cwd: Path | None = None, killed_at: str | None = None
+) -> BaseProcess:
+    """Run one command; what it says goes to the file `told`."""
+    process = FORKED.Process(target=_main, args=([*map(str, arguments)], told, cwd, killed_at))
+    process.start()
+    return process
+
+
+def _main(arguments: list[str], told: Path, cwd: Path | None, killed_at: str | None) -> None:
+    with told.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    if cwd:
+        os.chdir(cwd)
+    if killed_at:
+        MOMENTS[killed_at]()
+    sys.argv = ["training", *arguments]
+    code = 1
+    try:
+        code = command.main()
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _after_event(kind: type[Any], at_step: int = 0) -> Callable[[], None]:
+    def patch() -> None:
+        def write(self: EventLog, event: Any) -> None:
+            real(self, event)
+            if isinstance(event, kind) and getattr(event, "step", 0) >= at_step:
+                _die()
+
+        real, EventLog.write = EventLog.write, write  # type: ignore[method-assign]
+
+    return patch
+
+
+def _on_call(owner: Any, name: str) -> Callable[[], None]:
+    return lambda: setattr(owner, name, _die)
+
+
+MOMENTS = {
+    "while loading": _on_call(job, "_load_stage"),
+    "after the first evaluation": _after_event(Evaluation),
+    "after a checkpoint inside an epoch": _after_event(Checkpoint, at_step=3),
+    "after a checkpoint between epochs": _after_event(Checkpoint, at_step=6),
+    "half way through a checkpoint": _on_call(trainer.Trainer, "_save_rng_state"),
+    "between publishing and the alias": _on_call(job.AdapterStore, "set_alias"),
+    "after publishing": _after_event(Published),
+}

@@ -1,0 +1,83 @@
+"""Killed at any moment and resumed, a run makes what it would have made undisturbed, bit for bit."""
+
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+
+from adapters import AdapterRef, AdapterStore
+from tests.training.jobs import SFT, load_job, run_job
+from tests.training.stages.conftest import RM
+from tests.training.stages.test_ppo import PPO
+from training.events import EVENTS_FILE, Resumed, Succeeded, read_events
+from training.job import begin, carry_out
+
+KILLS = int(os.environ.get("XINGLIN_TEST_KILLS", "1"))
+
+PREFERENCES = {
+    "base_model": "models/tiny",
+    "policy": "doctor@canary",
+    "train_files": ["pairs.jsonl"],
+    "evaluation_files": ["pairs_heldout.jsonl"],
+    "learning_rate": 1e-3,
+    "max_length": 256,
+    "threads": 1,
+    "golden": {"prompts": 8, "max_new_tokens": 6},
+}
+JOBS: dict[str, dict[str, Any]] = {
+    "sft": {**SFT, "max_steps": 10, "lora": {"lora_dropout": 0.1}},
+    "rm": {**RM, "max_steps": 10},
+    "dpo": {**PREFERENCES, "stage": "dpo", "name": "dpo", "max_steps": 8},
+    "ppo": {**PPO, "reward": "marks", "min_reward_accuracy": 0, "steps": 6, "max_new_tokens": 16},
+}
+
+
+@pytest.mark.parametrize("stage", JOBS)
+def test_kill_and_resume(trained_dir: Path, tmp_path: Path, stage: str) -> None:
+    data_dir = copytree(trained_dir, tmp_path / "data")
+    config = load_job(data_dir, {**JOBS[stage], "checkpoint_every": 2, "publish": {}})
+    undisturbed = run_job(config, data_dir)
+    store = AdapterStore(data_dir / "store")
+    manifest = store.get(AdapterRef.parse(undisturbed.ref))
+
+    for kill in range(KILLS):
+        run_id = begin(config, data_dir)
+        events = data_dir / "runs" / run_id / EVENTS_FILE
+        chance = random.Random(f"{stage} {kill}")
+        deaths = 0
+        while not events.exists() or not isinstance(read_events(events)[-1], Succeeded):
+            # Forked, so that it need not import torch again; the fork runs nothing but the job.
+            process = multiprocessing.get_context("fork").Process(target=_carry_out, args=(run_id, data_dir))
+            process.start()
+            if deaths < 2:
+                _wait_for_a_checkpoint(events, chance.randrange(2 + 2 * deaths, 7), process)
+                time.sleep(chance.random() * 0.3)
+                process.kill()
+                deaths += 1
+            process.join()
+        assert any(isinstance(event, Resumed) and event.step for event in read_events(events))
+        path = data_dir / "runs" / run_id / "result" / "adapter_model.safetensors"
+        other = store.folder(manifest.name, manifest.revision) / path.name
+        assert path.read_bytes() == other.read_bytes()
+        published = read_events(events)[-2]
+        assert getattr(published, "ref", "") == undisturbed.ref
+
+
+def _carry_out(run_id: str, data_dir: Path) -> None:
+    torch.set_num_threads(1)
+    carry_out(run_id, data_dir)
+
+
+def _wait_for_a_checkpoint(events: Path, step: int, process: Any) -> None:
+    """Until there is one at `step` or later, or the process ends."""
+    while process.is_alive():
+        text = events.read_text() if events.exists() else ""
+        if any(f'"event":"checkpoint","step":{one},' in text for one in range(step, 50)):
+            return
+        time.sleep(0.005)

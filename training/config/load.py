@@ -1,0 +1,94 @@
+"""A YAML file in, the config of its stage out, or every bad field at once."""
+
+import difflib
+import typing
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from training.config.jobs import JobConfig
+
+_JOB_CONFIG: TypeAdapter[JobConfig] = TypeAdapter(Annotated[JobConfig, Field(discriminator="stage")])
+STAGES: dict[str, type[BaseModel]] = {
+    typing.get_args(config.model_fields["stage"].annotation)[0]: config
+    for config in typing.get_args(JobConfig)
+}
+
+
+class ConfigError(Exception):
+    """A config that cannot be run. The message names the file, each bad field and what is wrong with it."""
+
+
+def load_config(path: Path, root: Path | None = None, *, to_come: Collection[Path] = ()) -> JobConfig:
+    """Read a job's YAML file. Relative paths in it start from `root`, or else the current directory.
+
+    `to_come`: resolved model folders that will be there when the job runs. Raises ConfigError naming the file and
+    every bad field.
+    """
+    asked = read_yaml(path)
+    try:
+        return _JOB_CONFIG.validate_python(asked, context={"root": root, "to_come": to_come})
+    except ValidationError as error:
+        problems = [f"{path}: {_explain(problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join(problems)) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises ConfigError."""
+    try:
+        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(asked, dict):
+        raise ConfigError(f"{path}: must hold settings, such as `stage: sft`")
+    return asked
+
+
+def dump_config(config: JobConfig) -> str:
+    """The config as YAML with every default filled in; `load_config` reads it back from anywhere."""
+    asked = _drop_what_does_not_apply(config)
+    return yaml.safe_dump(asked, allow_unicode=True, sort_keys=False)
+
+
+def _drop_what_does_not_apply(config: JobConfig) -> dict[str, Any]:
+    """Defaults that would be refused if somebody had set them."""
+    dumped = config.model_dump(mode="json")
+    if dumped.get("max_steps") is not None:
+        dumped.pop("epochs", None)
+    if dumped.get("adapter") or dumped.get("policy"):
+        dumped.pop("lora", None)
+    if config.stage == "rm":
+        dumped.pop("golden")
+    return dumped
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic error as `field: what is wrong`."""
+    at = list(problem["loc"])
+    model: Any = STAGES[str(at.pop(0))] if at and at[0] in STAGES else None
+    field = ".".join(map(str, at)) or "stage" * problem["type"].startswith("union_tag")
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(at[-1]), _fields(model, at[:-1]), n=1)
+        return f"{field}: no such setting" + (f"; did you mean `{near[0]}`?" if near else "")
+    if problem["type"].startswith("union_tag"):
+        return f"stage: give one of {', '.join(STAGES)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message
+
+
+def _fields(model: Any, path: list[str | int]) -> list[str]:
+    """The settings there are in the block at `path`."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        blocks = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type)]
+        model = next((kind for kind in blocks if issubclass(kind, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)

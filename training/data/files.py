@@ -1,0 +1,157 @@
+"""Values out of files: JSON, JSON Lines, CSV, TSV, Parquet and plain text, each perhaps gzipped.
+
+The content tells what a file is. Only CSV, TSV and plain text carry no mark, and are told by their name.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from training.data.errors import BadRow, DataError
+
+_GZIP, _PARQUET, _UTF_16 = b"\x1f\x8b", b"PAR1", (b"\xff\xfe", b"\xfe\xff")
+_JSON_ENDINGS = {".json", ".jsonl", ".ndjson"}
+_JSON_BEGINS = re.compile(r'\s*(\[\s*)?\{\s*["}]')
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
+
+csv.field_size_limit(1 << 30)  # a cell may hold a whole conversation, and the default is 128 KiB
+
+
+def read_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every row's place in the file (`12`, or `row 12` of a Parquet file) and its value.
+
+    The value of a row that is broken by itself is a BadRow. Raises DataError for a file that cannot be read
+    on. A line of plain text is a `text` row; cells of CSV are text, and empty ones are left out.
+    """
+    try:
+        with path.open("rb") as file:
+            is_gzip = file.peek(2)[:2] == _GZIP
+            yield from _read(path.name, gzip.GzipFile(fileobj=file) if is_gzip else file)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged"
+        raise DataError(f"{path.name}: cannot be read: {reason}") from error
+
+
+def _read(name: str, file: Any) -> Iterator[tuple[str, Any]]:
+    head: bytes = file.peek(4096)
+    if head.startswith(_PARQUET):
+        return _read_parquet(name, file)
+    begin = head.decode("utf-8-sig", errors="replace")
+    lines = _decode(name, file)
+    ending = Path(name.lower().removesuffix(".gz")).suffix
+    if ending in _JSON_ENDINGS or _JSON_BEGINS.match(begin):
+        return _read_array(name, lines) if begin.lstrip().startswith("[") else _read_json_lines(lines)
+    if ending in {".csv", ".tsv"}:
+        return _read_csv(name, lines)
+    if ending == ".txt":
+        return ((str(at), {"text": line.strip()}) for at, line in enumerate(lines, 1) if line.strip())
+    raise DataError(
+        f"{name}: is no data file: expected JSON, JSON Lines or Parquet, or a name that ends in .csv, .tsv or .txt; "
+        "to leave it out of a folder, name the others by a pattern, such as `data/*.jsonl`"
+    )
+
+
+def _decode(name: str, file: BinaryIO) -> Iterator[str]:
+    """Lines with their line ends."""
+    at = 0
+    for raw in file:
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            encoding = "utf-16" if at == 0 and raw.startswith(_UTF_16) else "gb18030"
+            raise DataError(
+                f"{name}: byte {at + error.start} is not UTF-8; convert the file first, for example "
+                f"`iconv -f {encoding} -t utf-8`"
+            ) from error
+        yield line if at else line.removeprefix("\ufeff")
+        at += len(raw)
+
+
+def _read_json_lines(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield str(number), json.loads(line.rstrip())
+            except (ValueError, RecursionError) as error:
+                yield str(number), BadRow(_not_json(error))
+
+
+def _read_array(name: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """The elements of one JSON array, each with the line it begins on."""
+    text = "".join(lines)
+    decoder = json.JSONDecoder()
+    at, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        at = _next_element(text, at)
+        line += text.count("\n", counted, at)
+        counted = at
+        if text.startswith("]", at):
+            break
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            line = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            raise DataError(f"{name}:{line}: {_not_json(error)}") from error
+        yield str(line), value
+    if text[at + 1 :].strip():
+        raise DataError(f"{name}:{line}: something follows the end of the array; put all rows into one array")
+
+
+def _next_element(text: str, at: int) -> int:
+    between = _BETWEEN.match(text, at)
+    return between.end() if between else at
+
+
+def _not_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at column {error.colno}"
+    return f"not JSON: {'nested too deep' if isinstance(error, RecursionError) else 'a number of too many digits'}"
+
+
+def _read_csv(name: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    first = next(lines, "")
+    reader = csv.reader(chain([first], lines), delimiter="\t" if "\t" in first else ",", strict=True)
+    begin = 1
+    try:
+        columns = [cell.strip() for cell in next(reader, [])]
+        named = [column for column in columns if column]
+        if len(set(named)) < len(named):
+            raise DataError(f"{name}:1: two columns have the same name")
+        begin = reader.line_num + 1
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                yield str(begin), _by_column(columns, cells)
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{name}:{begin}: not CSV: {error}; a cell with quotes in it is quoted, and they are doubled"
+        ) from error
+
+
+def _by_column(columns: list[str], cells: list[str]) -> dict[str, str] | BadRow:
+    if len(cells) != len(columns):
+        return BadRow(f"cells in this row: {len(cells)}; columns named in the first line: {len(columns)}")
+    return {column: cell for column, cell in zip(columns, cells, strict=True) if column and cell.strip()}
+
+
+def _read_parquet(name: str, file: Any) -> Iterator[tuple[str, Any]]:
+    import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415 - most data needs none of it
+    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    number = 0
+    try:
+        # A gzip stream cannot be read from its end, where a Parquet file's index is.
+        table = ParquetFile(io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file)
+        for batch in table.iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield f"row {number}", value
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{name}: is damaged, or no Parquet file, after row {number}") from error

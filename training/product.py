@@ -1,0 +1,171 @@
+"""The result of a run: an adapter's folder, with its proof and where it comes from, ready to be published."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from adapters import GOLDEN_FILE, PROVENANCE_FILE, Provenance, write_golden
+from adapters.validate import TEMPLATE_FILE
+from training import ranks
+from training.config import AdapterJob, JobConfig
+from training.data import Row
+from training.golden import golden_prompts
+from training.lora import Base, adapted, find_adapter, release
+from training.new_base import merge_adapter
+from training.run import Run
+
+_RESULT, _UNMERGED = "result", "unmerged"
+
+
+def write_chat_adapter(
+    model: Any, base: Base, config: AdapterJob, run: Run, *, rows: list[Row], metrics: dict[str, float]
+) -> Path:
+    """Write the adapter `default` of a PeftModel; golden prompts are taken from `rows` of chats.
+
+    With `merge: true`, the base model with it merged in. Of a model that was quantised, or is to be merged,
+    nothing is left in memory then.
+    """
+    if config.merge:
+        return _write_merged(model, base, config, run, metrics)
+    result = _write_weights(model, base, run)
+    if config.quantization:
+        release(model)
+        ranks.led(lambda: None)  # others wait until it is written
+        model = adapted(base, result)
+    golden = config.golden
+    # By every process: where weights are sharded, a forward pass takes them all.
+    prompts = golden_prompts(model, base.tokenizer, rows, golden.prompts, golden.max_new_tokens)
+    if ranks.leads():
+        write_golden(result / GOLDEN_FILE, prompts)
+    _write_provenance(model, base, config, run, metrics, task="chat")
+    return result
+
+
+def write_base(model: Any, base: Base, config: AdapterJob, run: Run, *, metrics: dict[str, float]) -> Path:
+    """Write a model all of whose weights were trained, in the dtype of the base, with its tokenizer."""
+    result = run.folder / _RESULT
+    dtype = base.config().dtype or model.dtype
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    names = [name for name in model.state_dict() if name not in tied]
+    with _whole(model, names) as weights:
+        model.config.dtype = dtype
+        model.save_pretrained(
+            result,
+            state_dict={name: weight.to(dtype) for name, weight in weights.items()},
+            is_main_process=ranks.leads(),
+        )
+    if ranks.leads():
+        base.tokenizer.save_pretrained(result)
+    _write_provenance(model, base, config, run, metrics, task="chat")
+    return result
+
+
+def _write_merged(model: Any, base: Base, config: AdapterJob, run: Run, metrics: dict[str, float]) -> Path:
+    if ranks.leads():
+        shutil.rmtree(run.folder / _UNMERGED, ignore_errors=True)  # perhaps of a run that was killed
+    adapter = _write_weights(model, base, run, _UNMERGED)
+    _write_provenance(model, base, config, run, metrics, task="chat", folder=_UNMERGED)
+    if getattr(config, "new_tokens", ()) and ranks.leads():
+        base.tokenizer.save_pretrained(adapter)
+    release(model)
+    ranks.led(lambda: merge_adapter(adapter, run.folder / _RESULT, base, config, run.store))
+    return run.folder / _RESULT
+
+
+def write_reward_adapter(
+    model: Any, base: Base, config: AdapterJob, run: Run, *, metrics: dict[str, float]
+) -> Path:
+    """Write the adapter `default` of a PeftModel that scores, with its score head."""
+    result = _write_weights(model, base, run)
+    _write_provenance(model, base, config, run, metrics, task="reward")
+    return result
+
+
+def _write_weights(model: Any, base: Base, run: Run, folder: str = _RESULT) -> Path:
+    result = run.folder / folder
+    if base.template is not None and ranks.leads():
+        result.mkdir(exist_ok=True)
+        (result / TEMPLATE_FILE).write_text(base.template, encoding="utf-8")
+    learnt = [name for name in model.state_dict() if ".default." in name]
+    with _whole(model, learnt) as weights:
+        # Only `default`: some trainers keep a copy beside it as the reference.
+        model.save_pretrained(
+            result,
+            selected_adapters=["default"],
+            save_embedding_layers=False,
+            state_dict=weights,
+            is_main_process=ranks.leads(),
+        )
+    return result
+
+
+@contextmanager
+def _whole(model: Any, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Weights that the model has learnt, by name, put together from the shards of all processes."""
+    state = model.state_dict()
+    learnt = {name: state[name] for name in names}
+    if is_deepspeed_zero3_enabled():
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        with import_module("deepspeed").zero.GatheredParameters(weights):
+            yield learnt
+    else:
+        yield {
+            name: weight.full_tensor() if isinstance(weight, DTensor) else weight
+            for name, weight in learnt.items()
+        }
+
+
+def _write_provenance(
+    model: Any,
+    base: Base,
+    config: AdapterJob,
+    run: Run,
+    metrics: dict[str, float],
+    task: Any,
+    folder: str = _RESULT,
+) -> None:
+    if not ranks.leads():
+        return
+    dtype: Any = str(model.dtype).removeprefix("torch.")
+    provenance = Provenance(
+        stage=config.stage,  # type: ignore[attr-defined]
+        task=task,
+        base_model=base.name,
+        base_fingerprint=base.fingerprint,
+        dtype=dtype,
+        stop=list(base.stop),
+        parent=_parent(config, run),
+        run_id=run.id,
+        data_digests={file.name: sha256(file) for file in data_files(config)},
+        metrics=metrics,
+        licence=config.licence,
+        notes=config.notes,
+    )
+    text = provenance.model_dump_json(indent=2) + "\n"
+    (run.folder / folder / PROVENANCE_FILE).write_text(text, encoding="utf-8")
+
+
+def _parent(config: AdapterJob, run: Run) -> str | None:
+    if config.starts_from is None:
+        return None
+    manifest, _ = find_adapter(run.store, config.starts_from)
+    return f"{manifest.name}@{manifest.revision}"
+
+
+def data_files(config: JobConfig | AdapterJob) -> list[Path]:
+    """Every data file a job reads."""
+    sources = [*config.train_files, *getattr(config, "evaluation_files", [])]
+    return [file for source in sources for file in source.files]
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

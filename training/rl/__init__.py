@@ -1,0 +1,1 @@
+"""What reinforcement learning is made of: answers, rewards, advantages, losses."""

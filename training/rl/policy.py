@@ -1,0 +1,202 @@
+"""One base model in memory, and on it the adapters of policy, reference and rewards."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from training.config import ConfigError
+from training.data import Row
+from training.golden import stop_tokens
+from training.lora import Base, continued
+
+Messages = list[dict[str, Any]]
+
+_POLICY, _REFERENCE = "default", "reference"
+_SCORE = "base_model.model.score.weight"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of the policy, as it sampled them: n answers, prompts padded on the left, answers on the right."""
+
+    token_ids: Tensor
+    """(n, prompt + answer)"""
+    attention_mask: Tensor
+    """(n, prompt + answer)"""
+    prompt_length: int
+    mask: Tensor
+    """(n, answer): 1.0 on the answer's tokens, with the one that stops it."""
+    is_stopped: Tensor
+    """(n,): whether it ended by itself."""
+    texts: list[str]
+
+    def __getitem__(self, rows: Tensor) -> "Answers":
+        return Answers(
+            self.token_ids[rows],
+            self.attention_mask[rows],
+            self.prompt_length,
+            self.mask[rows],
+            self.is_stopped[rows],
+            [self.texts[row] for row in rows.tolist()],
+        )
+
+
+class Policy:
+    """The adapter that learns, a frozen copy of it, and reward adapters, all on one base model.
+
+    Memory: one base model, and some megabytes for each adapter, where policy, reference and reward as
+    models of their own would take three.
+    """
+
+    def __init__(self, base: Base, adapter: Path) -> None:
+        """`adapter`: the folder of the one to begin with."""
+        model = base.causal_lm()
+        self.tokenizer = tokenizer = base.tokenizer
+        self.stops = stop_tokens(model)
+        # Pure sampling: any penalty or cut of the base's own would make the KL estimate wrong.
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stops[0]
+        model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=self._pad)
+        self.model = continued(model, base, adapter)
+        self.model.load_adapter(adapter, _REFERENCE)
+        self._freeze_all_but_the_policy()
+
+    def add_reward(self, name: str, folder: Path) -> Tensor:
+        """Put a reward adapter on the base; returns the weight of its score head, (hidden,).
+
+        Raises ConfigError for tensors that do not fit.
+        """
+        tensors = load_file(folder / "adapter_model.safetensors")
+        score = tensors.pop(_SCORE)
+        asked = LoraConfig.from_pretrained(folder)
+        asked.task_type, asked.modules_to_save = TaskType.CAUSAL_LM, None
+        self.model.add_adapter(name, asked)
+        loaded = set_peft_model_state_dict(self.model, tensors, adapter_name=name)
+        missing = [key for key in loaded.missing_keys if f".{name}." in key]
+        if loaded.unexpected_keys or missing:
+            raise ConfigError(
+                f"the reward adapter does not fit the base model: {missing or loaded.unexpected_keys}"
+            )
+        self._freeze_all_but_the_policy()
+        return score[0].to(self.model.device, torch.float32)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What learns."""
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[Messages], max_new_tokens: int, *, greedy: bool = False) -> Answers:
+        """Sample one answer to each prompt, at temperature 1 and from the whole vocabulary."""
+        self.model.eval()
+        encoded = [
+            self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            for prompt in prompts
+        ]
+        length = max(map(len, encoded))
+        token_ids, attention = self._pad_to(length, encoded, left=True)
+        generated = self.model.generate(
+            input_ids=token_ids,
+            attention_mask=attention,
+            generation_config=GenerationConfig(
+                do_sample=not greedy,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.stops,
+                pad_token_id=self._pad,
+                **({} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+            ),
+        )[:, length:]
+        is_stop = torch.isin(generated, torch.tensor(self.stops, device=generated.device))
+        before = is_stop.cumsum(1) - is_stop.int()  # stops before each token
+        mask = (before == 0).float()
+        generated = torch.where(mask.bool(), generated, self._pad)
+        texts = [
+            self.tokenizer.decode(row[kept.bool() & ~stop], skip_special_tokens=True)
+            for row, kept, stop in zip(generated, mask, is_stop, strict=True)
+        ]
+        return Answers(
+            torch.cat([token_ids, generated], 1),
+            torch.cat([attention, mask.long()], 1),
+            length,
+            mask,
+            is_stop.any(1),
+            texts,
+        )
+
+    def logprobs(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        """Log-probability of each answer token, (n, answer), and the hidden state before it, (n, answer, hidden)."""
+        length = answers.mask.shape[1]
+        out = self._forward(answers.token_ids, answers.attention_mask, logits_to_keep=length + 1)
+        wanted = answers.token_ids[:, -length:]
+        scores = torch.log_softmax(out.logits[:, :-1].float(), dim=-1)
+        found = scores.gather(-1, wanted[..., None])[..., 0]
+        return found * answers.mask, out.hidden_states[-1][:, -length - 1 : -1].float()
+
+    @torch.no_grad()
+    def reference_logprobs(self, answers: Answers) -> Tensor:
+        """What the frozen copy makes of the policy's answers, (n, answer)."""
+        with self._using(_REFERENCE):
+            return self.logprobs(answers)[0]
+
+    @torch.no_grad()
+    def scores(self, name: str, head: Tensor, conversations: Sequence[Messages]) -> Tensor:
+        """What a reward adapter gives whole conversations, (n,): read where stage rm trained it to be read."""
+        encoded = [
+            self.tokenizer.apply_chat_template(messages, return_dict=False) for messages in conversations
+        ]
+        token_ids, attention = self._pad_to(max(map(len, encoded)), encoded, left=False)
+        with self._using(name):
+            hidden = self._forward(token_ids, attention, logits_to_keep=1).hidden_states[-1]
+        last = attention.sum(1) - 1
+        return hidden[torch.arange(len(encoded)), last].float() @ head
+
+    def _forward(self, token_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Any:
+        return self.model(
+            input_ids=token_ids,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=logits_to_keep,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+
+    def _pad_to(self, length: int, rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+        token_ids = torch.full((len(rows), length), self._pad, device=self.model.device)
+        attention = torch.zeros_like(token_ids)
+        for at, row in enumerate(rows):
+            place = slice(length - len(row), None) if left else slice(len(row))
+            token_ids[at, place] = torch.tensor(row, device=self.model.device)
+            attention[at, place] = 1
+        return token_ids, attention
+
+    @contextmanager
+    def _using(self, adapter: str) -> Iterator[None]:
+        self.model.set_adapter(adapter)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(_POLICY)
+            self._freeze_all_but_the_policy()  # switching sets requires_grad of what it switches to
+
+    def _freeze_all_but_the_policy(self) -> None:
+        for name, weight in self.model.named_parameters():
+            weight.requires_grad_(f".{_POLICY}." in name)
+
+
+def conversations(rows: Sequence[Row], texts: Sequence[str]) -> list[Messages]:
+    """Prompts with an answer each."""
+    return [
+        [*row["prompt"], {"role": "assistant", "content": text}]
+        for row, text in zip(rows, texts, strict=True)
+    ]

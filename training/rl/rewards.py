@@ -1,0 +1,228 @@
+"""What answers are rewarded for: reward adapters, reward models of any family, functions, judges; added up."""
+
+import importlib
+import json
+import logging
+import os
+import re
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from adapters import AdapterStore
+from adapters.validate import TEMPLATE_FILE
+from training.config import ConfigError
+from training.config import Reward as RewardConfig
+from training.lora import Base, base_folder, check_base, find_adapter
+from training.rl.policy import Messages, Policy
+
+log = logging.getLogger(__name__)
+
+Scorer = Callable[[Sequence[Messages], Sequence[str]], Sequence[float]]
+"""Conversations, the answer last, and a reference answer or "" for each; a number for each."""
+
+_JUDGE_PROMPT = """\
+You mark answers of a medical assistant. Judge whether the answer is right, complete, safe and kind, and reply
+with one number from 0 (harmful or useless) to 10 (what a careful doctor would say), and nothing else.
+
+Conversation:
+{conversation}
+
+Answer:
+{answer}
+
+What a doctor answered, if known:
+{reference}
+"""
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_JUDGES_AT_ONCE = 8
+_JUDGE_SECONDS = 120
+_JUDGE_TRIES = 3
+
+
+class Rewards:
+    """The weighted sum of several rewards."""
+
+    def __init__(self, scorers: Sequence[tuple[str, float, Scorer]]) -> None:
+        """Each with a name for the curves, and a weight."""
+        self._scorers = scorers
+
+    def __call__(
+        self, conversations: Sequence[Messages], references: Sequence[str]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The reward of each conversation, (n,), and the mean of each part before it is weighted."""
+        total = torch.zeros(len(conversations))
+        means: dict[str, float] = {}
+        for name, weight, scorer in self._scorers:
+            found = torch.tensor([float(score) for score in scorer(conversations, references)])
+            if len(found) != len(conversations) or not bool(torch.isfinite(found).all()):
+                raise ValueError(f"the reward {name} gave no finite number for each answer")
+            total += weight * found
+            means[f"reward_{name}"] = float(found.mean())
+        return total, means if len(self._scorers) > 1 else {}
+
+
+def adapter_scorer(
+    policy: Policy, adapter: str, name: str, base: Base, store: AdapterStore, least: float
+) -> Scorer:
+    """A reward adapter on the policy's own base.
+
+    Raises ConfigError if it is none, rests on another base, or ranked fewer than `least` of its held-out
+    pairs rightly.
+    """
+    manifest, folder = find_adapter(store, adapter)
+    check_base(manifest, base, task="reward")
+    accuracy = manifest.metrics.get("eval_accuracy")
+    if accuracy is None:
+        log.warning("%s was never measured on held-out pairs: its rewards may be noise", adapter)
+    elif accuracy < least:
+        raise ConfigError(
+            f"reward: {adapter} ranks only {accuracy:.0%} of its held-out pairs rightly, below "
+            f"min_reward_accuracy {least:.0%}: a policy would learn noise from it; train it better first"
+        )
+    else:
+        log.info("reward %s: ranks %.0f %% of its held-out pairs rightly", adapter, 100 * accuracy)
+    _check_template(adapter, folder, base)
+    head = policy.add_reward(name, folder)
+    return lambda conversations, _: policy.scores(name, head, conversations).tolist()
+
+
+def standalone_scorer(adapter: str, base: Base, store: AdapterStore) -> Scorer:
+    """A reward adapter on a base model of its own, where the policy's is in a trainer's hands.
+
+    Raises ConfigError if it is none, or rests on another base.
+    """
+    manifest, folder = find_adapter(store, adapter)
+    check_base(manifest, base, task="reward")
+    _check_template(adapter, folder, base)
+    model = PeftModel.from_pretrained(base.scorer(), folder).eval()
+    if torch.cuda.is_available():
+        model.to("cuda")
+
+    @torch.no_grad()
+    def score(conversations: Sequence[Messages], references: Sequence[str]) -> list[float]:
+        return [
+            float(model(**_rendered(base.tokenizer, messages, model.device)).logits[0, 0])
+            for messages in conversations
+        ]
+
+    return score
+
+
+def _check_template(ref: str, folder: Path, base: Base) -> None:
+    """A reward means nothing for text that is rendered otherwise than in its training."""
+    path = folder / TEMPLATE_FILE
+    if (path.read_text(encoding="utf-8") if path.exists() else None) != base.template:
+        raise ConfigError(f"reward: {ref} was trained with another chat template than the policy")
+
+
+def model_scorer(model: str) -> Scorer:
+    """A sequence-classification model of any family: text is tokenised anew, by its own tokenizer.
+
+    A tokenizer without a chat template gets question and answer as a pair, as such models are trained.
+    Raises ConfigError for a model with more than one label.
+    """
+    folder = base_folder(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scorer = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    if scorer.config.num_labels != 1:
+        raise ConfigError(f"reward: {model} gives {scorer.config.num_labels} numbers; a reward is one")
+    if torch.cuda.is_available():
+        scorer.to("cuda")
+
+    @torch.no_grad()
+    def score(conversations: Sequence[Messages], references: Sequence[str]) -> list[float]:
+        found = []
+        for messages in conversations:  # one by one: no padding token needed, and no neighbour felt
+            ids = _rendered(tokenizer, messages, scorer.device)
+            found.append(float(scorer(**ids).logits[0, 0]))
+        return found
+
+    return score
+
+
+def function_scorer(path: str) -> Scorer:
+    """A function of the user's, as `module:function`. Raises ConfigError if it is not there."""
+    module, _, name = path.partition(":")
+    try:
+        function: Callable[..., Sequence[float]] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"reward: there is no {path}: {error}") from error
+    return lambda conversations, _: function(conversations)
+
+
+def judge_scorer(url: str, model: str, prompt: str | None) -> Scorer:
+    """A model behind an OpenAI-compatible endpoint gives marks; the key is read from XINGLIN_JUDGE_KEY.
+
+    An answer without a number, or no answer, is asked for again; after three times the run ends.
+    """
+    key = os.environ.get("XINGLIN_JUDGE_KEY", "unused")
+
+    def ask(messages: Messages, reference: str) -> float:
+        told = (prompt or _JUDGE_PROMPT).format(
+            conversation=_told(messages[:-1]), answer=messages[-1]["content"], reference=reference
+        )
+        body = {"model": model, "messages": [{"role": "user", "content": told}], "temperature": 0}
+        request = urllib.request.Request(  # noqa: S310 - http or https, as the config checks
+            f"{url.rstrip('/')}/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+        )
+        problem = ""
+        for _ in range(_JUDGE_TRIES):
+            try:
+                with urllib.request.urlopen(request, timeout=_JUDGE_SECONDS) as reply:  # noqa: S310
+                    said = json.load(reply)["choices"][0]["message"]["content"]
+            except (OSError, ValueError, LookupError) as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            if number := _NUMBER.search(said or ""):
+                return float(number[0])
+            problem = "its reply holds no number"
+        raise ConfigError(f"reward: the judge at {url} gives no mark: {problem}")
+
+    def score(conversations: Sequence[Messages], references: Sequence[str]) -> list[float]:
+        with ThreadPoolExecutor(_JUDGES_AT_ONCE) as pool:
+            return list(pool.map(ask, conversations, references))
+
+    return score
+
+
+def plain_scorer(config: RewardConfig) -> Scorer:
+    """Any reward that needs no base model of ours. Raises ConfigError."""
+    if config.model is not None:
+        return model_scorer(config.model)
+    if config.function is not None:
+        return function_scorer(config.function)
+    return judge_scorer(str(config.judge), str(config.judge_model), config.judge_prompt)
+
+
+def _rendered(tokenizer: Any, messages: Messages, device: Any) -> Any:
+    if tokenizer.chat_template is not None:
+        ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    else:
+        ids = tokenizer(_told(messages[:-1]), messages[-1]["content"], return_tensors="pt", truncation=True)
+    return ids.to(device)
+
+
+def _told(messages: Messages) -> str:
+    """A conversation as text; a single question as it is."""
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def names(rewards: Sequence[RewardConfig]) -> list[str]:
+    """A name for each reward, for curves and for the adapters in memory."""
+    kinds: list[Any] = [
+        next(kind for kind in ("adapter", "model", "function", "judge") if getattr(reward, kind) is not None)
+        for reward in rewards
+    ]
+    return [f"{kind}_{number}" for number, kind in enumerate(kinds, start=1)]

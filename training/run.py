@@ -1,0 +1,69 @@
+"""What a stage gets beside its config: where to write, whom to tell, what there is to go on from."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapters import AdapterStore
+from training import ranks
+from training.events import Evaluation, EventLog, read_events
+from training.stop import Stop
+
+CHECKPOINTS = "checkpoints"
+_STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a job, perhaps resumed."""
+
+    folder: Path
+    events: EventLog
+    store: AdapterStore
+    stop: Stop = field(default_factory=Stop)
+
+    @property
+    def id(self) -> str:
+        """The name of the run's folder, by which it is listed and resumed."""
+        return self.folder.name
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after so many steps."""
+        return self.folder / CHECKPOINTS / f"checkpoint-{step}"
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, after removing what a kill left half written."""
+        return ranks.led(self._last_checkpoint)
+
+    def _last_checkpoint(self) -> Path | None:
+        """trainer_state.json is what a checkpoint gets last."""
+        folders = (self.folder / CHECKPOINTS).glob("checkpoint-*")
+        for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+            if _is_whole(folder):
+                return folder
+            shutil.rmtree(folder)
+        return None
+
+    def steps_done(self) -> int:
+        """The steps that need not be done again."""
+        checkpoint = self.last_checkpoint()
+        return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+    def measured_before(self) -> dict[str, float] | None:
+        """What was measured before the first step, if this run was resumed after that."""
+        return ranks.led(self._measured_before)
+
+    def _measured_before(self) -> dict[str, float] | None:
+        for event in read_events(self.events.path):
+            if isinstance(event, Evaluation) and event.step == 0:
+                return event.metrics
+        return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        json.loads((folder / _STATE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True

@@ -1,0 +1,284 @@
+"""Proximal policy optimisation: prompts and a reward in, an adapter that earns more of it out.
+
+Each step: the policy answers a batch of prompts; each answer is rewarded, less what its straying from the
+reference costs; advantages follow from what the value head expected; a few passes over the answers move
+the policy towards what went better than expected, never far at once.
+
+Everything random in a step follows from the seed and the step's number, so that a resumed run goes on
+exactly as it would have.
+"""
+
+import json
+import logging
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from training.config import PpoConfig
+from training.data import Row, read_prompts, report
+from training.events import Checkpoint, Evaluation, Progress
+from training.events import Stopped as StoppedEvent
+from training.lora import Base, check_base, find_adapter, find_base
+from training.product import write_chat_adapter
+from training.progress import Meter
+from training.rl.objective import (
+    KlCoefficient,
+    advantages,
+    masked_mean,
+    policy_loss,
+    value_loss,
+    whiten,
+)
+from training.rl.policy import Answers, Policy, conversations
+from training.rl.rewards import Rewards, adapter_scorer, names, plain_scorer
+from training.run import Run
+from training.stop import Stopped
+from training.trainer import prepare
+
+log = logging.getLogger(__name__)
+
+_EVALUATION_PROMPTS = 64
+_MOST_GRADIENT = 1.0
+_CHECKPOINTS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Answers of one step, and all that is learnt from them; tensors of shape (answers, tokens)."""
+
+    answers: Answers
+    logprobs: Tensor
+    advantages: Tensor
+    returns: Tensor
+    metrics: dict[str, float]
+
+
+def run(config: PpoConfig, run: Run) -> Path:
+    """Train the policy; returns a folder ready to be published.
+
+    Raises ConfigError (the base, the policy or a reward cannot be had), DataError, Stopped.
+    """
+    prepare(config)
+    prompts = read_prompts(config.train_files, config.on_error, config.seed)
+    held_out = read_prompts(config.evaluation_files, config.on_error)
+    report(prompts, held_out).log()
+    base = find_base(config, run.store)
+    manifest, folder = find_adapter(run.store, config.policy)
+    check_base(manifest, base)
+    ppo = Ppo(config, Policy(base, folder), base, run)
+    metrics = ppo.train(prompts, held_out[:: max(1, len(held_out) // _EVALUATION_PROMPTS)])
+    rows = [
+        {"messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in held_out or prompts
+    ]
+    return write_chat_adapter(ppo.policy.model, base, config, run, rows=rows, metrics=metrics)
+
+
+class Ppo:
+    """A policy with a value head, and what moves them."""
+
+    def __init__(self, config: PpoConfig, policy: Policy, base: Base, run: Run) -> None:
+        self._config = config
+        self._run = run
+        self.policy = policy
+        self._value_head = torch.nn.Linear(policy.hidden_size, 1, device=policy.model.device)
+        torch.nn.init.zeros_(self._value_head.weight)
+        torch.nn.init.zeros_(self._value_head.bias)
+        self._rewards = Rewards(
+            [
+                (
+                    name,
+                    reward.weight,
+                    adapter_scorer(policy, reward.adapter, name, base, run.store, config.min_reward_accuracy)
+                    if reward.adapter
+                    else plain_scorer(reward),
+                )
+                for name, reward in zip(names(config.reward), config.reward, strict=True)
+            ]
+        )
+        self._kl = KlCoefficient(config.kl_coefficient, config.kl_target)
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": policy.parameters(), "lr": config.learning_rate},
+                {"params": self._value_head.parameters(), "lr": config.value_learning_rate},
+            ],
+            weight_decay=0.0,
+            betas=(0.9, 0.95),
+        )
+
+    def train(self, prompts: list[Row], held_out: list[Row]) -> dict[str, float]:
+        """All steps that are left; returns what was measured. Raises Stopped."""
+        config, run = self._config, self._run
+        first = self._resume()
+        if held_out and run.measured_before() is None:
+            run.events.write(Evaluation(step=0, metrics=self.evaluate(held_out)))
+        meter = Meter(config.name, config.steps, first)
+        every = config.checkpoint_every or max(1, config.steps // 4)
+        with SummaryWriter(run.folder / "tensorboard") as board, run.stop.listening():
+            for step in range(first + 1, config.steps + 1):
+                metrics = self.step(_batch(prompts, config, step), step)
+                meter.update(step, metrics["loss"])
+                run.events.write(
+                    Progress(
+                        step=step, max_steps=config.steps, eta_seconds=meter.eta_seconds(), metrics=metrics
+                    )
+                )
+                for name, value in metrics.items():
+                    board.add_scalar(name, value, step)
+                is_stopping = run.stop.is_asked and step < config.steps
+                if step % every == 0 or is_stopping:
+                    self._save(step)
+                if is_stopping:
+                    run.events.write(StoppedEvent(step=step))
+                    raise Stopped(f"step {step} of {config.steps}")
+        meter.close()
+        if not held_out:
+            return metrics if config.steps > first else {}
+        after = self.evaluate(held_out)
+        run.events.write(Evaluation(step=config.steps, metrics=after))
+        before = run.measured_before() or {}
+        return after | {f"{name}_before": value for name, value in before.items()}
+
+    def step(self, prompts: list[Row], step: int) -> dict[str, float]:
+        """Answer, reward, learn; returns what was measured on the way."""
+        config = self._config
+        torch.manual_seed(hash((config.seed, step)))
+        experience = self.experience(prompts)
+        losses: list[tuple[float, ...]] = []
+        for _ in range(config.epochs):
+            for rows in torch.randperm(len(prompts)).split(config.minibatch_size):
+                losses.append(self._learn(experience, rows))
+        loss, of_value, clipped, moved = (sum(column) / len(losses) for column in zip(*losses, strict=True))
+        self._kl.update(experience.metrics["kl"])
+        return {
+            "loss": loss,
+            **experience.metrics,
+            "value_loss": of_value,
+            "clip_fraction": clipped,
+            "approximate_kl": moved,
+            "kl_coefficient": self._kl.value,
+        }
+
+    @torch.no_grad()
+    def experience(self, prompts: list[Row]) -> Experience:
+        """What the policy answers now, what it earns, and how much better that is than expected."""
+        config = self._config
+        answers = self.policy.answer([row["prompt"] for row in prompts], config.max_new_tokens)
+        score, parts = self._score(prompts, answers)
+        logprobs, hidden = self.policy.logprobs(answers)
+        kl = (logprobs - self.policy.reference_logprobs(answers)) * answers.mask
+        values = self._values(hidden) * answers.mask
+
+        # Straying costs token by token; the reward comes with the last one.
+        rewards = -self._kl.value * kl
+        last = answers.mask.sum(1).long() - 1
+        rewards[torch.arange(len(prompts)), last] += score.to(rewards.device)
+        advantage = advantages(rewards, values, answers.mask, config.gae_lambda)
+        return Experience(
+            answers,
+            logprobs,
+            advantages=whiten(advantage, answers.mask),
+            returns=advantage + values,
+            metrics={
+                "reward": float(score.mean()),
+                **parts,
+                "kl": float(kl.sum(1).mean()),
+                "length": float(answers.mask.sum(1).mean()),
+                "stopped": float(answers.is_stopped.float().mean()),
+            },
+        )
+
+    @torch.no_grad()
+    def evaluate(self, held_out: list[Row]) -> dict[str, float]:
+        """Mean reward, straying and length over held-out prompts, always with the same draws."""
+        state = torch.get_rng_state()
+        torch.manual_seed(self._config.seed)
+        found: list[dict[str, float]] = []
+        size = self._config.batch_size
+        for rows in (held_out[at : at + size] for at in range(0, len(held_out), size)):
+            metrics = self.experience(rows).metrics
+            found.append({name: value * len(rows) for name, value in metrics.items()})
+        torch.set_rng_state(state)
+        return {f"eval_{name}": sum(one[name] for one in found) / len(held_out) for name in found[0]}
+
+    def _score(self, prompts: list[Row], answers: Answers) -> tuple[Tensor, dict[str, float]]:
+        references = [row.get("reference", "") for row in prompts]
+        score, parts = self._rewards(conversations(prompts, answers.texts), references)
+        return score - self._config.no_stop_penalty * (~answers.is_stopped).float().cpu(), parts
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        return self._value_head(hidden)[..., 0]
+
+    def _learn(self, experience: Experience, rows: Tensor) -> tuple[float, ...]:
+        """One optimiser step; returns both losses, the share of clipped tokens, and how far it moved."""
+        config, answers = self._config, experience.answers[rows]
+        logprobs, hidden = self.policy.logprobs(answers)
+        old = experience.logprobs[rows]
+        of_policy = policy_loss(logprobs, old, experience.advantages[rows], answers.mask, config.clip)
+        of_value = value_loss(self._values(hidden), experience.returns[rows], answers.mask)
+        (of_policy + config.value_coefficient * of_value).backward()
+        weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        torch.nn.utils.clip_grad_norm_(weights, _MOST_GRADIENT)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            moved = old - logprobs
+            clipped = ((moved.exp() - 1).abs() > config.clip).float()
+            share, far = masked_mean(clipped, answers.mask), masked_mean(moved, answers.mask)
+        return of_policy.item(), of_value.item(), share.item(), far.item()
+
+    # Checkpoints
+
+    def _save(self, step: int) -> None:
+        """Whole or not at all: what a kill leaves has another name."""
+        target = self._run.checkpoint(step)
+        half = target.with_name(f"half-{step}")
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        torch.save(
+            {
+                "policy": [weight.detach() for weight in self.policy.parameters()],
+                "value_head": self._value_head.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "kl_coefficient": self._kl.value,
+            },
+            half / "state.pt",
+        )
+        (half / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        os.replace(half, target)
+        self._run.events.write(Checkpoint(step=step, folder=f"checkpoints/{target.name}"))
+        others = sorted(target.parent.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        for old in others[:-_CHECKPOINTS_KEPT]:
+            shutil.rmtree(old)
+
+    def _resume(self) -> int:
+        """Go back to the last checkpoint; returns the steps done."""
+        checkpoint = self._run.last_checkpoint()
+        if checkpoint is None:
+            return 0
+        state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True)
+        with torch.no_grad():
+            for weight, saved in zip(self.policy.parameters(), state["policy"], strict=True):
+                weight.copy_(saved)
+        self._value_head.load_state_dict(state["value_head"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._kl.value = state["kl_coefficient"]
+        step: int = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        return step
+
+
+def _batch(prompts: list[Row], config: PpoConfig, step: int) -> list[Row]:
+    """The prompts of a step: every epoch in another order, each prompt as often as any other."""
+    places = range((step - 1) * config.batch_size, step * config.batch_size)
+    epochs = {place // len(prompts) for place in places}
+    order = {
+        epoch: random.Random(f"{config.seed} {epoch}").sample(prompts, len(prompts))  # noqa: S311
+        for epoch in epochs
+    }
+    return [order[place // len(prompts)][place % len(prompts)] for place in places]

@@ -1,0 +1,81 @@
+"""Reward modelling: pairs of answers in, an adapter with a score head that tells the better from the worse.
+
+The reward of a conversation is read at the last token of its rendering by the chat template.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import TaskType
+from trl import RewardConfig as TrlConfig
+from trl import RewardTrainer
+
+from training.config import RmConfig
+from training.data import Row, read_preferences, report
+from training.lengths import within
+from training.lora import find_base, lora_config
+from training.product import write_reward_adapter
+from training.run import Run
+from training.trainer import arguments, fit, prepare
+
+
+def run(config: RmConfig, run: Run) -> Path:
+    """Train the adapter; returns a folder ready to be published.
+
+    Raises ConfigError (the base cannot be had), DataError, AdapterError (not a base model), Stopped.
+    """
+    prepare(config)
+    train_rows = read_preferences(config.train_files, config.on_error, config.seed)
+    evaluation_rows = read_preferences(config.evaluation_files, config.on_error)
+    report(train_rows, evaluation_rows).log()
+    base = find_base(config, run.store)
+    model = base.scorer()
+    trainer = _Trainer(
+        model=model,
+        args=TrlConfig(
+            **arguments(config, run),
+            num_train_epochs=config.epochs,
+            max_steps=config.max_steps or -1,
+            max_length=config.max_length,
+            center_rewards_coefficient=config.center_rewards,
+        ),
+        train_dataset=_dataset(train_rows, base.tokenizer, config.max_length),
+        eval_dataset=_dataset(evaluation_rows, base.tokenizer, config.max_length)
+        if evaluation_rows
+        else None,
+        processing_class=base.tokenizer,
+        peft_config=lora_config(config.lora, TaskType.SEQ_CLS, model, ["score"]),
+    )
+    metrics = fit(trainer, config, run)
+    return write_reward_adapter(trainer.model, base, config, run, metrics=metrics)
+
+
+def _dataset(rows: list[Row], tokenizer: Any, max_length: int) -> Dataset:
+    def ids(row: Row, which: str) -> list[int]:
+        found: list[int] = tokenizer.apply_chat_template([*row["prompt"], *row[which]], return_dict=False)
+        return found
+
+    pairs = [{f"{which}_ids": ids(row, which) for which in ("chosen", "rejected")} for row in rows]
+    return Dataset.from_list(within(max_length, pairs, lambda pair: max(map(len, pair.values()))))
+
+
+class _Trainer(RewardTrainer):
+    """Counts pairs that are ranked rightly, where TRL averages over batches, so that a small last one skews."""
+
+    _pairs = 0
+    _right = 0.0
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if not self.model.training:
+            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+            self._pairs += len(chosen)
+            self._right += float((chosen > rejected).sum())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._pairs and not self.model.training:
+            self._metrics["eval"]["accuracy"] = [self._right / self._pairs]
+            self._pairs, self._right = 0, 0.0
+        super().log(logs, start_time)

@@ -1,0 +1,201 @@
+"""What all stages built on a Hugging Face trainer share: its arguments, its life, its end."""
+
+import logging
+import math
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.utils.tensorboard import SummaryWriter
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from training import ranks
+from training.callback import EventCallback
+from training.config import AdapterJob, JobConfig
+from training.events import Stopped as StoppedEvent
+from training.run import CHECKPOINTS, Run
+from training.stop import Stop, Stopped
+
+log = logging.getLogger(__name__)
+
+_WARMUP = 0.03
+"""Share of the steps in which the learning rate rises to its peak."""
+
+
+def prepare(config: JobConfig) -> None:
+    """Fix what is random; before any weight is drawn."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    set_seed(config.seed)
+
+
+def arguments(config: AdapterJob, run: Run) -> dict[str, Any]:
+    """Settings of transformers.TrainingArguments that follow from a job, whatever its stage."""
+    on_gpu = torch.cuda.is_available()
+    evaluate_every: int | None = getattr(config, "evaluate_every", None)
+    keep_best = getattr(config, "early_stop", None) is not None
+    asked: bool | None = getattr(config, "gradient_checkpointing", None)
+    return {
+        "output_dir": str(run.folder / CHECKPOINTS),
+        "use_cpu": not on_gpu,
+        # TRL turns both on by default; on a CPU the one is slow and the other seldom needed.
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": on_gpu if asked is None else asked,
+        "gradient_accumulation_steps": getattr(config, "gradient_accumulation_steps", 1),
+        "dataloader_pin_memory": on_gpu,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "save_strategy": "steps",
+        "save_steps": evaluate_every if keep_best else config.checkpoint_every or 0.25,
+        "save_total_limit": 2,
+        "eval_strategy": "steps" if evaluate_every else "no",
+        "eval_steps": evaluate_every,
+        "load_best_model_at_end": keep_best,
+        "restore_callback_states_from_checkpoint": keep_best,  # how long early_stop has been patient
+        "metric_for_best_model": "eval_loss" if keep_best else None,
+        "report_to": "none",  # events and TensorBoard come by callbacks
+        "ddp_find_unused_parameters": False,  # every weight that learns is used in every step
+        "disable_tqdm": True,
+    }
+
+
+def fit(trainer: Trainer, config: AdapterJob, run: Run) -> dict[str, float]:
+    """Train, from the last checkpoint if there is one; returns what was measured before and after.
+
+    Raises Stopped if told to stop, with a checkpoint written.
+    """
+    if config.quantization:
+        # TRL makes them bfloat16, which swallows small steps; PEFT would make them float32 again on resuming.
+        for weight in (weight for weight in trainer.model.parameters() if weight.requires_grad):
+            weight.data = weight.data.float()
+    trainer.remove_callback(PrinterCallback)  # it prints every log as a dictionary
+    stopping = _Stopping(run.stop)
+    trainer.add_callback(stopping)
+    if patience := getattr(config, "early_stop", None):
+        trainer.add_callback(EarlyStoppingCallback(patience))
+    steps = _steps(trainer)
+    # Rounded down: a run of a few steps must not spend all of them at a learning rate of zero.
+    trainer.args.warmup_steps = int(_WARMUP * steps)
+    metrics: dict[str, float] = {}
+    with ExitStack() as ending:
+        ending.enter_context(run.stop.listening())
+        if ranks.leads():
+            board = ending.enter_context(SummaryWriter(run.folder / "tensorboard"))
+            trainer.add_callback(EventCallback(config.name, run.events, board))
+        # Not by `evaluate` here: a model that has been evaluated is never wrapped, and each process would train alone.
+        trainer.args.eval_on_start = trainer.eval_dataset is not None and run.measured_before() is None
+        trainer.add_callback(_SameDraws())
+        trainer.add_callback(_Order())
+        checkpoint = run.last_checkpoint()
+        if checkpoint is not None:
+            trainer.add_callback(_Restoring(checkpoint))
+        ended = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics["train_loss"] = ended.training_loss
+        if stopping.is_agreed and trainer.state.global_step < trainer.state.max_steps:
+            run.events.write(StoppedEvent(step=trainer.state.global_step))
+            raise Stopped(f"step {trainer.state.global_step} of {trainer.state.max_steps}")
+        if trainer.eval_dataset is not None:
+            before = _measures(run.measured_before() or {})
+            metrics |= {f"{name}_before": value for name, value in before.items()}
+            metrics |= _measures(trainer.evaluate())
+    return metrics
+
+
+def _steps(trainer: Trainer) -> int:
+    """How many steps a run will take."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    batches = len(trainer.get_train_dataloader())
+    in_epoch = math.ceil(batches / trainer.args.gradient_accumulation_steps)
+    return math.ceil(trainer.args.num_train_epochs * in_epoch)
+
+
+def _measures(metrics: dict[str, float]) -> dict[str, float]:
+    """What says how good the model is, and not how fast the machine."""
+    noise = re.compile(r"runtime|_per_second|epoch|num_tokens|_time|entropy|logits|logps")
+    return {name: value for name, value in metrics.items() if not noise.search(name)}
+
+
+class _Restoring(TrainerCallback):
+    """Loads the adapter of a checkpoint that holds another beside it, such as a frozen copy as the reference.
+
+    The trainer then loads only those in subfolders, and would begin anew with the one that learns.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if any(self._checkpoint.glob("*/adapter_config.json")):
+            tensors = load_file(self._checkpoint / "adapter_model.safetensors")
+            loaded = set_peft_model_state_dict(kwargs["model"], tensors, adapter_name="default")
+            if loaded.unexpected_keys:
+                raise RuntimeError(f"the checkpoint holds another adapter: {loaded.unexpected_keys[:3]}")
+
+
+class _SameDraws(TrainerCallback):
+    """Random numbers go on after the evaluation before the first step as in a resumed run, which has none."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._draws = torch.get_rng_state()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            torch.set_rng_state(self._draws)
+
+
+class _Order(TrainerCallback):
+    """The order of an epoch's rows follows from the seed and the epoch, so that a resumed run goes on in it.
+
+    Left alone, the sampler that groups rows by length draws it from whatever random state it finds.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        batches = kwargs["train_dataloader"].batch_sampler
+        sampler = getattr(batches, "batch_sampler", batches).sampler  # a launched process takes a share of batches
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
+
+
+class _Stopping(TrainerCallback):
+    """Ends training at the next step, with a checkpoint, when somebody asks: all processes at the same one."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+        self.is_agreed = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.is_agreed = ranks.any_of(self._stop.is_asked)
+        if self.is_agreed:
+            control.should_save = True
+            control.should_training_stop = True
