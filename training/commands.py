@@ -1,4 +1,4 @@
-"""The commands about data and products: preview, convert-adapter, merge, export. Heavy imports wait for their use."""
+"""The commands about data and products: preview, estimate, merge, ... Heavy imports wait for their use."""
 
 import argparse
 import sys
@@ -39,6 +39,17 @@ def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
         "--rows", type=int, default=3, metavar="N", help="rows to show (default: %(default)s)"
     )
     preview.set_defaults(command=_preview)
+
+    estimate = commands.add_parser(
+        "estimate",
+        parents=[shared],
+        help="say how much memory a job needs, and what would make it fit",
+        description="Say how much memory a job needs, from the config.json of its base model alone: nothing is loaded "
+        "or trained. Told beside it: what this machine has, and which settings would make the job fit.",
+    )
+    estimate.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    estimate.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    estimate.set_defaults(command=_estimate)
 
     convert = commands.add_parser(
         "convert-adapter",
@@ -119,6 +130,16 @@ def _preview(arguments: argparse.Namespace) -> None:
     for line in preview(
         rows, base.tokenizer, colour=colour, max_length=config.max_length, shown=arguments.rows
     ):
+        print(line)
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    from training.estimate import report  # noqa: PLC0415
+
+    config = load_config(arguments.config)
+    if not isinstance(config, AdapterJob):
+        raise ConfigError(f"{arguments.config}: stage {config.stage} builds a small model: it needs little memory")
+    for line in report(config, AdapterStore(arguments.data_dir / "store"), arguments.device):
         print(line)
 
 

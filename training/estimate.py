@@ -8,9 +8,9 @@ of shapes and no contents, every row as long as max_length allows. What a framew
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
@@ -75,7 +75,9 @@ def estimate(config: AdapterJob, store: AdapterStore, device: str = "cuda") -> E
         "weights that learn": adapter,
         "gradients and optimizer": 3 * adapter,  # AdamW keeps two numbers for each weight
         "reference, rewards": job.others(plain, adapter),
-        "activations, logits, cache": max(0, moments[worst] - adapter if worst == "learning" else moments[worst]),
+        "activations, logits, cache": max(
+            0, moments[worst] - adapter if worst == "learning" else moments[worst]
+        ),
     }
     parts["framework, allocator"] = int(_FRAMEWORK[device] + (_SLACK[device] - 1) * sum(parts.values()))
     return Estimate(device, worst, parts, sum(weight.numel() for weight in learning))
@@ -177,11 +179,15 @@ class _Job:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.device == "cuda"):
             if self.stage == "orpo":
                 logits = model(input_ids=token_ids, use_cache=False).logits
-                liked = nn.functional.cross_entropy(logits[: rows // 2].flatten(0, 1).float(), token_ids[: rows // 2].flatten())
+                liked = nn.functional.cross_entropy(
+                    logits[: rows // 2].flatten(0, 1).float(), token_ids[: rows // 2].flatten()
+                )
                 return liked + _chosen(logits, token_ids).sum()
             if self.stage == "ppo":
                 kept: int = self.config.max_new_tokens + 1  # type: ignore[attr-defined]
-                out = model(input_ids=token_ids, use_cache=False, logits_to_keep=kept, output_hidden_states=True)
+                out = model(
+                    input_ids=token_ids, use_cache=False, logits_to_keep=kept, output_hidden_states=True
+                )
                 hidden = out.hidden_states[-1][:, -kept:-1].float()
                 scores = _chosen(out.logits[:, :-1].float(), token_ids[:, : kept - 1])
                 return scores.sum() + hidden.sum()
@@ -259,7 +265,7 @@ def _adapter_shape(config: AdapterJob, store: AdapterStore, model: Any) -> LoraC
     """Of the adapter that training goes on with, or a fresh one's."""
     if config.starts_from is not None:
         shape = LoraConfig.from_pretrained(find_adapter(store, config.starts_from)[1])
-        shape.inference_mode = False
+        shape.inference_mode, shape.base_model_name_or_path = False, None
         return shape
     if isinstance(config, RmConfig):
         return lora_config(config.lora, TaskType.SEQ_CLS, model, modules_to_save=["score"])
@@ -287,7 +293,8 @@ def report(config: AdapterJob, store: AdapterStore, device: str | None = None) -
 def _there(device: str) -> int:
     """Free bytes of the smallest device; 0 where there is none."""
     if device == "cpu":
-        return psutil.virtual_memory().available
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
     return min((torch.cuda.mem_get_info(at)[0] for at in range(torch.cuda.device_count())), default=0)
 
 
@@ -311,7 +318,10 @@ def _changes(config: AdapterJob) -> Iterator[dict[str, Any]]:
     if "minibatch_size" in there:
         yield {"minibatch_size": 1}
     elif "gradient_accumulation_steps" in there and rows > 1:
-        yield {"batch_size": 1, "gradient_accumulation_steps": rows * getattr(config, "gradient_accumulation_steps", 1)}
+        yield {
+            "batch_size": 1,
+            "gradient_accumulation_steps": rows * getattr(config, "gradient_accumulation_steps", 1),
+        }
     elif rows > smallest:
         yield {"batch_size": smallest}
     if "quantization" in there and not getattr(config, "full", False):

@@ -180,7 +180,8 @@ class _Order(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         batches = kwargs["train_dataloader"].batch_sampler
-        sampler = getattr(batches, "batch_sampler", batches).sampler  # a launched process takes a share of batches
+        # A launched process takes a share of batches.
+        sampler = getattr(batches, "batch_sampler", batches).sampler
         if isinstance(sampler, LengthGroupedSampler):
             sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
 

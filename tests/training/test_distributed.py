@@ -78,7 +78,8 @@ def test_a_stop_reaches_all_processes_and_they_go_on_together(tiny_dir: Path, tm
     ranks = start("run", job, "--data-dir", data_dir, told=tmp_path)
     deadline = time.monotonic() + 60
     while not any((data_dir / "runs").glob("*/checkpoints/checkpoint-20/trainer_state.json")):
-        assert time.monotonic() < deadline and all(rank.is_alive() for rank in ranks), told(tmp_path)
+        assert time.monotonic() < deadline
+        assert all(rank.is_alive() for rank in ranks), told(tmp_path)
         time.sleep(0.05)
     os.kill(ranks[1].pid or 0, signal.SIGTERM)  # only one of them, and not the leader
     assert [wait_for(rank) for rank in ranks] == [EXIT_CODE, EXIT_CODE], told(tmp_path)

@@ -142,7 +142,7 @@ def test_a_shadow_is_asked_with_its_own(service: Service, bring: Bring, alpaca: 
     shadow = publish_one(service, bring("shadow", ALPACA + "{# shadow #}"), alpaca, alias=None)
     assert service.call("PUT", "/v1/adapters/alpaca/shadow", {"revision": shadow, "percent": 100})[0] == 200
     service.answer(alpaca, QUESTION)
-    service.wait_for(rows.exists)
+    service.wait_for(lambda: rows.exists() and rows.read_text().endswith("\n"))
     (row,) = map(json.loads, rows.read_text().splitlines())
     assert (row["shadow"], row["same"]) == (shadow, True)
     assert service.call("DELETE", "/v1/adapters/alpaca/shadow")[0] == 200

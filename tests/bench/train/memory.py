@@ -121,7 +121,8 @@ def compare(folder: Path, stage: str, size: int, batch: int) -> dict[str, Any]:
     """Run one job in a process of its own."""
     job: dict[str, Any] = {
         "stage": stage, "name": f"{stage}{size}", "base_model": f"models/m{size}", "max_length": LENGTH,
-        "batch_size": batch, "threads": 2, "golden": {"prompts": 8, "max_new_tokens": 1}, "publish": {"alias": "default"},
+        "batch_size": batch, "threads": 2, "golden": {"prompts": 8, "max_new_tokens": 1},
+        "publish": {"alias": "default"},
     }  # fmt: skip
     if stage == "ppo":
         if not (folder / f"store/sft{size}").exists():
