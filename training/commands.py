@@ -138,7 +138,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config)
     if not isinstance(config, AdapterJob):
-        raise ConfigError(f"{arguments.config}: stage {config.stage} builds a small model: it needs little memory")
+        raise ConfigError(
+            f"{arguments.config}: stage {config.stage} builds a small model: it needs little memory"
+        )
     for line in report(config, AdapterStore(arguments.data_dir / "store"), arguments.device):
         print(line)
 
