@@ -23,6 +23,17 @@ def dataset(rows: list[Row], tokenizer: Any, max_length: int) -> Dataset:
     return Dataset.from_list(within(max_length, rows, length))
 
 
+def answerable(rows: list[Row], tokenizer: Any, max_length: int) -> list[Row]:
+    """Rows whose prompt is at most `max_length` tokens. Raises DataError if none is left."""
+    return within(
+        max_length,
+        rows,
+        lambda row: len(
+            tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        ),
+    )
+
+
 def prompts_of(rows: list[Row]) -> list[Row]:
     """The prompts of any rows, as chats without an answer to learn."""
     return [{"messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in rows]

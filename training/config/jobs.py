@@ -309,6 +309,8 @@ class _OnlineJob(AdapterJob):
     """What answers are rewarded for: the ref of a reward adapter, or a weighted list (see docs)."""
     steps: int = Field(ge=1)
     """Rounds of generating answers and learning from them."""
+    max_length: int = Field(default=1024, ge=16)
+    """Longest prompt, in tokens; rows with a longer one are left out."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest answer, in tokens."""
     no_stop_penalty: float = Field(default=1.0, ge=0)
@@ -381,6 +383,12 @@ class GrpoConfig(_OnlineJob):
     def _groups_fit(self) -> Self:
         if self.batch_size % self.generations:
             raise ValueError("generations must divide batch_size")
+        return self
+
+    @model_validator(mode="after")
+    def _measured_on_the_way(self) -> Self:
+        if self.evaluation_files:
+            raise ValueError("evaluation_files have no effect: reward and straying are measured in training")
         return self
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from datasets import Dataset
 from trl import import_utils
 
@@ -14,8 +15,9 @@ with patch.object(import_utils, "is_vllm_available", lambda min_version=None: Fa
 
 from training.config import GrpoConfig
 from training.data import read_prompts
+from training.golden import stop_tokens
 from training.lora import find_base, trainable
-from training.preferences import prompts_of
+from training.preferences import answerable, prompts_of
 from training.product import write_chat_adapter
 from training.rl.rewards import Rewards, names, plain_scorer, standalone_scorer
 from training.run import Run
@@ -30,6 +32,7 @@ def run(config: GrpoConfig, run: Run) -> Path:
     prepare(config)
     rows = read_prompts(config.train_files, config.on_error, config.seed)
     base = find_base(config, run.store)
+    rows = answerable(rows, base.tokenizer, config.max_length)
     rewards = Rewards(
         [
             (
@@ -43,10 +46,14 @@ def run(config: GrpoConfig, run: Run) -> Path:
         ]
     )
 
-    def reward(prompts: Any, completions: Any, reference: Any, **_: Any) -> list[float]:
+    to_train = trainable(config, base, run.store)
+    stops = stop_tokens(to_train["model"])
+
+    def reward(prompts: Any, completions: Any, completion_ids: Any, reference: Any, **_: Any) -> list[float]:
         asked = [[*prompt, *answer] for prompt, answer in zip(prompts, completions, strict=True)]
         total, _ = rewards(asked, reference)
-        return total.tolist()
+        is_cut = [ids[-1] not in stops for ids in completion_ids]
+        return (total - config.no_stop_penalty * torch.tensor(is_cut)).tolist()
 
     trainers = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
     arguments_of, trainer_of = trainers[config.algorithm]
@@ -63,7 +70,7 @@ def run(config: GrpoConfig, run: Run) -> Path:
             [{"prompt": row["prompt"], "reference": row.get("reference", "")} for row in rows]
         ),
         processing_class=base.tokenizer,
-        **trainable(config, base, run.store),
+        **to_train,
     )
     metrics = fit(trainer, config, run) | _earned(trainer.state.log_history)
     return write_chat_adapter(trainer.model, base, config, run, rows=prompts_of(rows), metrics=metrics)

@@ -26,6 +26,7 @@ from training.data import Row, read_prompts, report
 from training.events import Checkpoint, Evaluation, Progress
 from training.events import Stopped as StoppedEvent
 from training.lora import Base, check_base, find_adapter, find_base
+from training.preferences import answerable
 from training.product import write_chat_adapter
 from training.progress import Meter
 from training.rl.objective import (
@@ -70,6 +71,7 @@ def run(config: PpoConfig, run: Run) -> Path:
     held_out = read_prompts(config.evaluation_files, config.on_error)
     report(prompts, held_out).log()
     base = find_base(config, run.store)
+    prompts = answerable(prompts, base.tokenizer, config.max_length)
     manifest, folder = find_adapter(run.store, config.policy)
     check_base(manifest, base)
     ppo = Ppo(config, Policy(base, folder), base, run)

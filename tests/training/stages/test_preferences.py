@@ -139,3 +139,17 @@ def assert_golden_is_of_the_files(data_dir: Path, folder: Path) -> None:
             scores = model(tokens).logits[0, len(prompt.prompt_token_ids) - 1 : -1].log_softmax(-1)
         found = scores[range(len(prompt.token_ids)), prompt.token_ids]
         torch.testing.assert_close(found, torch.tensor(prompt.logprobs), atol=1e-4, rtol=0)
+
+
+def test_online_answers_that_are_cut_pay_for_it(trained_dir: Path) -> None:
+    """Of a policy that never ends in eight tokens, each reward is less by the penalty, whatever the algorithm."""
+    free, _ = train(trained_dir, GRPO, name="free", steps=1, no_stop_penalty=0)
+    paying, _ = train(trained_dir, GRPO, name="paying", steps=1, no_stop_penalty=7)
+    assert paying.metrics["reward_before"] == pytest.approx(free.metrics["reward_before"] - 7, abs=0.01)
+
+
+def test_prompts_that_are_too_long_are_left_out_and_told(
+    trained_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(trained_dir, GRPO, name="brief", steps=1, max_length=24)
+    assert "rows are longer than max_length 24 and are left out" in caplog.text
