@@ -163,7 +163,7 @@ class _Job:
             before = ledger.held
             for _ in range(passes):
                 self._loss(model, rows, length).backward()
-            return ledger.peak - before + self._mask(rows, length)
+            return ledger.peak - before + _mask(rows, length)
 
     def _score(self, model: Any, rows: int, length: int) -> int:
         model.eval()
@@ -171,7 +171,7 @@ class _Job:
             _give_storage(model)
             before = ledger.held
             self._loss(model, rows, length)
-            return ledger.peak - before + self._mask(rows, length)
+            return ledger.peak - before + _mask(rows, length)
 
     def _loss(self, model: Any, rows: int, length: int) -> Tensor:
         token_ids = torch.zeros((rows, length), dtype=torch.long)
@@ -207,10 +207,6 @@ class _Job:
         keys = rows * length * text.num_hidden_layers * 2 * heads * size * self.dtype.itemsize
         return int(keys + 3 * rows * text.vocab_size * 4)
 
-    def _mask(self, rows: int, length: int) -> int:
-        """One byte for each pair of tokens of a row, where rows differ in length; packed rows are one row."""
-        return (rows * length) ** 2 if getattr(self.config, "packing", False) else rows * length**2
-
 
 class _FusedHead(torch.autograd.Function):
     """Stands for TRL's: no logits but one tile of them at a time, and a float32 gradient of the hidden states."""
@@ -228,6 +224,11 @@ class _FusedHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden, dtype=torch.float32)
         hidden.new_empty(ctx.tile, dtype=torch.float32)
         return gradient.to(hidden.dtype), None, None
+
+
+def _mask(rows: int, length: int) -> int:
+    """One byte for each pair of tokens of a row, where rows differ in length or are packed."""
+    return rows * length**2
 
 
 def _chosen(logits: Tensor, token_ids: Tensor) -> Tensor:

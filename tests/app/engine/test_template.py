@@ -149,7 +149,7 @@ def test_a_slow_template_stalls_nobody_else() -> None:
             assert await quick.render({"messages": [{"content": "hello"}]}) == "hello"
             longest, rounds = max(longest, time.monotonic() - started), rounds + 1
         assert rounds > 20
-        assert longest < 0.5
+        assert longest < 0.9
         with pytest.raises(BadRequest):
             await stuck
         await slow.close()
@@ -159,11 +159,11 @@ def test_a_slow_template_stalls_nobody_else() -> None:
 
 
 def test_a_wait_for_a_turn_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_module, "_WAIT_SECONDS", 1.5)
+    monkeypatch.setattr(template_module, "_WAIT_SECONDS", 5)
 
     async def test() -> None:
         template = Template(LOOP)
-        stuck = [template.render({"messages": MESSAGES}) for _ in range(5)]
+        stuck = [template.render({"messages": MESSAGES}) for _ in range(12)]
         errors = await asyncio.gather(*stuck, return_exceptions=True)
         assert {type(error) for error in errors} == {BadRequest, AdapterUnavailable}
         await template.close()
