@@ -149,7 +149,7 @@ def test_a_slow_template_stalls_nobody_else() -> None:
             assert await quick.render({"messages": [{"content": "hello"}]}) == "hello"
             longest, rounds = max(longest, time.monotonic() - started), rounds + 1
         assert rounds > 20
-        assert longest < 0.9
+        assert longest < 0.5
         with pytest.raises(BadRequest):
             await stuck
         await slow.close()
