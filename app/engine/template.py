@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from asyncio import StreamReader, StreamWriter
 from asyncio.subprocess import PIPE, Process
 from collections import Counter
 from collections.abc import Mapping
@@ -123,16 +124,14 @@ async def _ask(process: Process, line: bytes) -> str:
     stdin, stdout = process.stdin, process.stdout
     if stdin is None or stdout is None:
         raise TypeError("both are pipes")
-    answer = b""
     try:
-        stdin.write(line)
-        await stdin.drain()
-        answer = await stdout.readline()
-    except ConnectionError:
-        pass  # it ended before it read all
-    finally:
+        answer = await _answer(stdin, stdout, line)
         if not answer.endswith(b"\n"):
-            await _end(process)
+            # It is ending by itself. Killing it now could reap it before asyncio does, and lose what it died of.
+            await process.wait()
+    except BaseException:
+        await _end(process)
+        raise
     if not answer.endswith(b"\n"):
         raise _failed(
             f"it takes more than {CPU_SECONDS:g} s of computing"
@@ -143,6 +142,15 @@ async def _ask(process: Process, line: bytes) -> str:
     if "error" in told:
         raise _failed(told["error"])
     return str(told["text"])
+
+
+async def _answer(stdin: StreamWriter, stdout: StreamReader, line: bytes) -> bytes:
+    try:
+        stdin.write(line)
+        await stdin.drain()
+        return await stdout.readline()
+    except ConnectionError:
+        return b""  # it ended before it read all
 
 
 async def _end(process: Process) -> None:

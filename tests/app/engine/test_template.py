@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from app.engine import template as template_module
 from app.engine.template import Template, Templates
-from app.engine.template_process import compiled, rendered
+from app.engine.template_process import CPU_SECONDS, compiled, rendered
 from app.errors import AdapterUnavailable, BadRequest
 from tests.service import ROOT
 
@@ -132,6 +132,24 @@ def test_what_does_not_render(text: str, told: str) -> None:
             assert time.monotonic() - started < 5
             assert await template.render({"messages": []}) == ""
         await template.close()
+        assert not _children()
+
+    run(test)
+
+
+def test_what_it_died_of_is_told_however_late_asyncio_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may leave the thread that waits for the process without a turn until long after its end."""
+    prompt = asyncio.ThreadedChildWatcher._do_waitpid
+
+    def late(*arguments: Any) -> None:
+        time.sleep(2 * CPU_SECONDS)  # the process has ended by then
+        prompt(*arguments)
+
+    monkeypatch.setattr(asyncio.ThreadedChildWatcher, "_do_waitpid", late)
+
+    async def test() -> None:
+        with pytest.raises(BadRequest, match=TIME):
+            await Template("{{ 9**(9**9) }}").compile()
         assert not _children()
 
     run(test)
