@@ -21,7 +21,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from adapters import (
     PROVENANCE_FILE,
@@ -37,6 +39,7 @@ from adapters.manifest import MANIFEST_FILE, Dtype, Manifest
 from adapters.validate import CONFIG_FILE, TEMPLATE_FILE, TENSOR_FILE
 from training.config import ConfigError
 from training.lora import base_folder, base_name
+from training.own_code import own_code_refused
 from training.peft_folder import (
     PREFIX,
     SCORE,
@@ -55,7 +58,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", TEMPLATE_FILE,
 )  # fmt: skip
-_BESIDE = ("generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
+_BESIDE = (GENERATION_CONFIG_NAME, "LICENSE", "LICENSE.txt", "NOTICE")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class _Given:
     digest: str
     """SHA-256 of the file of tensors."""
     template: str | None
+    stop: tuple[str, ...]
+    """Texts and tokens that end an answer, besides the base's own."""
     tokenizer: Path | None
     """The folder with its own tokenizer, if it brings one and the embeddings for it."""
 
@@ -89,10 +94,13 @@ def merge(
     embeddings, tokenizer, biases and chat template are taken over; where two bring the same, the last one's
     stay. A reward adapter makes it a model that scores. `dtype`: what to save in; None is what the base is
     saved in. `any_base` merges an adapter whose fingerprint is that of another base, such as one trained on
-    an earlier merge with a larger vocabulary. `trust_remote_code` runs Python code that comes with the base.
+    an earlier merge with a larger vocabulary. `trust_remote_code` runs Python code that comes with the base,
+    and takes it over.
 
-    Raises ConfigError (no such base, adapter of another base, target exists), AdapterError; nothing is at
-    `target` then.
+    Stop tokens that the adapters ask for become the model's own; stop texts have no place in it, as a warning says.
+
+    Raises ConfigError (no such base, one whose code is not trusted, adapter of another base, target exists),
+    AdapterError; nothing is at `target` then.
     """
     folder = base_folder(base_model, trust_remote_code=trust_remote_code)
     name = base_name(base_model)
@@ -100,7 +108,8 @@ def merge(
     with new_folder(target) as partial:
         given = [_read(text, store) for text in adapters]
         is_reward = _check(given, name, base_fingerprint, any_base)
-        model = _load(folder, is_reward, trust_remote_code)
+        with own_code_refused(f"base model {name}", "give --trust-remote-code"):
+            model = _load(folder, is_reward, trust_remote_code)
         was_tied = model.config.tie_word_embeddings
         saved_in = {parameter: value.dtype for parameter, value in model.named_parameters()}
         usual = model.dtype
@@ -168,6 +177,7 @@ def _given(ref: str, folder: Path, facts: Provenance) -> _Given:
         base_fingerprint=facts.base_fingerprint,
         digest=sha256(adapter.file),
         template=read_template(folder),
+        stop=tuple(facts.stop),
         tokenizer=None,
     )
 
@@ -202,6 +212,7 @@ def _check(given: Sequence[_Given], base: str, base_fingerprint: str, any_base: 
 
 def _load(folder: Path, is_reward: bool, trust: bool) -> Any:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)  # refused now rather than after the work
     if getattr(config, "quantization_config", None):
         raise ConfigError(
             f"base_model: {folder.name} is quantised, which no adapter can be merged into exactly"
@@ -285,6 +296,8 @@ def _save(model: Any, target: Path, base: Path, given: Sequence[_Given], trust: 
     tokenizer_folder = next((one.tokenizer for one in reversed(given) if one.tokenizer), base)
     _copy(_TOKENIZER_FILES, tokenizer_folder, target)
     _copy(_BESIDE, base, target)
+    if trust:
+        _copy([file.name for file in base.glob("*.py")], base, target)
     template = next((one.template for one in reversed(given) if one.template), None)
     if template is not None:
         (target / TEMPLATE_FILE).write_text(template, encoding="utf-8")
@@ -296,9 +309,31 @@ def _save(model: Any, target: Path, base: Path, given: Sequence[_Given], trust: 
         raise InvalidAdapter(
             [f"the tokenizer has {len(tokenizer)} tokens, and the model rows for {rows} only"]
         )
+    _keep_stop(next((one.stop for one in reversed(given) if one.stop or one.template), ()), tokenizer, target)
     if model.config.pad_token_id is None:  # without one, a model that scores takes no batch
         model.config.pad_token_id = tokenizer.pad_token_id
         model.config.save_pretrained(target)
+
+
+def _keep_stop(stop: Sequence[str], tokenizer: Any, target: Path) -> None:
+    tokens = [text for text in stop if text in tokenizer.all_special_tokens]
+    if tokens and (target / GENERATION_CONFIG_NAME).is_file():
+        generation = GenerationConfig.from_pretrained(target)
+        own = generation.eos_token_id
+        ids = [*(own if isinstance(own, list) else [own]), *tokenizer.convert_tokens_to_ids(tokens)]
+        generation.eos_token_id = [token for token in dict.fromkeys(ids) if token is not None]
+        generation.save_pretrained(target)
+    warn_of_stop_texts(stop, tokenizer)
+
+
+def warn_of_stop_texts(stop: Sequence[str], tokenizer: Any) -> None:
+    """Say which stop strings a base model cannot bring along: engines read stop tokens from it, and no texts."""
+    if texts := [text for text in stop if text not in tokenizer.all_special_tokens]:
+        log.warning(
+            "a base model has no place for stop strings, here %s: send them as `stop` with each request, and name "
+            "the same `chat_template` in jobs that go on with it",
+            ", ".join(map(repr, texts)),
+        )
 
 
 def _copy(names: Sequence[str], source: Path, target: Path) -> None:

@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig
-
 from adapters import PROVENANCE_FILE, AdapterStore
 from training.config import AdapterJob
 from training.lora import Base
@@ -29,9 +27,5 @@ def merge_adapter(adapter: Path, target: Path, base: Base, config: AdapterJob, s
         merged = type(stretched).from_pretrained(target)
         merged.rope_parameters = stretched.rope_parameters
         merged.save_pretrained(target)
-    if base.stop and (target / "generation_config.json").exists():
-        generation = GenerationConfig.from_pretrained(target)
-        generation.eos_token_id = base.stop_ids(generation)
-        generation.save_pretrained(target)
     shutil.copyfile(adapter / PROVENANCE_FILE, target / PROVENANCE_FILE)
     shutil.rmtree(adapter)

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TextIO
 
+from training.documents import encode_document, parts
 from training.masks import Encoded, MaskError, encode, encode_prompt
+from training.packing import pack
 
 Row = dict[str, Any]
 
@@ -24,33 +26,41 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def preview(
-    rows: Sequence[Row], tokenizer: Any, *, colour: bool, max_length: int, shown: int = 3
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    colour: bool,
+    max_length: int,
+    shown: int = 3,
+    reads_on: bool = False,
+    packing: bool | None = False,
 ) -> Iterator[str]:
     """Lines to print: a legend, the first `shown` rows, and figures about all of them.
 
-    `rows` are canonical rows of any one kind. Without `colour`, marks stand for it.
+    `rows` are canonical rows of any one kind. `reads_on`: they are documents, as stage pt learns them: every token
+    of texts and chats, long ones in parts, which `packing` puts together. Without `colour`, marks stand for it.
     """
     pen = _Pen(colour)
     yield pen.legend()
-    figures = _Figures(max_length)
+    figures = _Documents(max_length, packing) if reads_on else _Figures(max_length)
     for number, row in enumerate(rows, start=1):
         try:
-            parts = _parts(row, tokenizer)
+            sequences = [_document(row, tokenizer, max_length)] if reads_on else _sequences(row, tokenizer)
         except MaskError as error:
             figures.refused.append((number, str(error)))
             if number <= shown:
                 yield f"\n{pen.title(f'row {number}')}  cannot be used: {error}"
             continue
-        figures.count(number, parts)
+        figures.count(number, sequences)
         if number <= shown:
             yield ""
-            yield from _show(number, len(rows), parts, tokenizer, pen, max_length)
+            yield from _show(number, len(rows), sequences, tokenizer, pen, max_length)
     yield ""
     yield from figures.lines(len(rows))
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Sequence:
     """One sequence of tokens that a row makes, whole."""
 
     title: str
@@ -62,12 +72,17 @@ class _Part:
     """Is it an answer that the model is to unlearn?"""
     is_served_alike: bool = True
     """Does it begin with the tokens that a server would give the model?"""
+    lengths: Sequence[int] = ()
+    """Of the parts that a document is read in."""
 
 
-def _parts(row: Row, tokenizer: Any) -> list[_Part]:
-    if "text" in row:
-        ids = tokenizer(row["text"])["input_ids"]
-        return [_Part("document", ids, [1] * len(ids))]
+def _document(row: Row, tokenizer: Any, max_length: int) -> _Sequence:
+    ids = encode_document(row, tokenizer)
+    title = "chat read as a document" if "messages" in row else "document"
+    return _Sequence(title, ids, [1] * len(ids), lengths=[len(part) for part in parts(ids, max_length)])
+
+
+def _sequences(row: Row, tokenizer: Any) -> list[_Sequence]:
     if "messages" in row:
         return [_chat("chat", row["messages"], tokenizer)]
     prompt = [
@@ -80,23 +95,23 @@ def _parts(row: Row, tokenizer: Any) -> list[_Part]:
         title = "good answer" if row["label"] else "bad answer"
         return [_chat(title, [*prompt, *row["completion"]], tokenizer, is_bad=not row["label"])]
     ids = encode_prompt(tokenizer, prompt)
-    return [_Part("prompt", ids, [0] * len(ids))]
+    return [_Sequence("prompt", ids, [0] * len(ids))]
 
 
 def _chat(
-    title: str, messages: list[Row], tokenizer: Any, after: _Part | None = None, is_bad: bool = False
-) -> _Part:
+    title: str, messages: list[Row], tokenizer: Any, after: _Sequence | None = None, is_bad: bool = False
+) -> _Sequence:
     encoded: Encoded = encode(tokenizer, messages)
     ids, mask = encoded.input_ids, encoded.loss_mask
     prompt = encode_prompt(tokenizer, messages[:-1])
     begin = mask.index(1) if after else 0
     if after and ids[:begin] != after.ids[:begin]:
         begin = 0  # the template says something else before this answer
-    return _Part(title, ids, mask, begin, is_bad, ids[: len(prompt)] == prompt)
+    return _Sequence(title, ids, mask, begin, is_bad, ids[: len(prompt)] == prompt)
 
 
 def _show(
-    number: int, rows: int, parts: list[_Part], tokenizer: Any, pen: "_Pen", max_length: int
+    number: int, rows: int, parts: list[_Sequence], tokenizer: Any, pen: "_Pen", max_length: int
 ) -> Iterator[str]:
     for part in parts:
         learnt = sum(part.mask[:max_length])
@@ -111,7 +126,7 @@ def _show(
         yield _text(part, tokenizer, pen, max_length).removesuffix("\n")
 
 
-def _text(part: _Part, tokenizer: Any, pen: "_Pen", max_length: int) -> str:
+def _text(part: _Sequence, tokenizer: Any, pen: "_Pen", max_length: int) -> str:
     special = tokenizer.added_tokens_decoder
     # Tokens may hold parts of a character: only a whole run of alike tokens is turned into text.
     cut = _whole_characters(tokenizer, part.ids[:max_length])
@@ -205,7 +220,7 @@ class _Figures:
     served_otherwise: list[int] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
 
-    def count(self, number: int, parts: list[_Part]) -> None:
+    def count(self, number: int, parts: list[_Sequence]) -> None:
         self.lengths.append((max(len(part.ids) for part in parts), number))
         self.tokens += sum(len(part.ids) for part in parts)
         self.learnt += sum(sum(part.mask[: self.max_length]) for part in parts)

@@ -24,7 +24,7 @@ from training.run import Run
 _RESULT, _UNMERGED = "result", "unmerged"
 
 
-def write_chat_adapter(
+def write_result(
     model: Any, base: Base, config: AdapterJob, run: Run, *, rows: list[Row], metrics: dict[str, float]
 ) -> Path:
     """Write the adapter `default` of a PeftModel; golden prompts are taken from `rows` of chats.

@@ -18,8 +18,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from adapters import AdapterRef, AdapterStore
 from tests.training import processes
 from tests.training.jobs import SFT, run_job
+from tests.training.stages.conftest import RM, pairs
 from training.config import ConfigError, load_config
-from training.events import Checkpoint, Event, Progress, Resumed, Stopped, Succeeded, read_events
+from training.events import Checkpoint, Evaluation, Event, Progress, Resumed, Stopped, Succeeded, read_events
 from training.job import begin
 from training.stop import EXIT_CODE
 
@@ -70,6 +71,31 @@ def test_two_launched_processes_train_as_one_does(tiny_dir: Path, tmp_path: Path
     assert done.stdout.count("published doctor@") == 1
     (published,) = (together / "store/doctor/revisions").iterdir()
     assert AdapterStore(together / "store").get(AdapterRef.parse("doctor@canary")).revision == published.name
+
+
+def test_pairs_are_counted_over_all_processes(tiny_dir: Path, tmp_path: Path) -> None:
+    """Of seven pairs, neither process sees all, and one is there twice, to fill the last batch."""
+    lines = pairs(0).splitlines(keepends=True)
+    (tmp_path / "pairs.jsonl").write_text("".join(lines[7:]))
+    (tmp_path / "seven.jsonl").write_text("".join(lines[:7]))
+    files = {
+        "train_files": [str(tmp_path / "pairs.jsonl")],
+        "evaluation_files": [str(tmp_path / "seven.jsonl")],
+    }
+    files["base_model"] = str(tiny_dir / "models/tiny")
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump({**RM, **files, "batch_size": 2, "max_steps": 1}))
+    run_job(load_config(job), tmp_path / "alone")
+    ranks = start("run", job, "--data-dir", tmp_path / "together", told=tmp_path)
+    assert [wait_for(rank) for rank in ranks] == [0, 0], told(tmp_path)
+
+    def before(data_dir: Path) -> float:
+        return next(
+            event.metrics["eval_accuracy"] for event in events_of(data_dir) if isinstance(event, Evaluation)
+        )
+
+    assert before(tmp_path / "together") == before(tmp_path / "alone")
+    assert before(tmp_path / "together") * 7 == pytest.approx(round(before(tmp_path / "together") * 7))
 
 
 def test_a_stop_reaches_all_processes_and_they_go_on_together(tiny_dir: Path, tmp_path: Path) -> None:

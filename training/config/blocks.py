@@ -100,6 +100,8 @@ class Reward(Settings):
     model: BaseModelName | None = None
     """A sequence-classification model with one label, as a folder or a Hugging Face id, of any family: it
     reads the text through its own tokenizer and chat template."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with that `model`, which then can do whatever you can do."""
     function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """`module:function` of your own: takes a list of conversations (OpenAI messages, the answer last), and
     returns as many numbers."""
@@ -127,6 +129,8 @@ class Reward(Settings):
             raise ValueError(
                 f"give exactly one of adapter, model, function and judge, not {' and '.join(given) or 'none'}"
             )
+        if self.trust_remote_code and self.model is None:
+            raise ValueError("trust_remote_code has no effect without model")
         if (self.judge is None) != (self.judge_model is None):
             raise ValueError("judge and judge_model go together")
         if self.judge_prompt is not None and self.judge is None:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from adapters import AdapterStore
 from adapters.validate import TEMPLATE_FILE
 from training.config import ConfigError
 from training.config import Reward as RewardConfig
-from training.lora import Base, base_folder, check_base, find_adapter
+from training.lora import Base, base_folder, base_name, check_base, find_adapter
+from training.own_code import own_code_refused
 from training.rl.policy import Messages, Policy
 
 log = logging.getLogger(__name__)
@@ -123,17 +124,21 @@ def _check_template(ref: str, folder: Path, base: Base) -> None:
         raise ConfigError(f"reward: {ref} was trained with another chat template than the policy")
 
 
-def model_scorer(model: str) -> Scorer:
+def model_scorer(model: str, *, trust_remote_code: bool = False) -> Scorer:
     """A sequence-classification model of any family: text is tokenised anew, by its own tokenizer.
 
     A tokenizer without a chat template gets question and answer as a pair, as such models are trained.
-    Raises ConfigError for a model with more than one label.
+    Raises ConfigError for a model with more than one label, and for one whose code is not trusted.
     """
-    folder = base_folder(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    scorer = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    folder, name = base_folder(model, trust_remote_code=trust_remote_code), base_name(model)
+    with own_code_refused(f"reward: {name}", "set `trust_remote_code: true` beside `model`"):
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        scorer = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+        ).eval()
     if scorer.config.num_labels != 1:
-        raise ConfigError(f"reward: {model} gives {scorer.config.num_labels} numbers; a reward is one")
+        raise ConfigError(f"reward: {name} gives {scorer.config.num_labels} numbers; a reward is one")
     if torch.cuda.is_available():
         scorer.to("cuda")
 
@@ -198,7 +203,7 @@ def judge_scorer(url: str, model: str, prompt: str | None) -> Scorer:
 def plain_scorer(config: RewardConfig) -> Scorer:
     """Any reward that needs no base model of ours. Raises ConfigError."""
     if config.model is not None:
-        return model_scorer(config.model)
+        return model_scorer(config.model, trust_remote_code=config.trust_remote_code)
     if config.function is not None:
         return function_scorer(config.function)
     return judge_scorer(str(config.judge), str(config.judge_model), config.judge_prompt)

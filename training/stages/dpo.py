@@ -9,7 +9,7 @@ from training.config import DpoConfig
 from training.data import read_preferences, report
 from training.lora import find_base, trainable
 from training.preferences import dataset, prompts_of
-from training.product import write_chat_adapter
+from training.product import write_result
 from training.run import Run
 from training.trainer import arguments, fit, prepare
 
@@ -39,4 +39,4 @@ def run(config: DpoConfig, run: Run) -> Path:
     )
     metrics = fit(trainer, config, run)
     rows = prompts_of(evaluation_rows or train_rows)
-    return write_chat_adapter(trainer.model, base, config, run, rows=rows, metrics=metrics)
+    return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)

@@ -18,7 +18,7 @@ from training.data import read_prompts
 from training.golden import stop_tokens
 from training.lora import find_base, trainable
 from training.preferences import answerable, prompts_of
-from training.product import write_chat_adapter
+from training.product import write_result
 from training.rl.rewards import Rewards, names, plain_scorer, standalone_scorer
 from training.run import Run
 from training.trainer import arguments, fit, prepare
@@ -73,7 +73,7 @@ def run(config: GrpoConfig, run: Run) -> Path:
         **to_train,
     )
     metrics = fit(trainer, config, run) | _earned(trainer.state.log_history)
-    return write_chat_adapter(trainer.model, base, config, run, rows=prompts_of(rows), metrics=metrics)
+    return write_result(trainer.model, base, config, run, rows=prompts_of(rows), metrics=metrics)
 
 
 def _earned(logs: list[dict[str, float]]) -> dict[str, float]:

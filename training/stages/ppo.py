@@ -27,7 +27,7 @@ from training.events import Checkpoint, Evaluation, Progress
 from training.events import Stopped as StoppedEvent
 from training.lora import Base, check_base, find_adapter, find_base
 from training.preferences import answerable
-from training.product import write_chat_adapter
+from training.product import write_result
 from training.progress import Meter
 from training.rl.objective import (
     KlCoefficient,
@@ -79,7 +79,7 @@ def run(config: PpoConfig, run: Run) -> Path:
     rows = [
         {"messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in held_out or prompts
     ]
-    return write_chat_adapter(ppo.policy.model, base, config, run, rows=rows, metrics=metrics)
+    return write_result(ppo.policy.model, base, config, run, rows=rows, metrics=metrics)
 
 
 class Ppo:

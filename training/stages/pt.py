@@ -18,7 +18,7 @@ from training import packing
 from training.config import ConfigError, PtConfig
 from training.data import DataError, Row, read_documents, report
 from training.lora import Base, find_base, lora_config, vocabulary_name
-from training.product import write_base, write_chat_adapter
+from training.product import write_base, write_result
 from training.run import Run
 from training.trainer import arguments, fit, prepare
 from training.vocabulary import Pieces, add_tokens, make_room
@@ -66,7 +66,7 @@ def run(config: PtConfig, run: Run) -> Path:
     if config.full:
         return write_base(trainer.model, base, config, run, metrics=metrics)
     rows = _questions(evaluation_rows or train_rows, config.golden.prompts)
-    return write_chat_adapter(trainer.model, base, config, run, rows=rows, metrics=metrics)
+    return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)
 
 
 def _trainable(config: PtConfig, base: Base, pieces: Pieces) -> dict[str, Any]:

@@ -63,19 +63,19 @@ def _dataset(rows: list[Row], tokenizer: Any, max_length: int) -> Dataset:
 class _Trainer(RewardTrainer):
     """Counts pairs that are ranked rightly, where TRL averages over batches, so that a small last one skews."""
 
-    _pairs = 0
-    _right = 0.0
+    _pairs, _right = 0, 0
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if not self.model.training:
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-            self._pairs += len(chosen)
-            self._right += float((chosen > rejected).sum())
+            right = self.accelerator.gather_for_metrics(chosen > rejected)  # of all processes, each pair once
+            self._pairs += len(right)
+            self._right += int(right.sum())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._pairs and not self.model.training:
             self._metrics["eval"]["accuracy"] = [self._right / self._pairs]
-            self._pairs, self._right = 0, 0.0
+            self._pairs, self._right = 0, 0
         super().log(logs, start_time)

@@ -13,7 +13,7 @@ from training.config import ConfigError, SftConfig
 from training.data import DataError, Row, read_chats, report
 from training.lora import find_base, trainable
 from training.masks import encode
-from training.product import write_chat_adapter
+from training.product import write_result
 from training.run import Run
 from training.trainer import arguments, fit, prepare
 
@@ -59,7 +59,7 @@ def run(config: SftConfig, run: Run) -> Path:
     )
     metrics = fit(trainer, config, run)
     rows = evaluation_rows or train_rows
-    return write_chat_adapter(trainer.model, base, config, run, rows=rows, metrics=metrics)
+    return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)
 
 
 def _examples(rows: list[Row], tokenizer: Any, max_length: int) -> list[packing.Row]:

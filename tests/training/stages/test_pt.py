@@ -163,7 +163,7 @@ def test_new_words_and_the_adapter_are_merged_into_a_new_base(
 ) -> None:
     seen: list[torch.Tensor] = []
     tokens: list[Any] = []
-    write = pt.write_chat_adapter
+    write = pt.write_result
 
     def spy(model: Any, base: Any, *rest: Any, **more: Any) -> Path:
         seen.append(logits(model, base.tokenizer))
@@ -172,7 +172,7 @@ def test_new_words_and_the_adapter_are_merged_into_a_new_base(
         assert any("embed_tokens.modules_to_save" in name for name in learnt)
         return write(model, base, *rest, **more)
 
-    monkeypatch.setattr(pt, "write_chat_adapter", spy)
+    monkeypatch.setattr(pt, "write_result", spy)
     run = Run(load(merge=True, new_tokens=[WORD], **BASE_OF_IT), tmp_path, monkeypatch)
     tokenizer = AutoTokenizer.from_pretrained(run.made)
     assert tokenizer(WORD).input_ids == tokens[0]

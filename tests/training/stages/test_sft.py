@@ -310,14 +310,14 @@ def test_merged_the_product_is_a_base_that_says_what_the_adapter_says(
 ) -> None:
     ids = torch.arange(3, 60)[None]
     seen: list[torch.Tensor] = []
-    write = sft.write_chat_adapter
+    write = sft.write_result
 
     def spy(model: Any, *rest: Any, **more: Any) -> Path:
         with torch.no_grad():
             seen.append(model.eval()(input_ids=ids).logits)
         return write(model, *rest, **more)
 
-    monkeypatch.setattr(sft, "write_chat_adapter", spy)
+    monkeypatch.setattr(sft, "write_result", spy)
     config = load_sft(merge=True, golden={}, publish={}, **changes)
     run = Run(config, tmp_path, monkeypatch)
     assert (run.published.ref, run.published.alias) == ("models/doctor", None)
