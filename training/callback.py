@@ -1,10 +1,10 @@
-"""What a Hugging Face trainer reports, as events, on TensorBoard and as progress on the terminal."""
+"""What a Hugging Face trainer reports, as events, on boards and as progress on the terminal."""
 
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from training.boards import Boards
 from training.events import Checkpoint, Evaluation, EventLog, Progress
 from training.progress import Meter
 
@@ -12,14 +12,14 @@ from training.progress import Meter
 class EventCallback(TrainerCallback):
     """Writes one event for every log, evaluation and checkpoint of the trainer.
 
-    The trainer's own TensorBoard callback would open a second board, outside the run's, for an evaluation
-    after training; so the numbers go to `board` from here.
+    The trainer's own callbacks for boards would open second ones, outside the run's, for an evaluation after
+    training, and close none that fails; so the numbers go to `boards` from here.
     """
 
-    def __init__(self, title: str, events: EventLog, board: SummaryWriter) -> None:
+    def __init__(self, title: str, events: EventLog, boards: Boards) -> None:
         self._title = title
         self._events = events
-        self._board = board
+        self._boards = boards
         self._meter: Meter | None = None
 
     def on_train_begin(
@@ -42,8 +42,7 @@ class EventCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         metrics = _numbers(logs)
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, state.global_step)
+        self._boards.write(state.global_step, metrics)
         if self._meter is not None and "loss" in metrics:  # and not a log of an evaluation or the summary
             self._meter.update(state.global_step, metrics["loss"])
             eta_seconds = self._meter.eta_seconds()

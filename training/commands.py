@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import AdapterStore
-from training.config import AdapterJob, ConfigError, OnError, Source, load_config
+from training.config import AdapterJob, ConfigError, OnError, PtConfig, Source, load_config
 from training.templates import NAMES, named
 
 Commands = Any
@@ -23,6 +23,9 @@ _READERS = {
     "ppo": "read_prompts",
     "grpo": "read_prompts",
 }
+_TRUST = (
+    "run the Python code that comes with the base model, which then can do whatever you can do (default: off)"
+)
 
 
 def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
@@ -97,6 +100,7 @@ def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
     merge.add_argument(
         "--any-base", action="store_true", help="merge adapters that were trained on another base, too"
     )
+    merge.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
     merge.set_defaults(command=_merge)
 
     export = commands.add_parser(
@@ -111,6 +115,7 @@ def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
     kind = export.add_mutually_exclusive_group(required=True)
     kind.add_argument("--base", metavar="FOLDER|ID", help="the base model to merge it into")
     kind.add_argument("--adapter-only", action="store_true", help="adapter_config.json and tensors alone")
+    export.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
     export.set_defaults(command=_export)
 
 
@@ -118,18 +123,29 @@ def _preview(arguments: argparse.Namespace) -> None:
     from training import data  # noqa: PLC0415
     from training.lora import find_base  # noqa: PLC0415
     from training.preview import preview, wants_colour  # noqa: PLC0415
+    from training.vocabulary import add_tokens  # noqa: PLC0415
 
     config = load_config(arguments.config)
     if not isinstance(config, AdapterJob):
         raise ConfigError(
             f"{arguments.config}: stage {config.stage} makes its tokenizer itself: nothing to preview"
         )
-    base = find_base(config, AdapterStore(arguments.data_dir / "store"))
     rows = getattr(data, _READERS[config.stage])(config.train_files, config.on_error, config.seed)
-    colour = wants_colour(sys.stdout)
-    for line in preview(
-        rows, base.tokenizer, colour=colour, max_length=config.max_length, shown=arguments.rows
-    ):
+    reading = config if isinstance(config, PtConfig) else None
+    must_chat = reading is None or not reading.makes_base or any("messages" in row for row in rows)
+    base = find_base(config, AdapterStore(arguments.data_dir / "store"), must_chat=must_chat)
+    if reading is not None:
+        add_tokens(base.tokenizer, reading.new_tokens)
+    lines = preview(
+        rows,
+        base.tokenizer,
+        colour=wants_colour(sys.stdout),
+        max_length=config.max_length,
+        shown=arguments.rows,
+        reads_on=reading is not None,
+        packing=reading.packing if reading is not None else False,
+    )
+    for line in lines:
         print(line)
 
 
@@ -170,7 +186,15 @@ def _merge(arguments: argparse.Namespace) -> None:
     names = [base_name(arguments.base).rpartition("/")[2]]
     names += [Path(adapter).name.partition("@")[0] for adapter in arguments.adapters]
     out = arguments.out or arguments.data_dir / "models" / "-".join(names)
-    merge(arguments.base, arguments.adapters, out, store, dtype=arguments.dtype, any_base=arguments.any_base)
+    merge(
+        arguments.base,
+        arguments.adapters,
+        out,
+        store,
+        dtype=arguments.dtype,
+        any_base=arguments.any_base,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     print(out)
 
 
@@ -178,8 +202,11 @@ def _export(arguments: argparse.Namespace) -> None:
     from training.merge import export_adapter, merge  # noqa: PLC0415
 
     store = AdapterStore(arguments.data_dir / "store")
+    if arguments.adapter_only and arguments.trust_remote_code:
+        raise ConfigError("--trust-remote-code has no effect with --adapter-only, which needs no base model")
     if arguments.adapter_only:
         export_adapter(arguments.adapter, arguments.out, store)
     else:
-        merge(arguments.base, [arguments.adapter], arguments.out, store)
+        trust = arguments.trust_remote_code
+        merge(arguments.base, [arguments.adapter], arguments.out, store, trust_remote_code=trust)
     print(arguments.out)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from adapters import AdapterStore
 from training.config import AdapterJob, ConfigError, RmConfig
+from training.forgetting import LOGITS, LOGITS_AT_ONCE
 from training.ledger import Ledger
 from training.lora import find_adapter, lora_config
 
@@ -122,6 +123,8 @@ class _Job:
             moments["scoring"] = lambda model: self._score(model, rows, length)
         if self.stage in _ONLINE:
             moments["generating"] = lambda _: self._cache(rows, length)
+        if config.general_files:
+            moments["measuring general_files"] = lambda _: self._measure(config.batch_size, length)
         return moments
 
     def others(self, weights: int, adapter: int) -> int:
@@ -206,6 +209,13 @@ class _Job:
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         keys = rows * length * text.num_hidden_layers * 2 * heads * size * self.dtype.itemsize
         return int(keys + 3 * rows * text.vocab_size * 4)
+
+    def _measure(self, rows: int, length: int) -> int:
+        """The logits of a batch, beside which they are made float32 piece by piece."""
+        row = length * int(self.base.get_text_config().vocab_size)
+        logits = min(rows * row, max(LOGITS, row))
+        copies = self.dtype.itemsize + (4 if self.dtype != torch.float32 else 0)  # accelerate's
+        return logits * copies + 3 * 4 * min(logits, LOGITS_AT_ONCE)
 
 
 class _FusedHead(torch.autograd.Function):

@@ -3,8 +3,7 @@
 import gc
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters import AdapterError, AdapterRef, AdapterStore, Manifest, fingerprint
 from adapters.validate import TEMPLATE_FILE
 from training.config import AdapterJob, ConfigError, Lora, RopeScaling
+from training.own_code import own_code_refused
 from training.templates import named
 
 _BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -133,7 +133,7 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
     """
     trust = config.trust_remote_code
     folder = base_folder(config.base_model, trust_remote_code=trust)
-    with _own_code_refused(folder.name):
+    with own_code_refused(f"base_model: {base_name(config.base_model)}", "set `trust_remote_code: true`"):
         AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     template, stop = _template(config, store)
@@ -155,20 +155,6 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
         config.rope_scaling,
         trust,
     )
-
-
-@contextmanager
-def _own_code_refused(name: str) -> Iterator[None]:
-    """Says what to do where transformers refuses a model whose architecture it does not have."""
-    try:
-        yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ConfigError(
-            f"base_model: {name} needs Python code that comes with it: set `trust_remote_code: true` if you have "
-            "read that code, and let it run"
-        ) from error
 
 
 def _template(config: AdapterJob, store: AdapterStore) -> tuple[str | None, tuple[str, ...]]:

@@ -81,7 +81,7 @@ class _Job:
         digest = hashlib.sha256(self.path.read_bytes())
         for job in self.after:
             digest.update(f"after {job.key}\n".encode())
-        for role in ("train_files", "evaluation_files"):
+        for role in ("train_files", "evaluation_files", "general_files"):
             for file in (file for source in getattr(self.config, role, []) for file in source.files):
                 with file.open("rb") as opened:
                     content = hashlib.file_digest(opened, "sha256").hexdigest()

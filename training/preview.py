@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TextIO
 
-from training.documents import encode_document, parts
+from training.documents import encode_document, split
 from training.masks import Encoded, MaskError, encode, encode_prompt
 from training.packing import pack
 
@@ -37,30 +37,43 @@ def preview(
 ) -> Iterator[str]:
     """Lines to print: a legend, the first `shown` rows, and figures about all of them.
 
-    `rows` are canonical rows of any one kind. `reads_on`: they are documents, as stage pt learns them: every token
-    of texts and chats, long ones in parts, which `packing` puts together. Without `colour`, marks stand for it.
+    `rows` are canonical rows of any one kind. `reads_on`: every token of them is learnt, and long ones are read in
+    parts, as stage pt does; `packing` puts those together, None: if the base can keep them apart. Without `colour`,
+    marks stand for it.
     """
     pen = _Pen(colour)
     yield pen.legend()
-    figures = _Documents(max_length, packing) if reads_on else _Figures(max_length)
+    figures = _Figures(max_length)
     for number, row in enumerate(rows, start=1):
         try:
-            sequences = [_document(row, tokenizer, max_length)] if reads_on else _sequences(row, tokenizer)
+            parts = [_document(row, tokenizer, max_length)] if reads_on else _parts(row, tokenizer)
         except MaskError as error:
             figures.refused.append((number, str(error)))
             if number <= shown:
                 yield f"\n{pen.title(f'row {number}')}  cannot be used: {error}"
             continue
-        figures.count(number, sequences)
+        figures.count(number, parts)
         if number <= shown:
             yield ""
-            yield from _show(number, len(rows), sequences, tokenizer, pen, max_length)
+            yield from _show(number, len(rows), parts, tokenizer, pen, max_length)
     yield ""
     yield from figures.lines(len(rows))
+    if figures.read_as:
+        yield _packed(figures.read_as, packing, max_length)
+
+
+def _packed(lengths: list[int], packing: bool | None, max_length: int) -> str:
+    if packing is False:
+        return f"packed    no: {len(lengths):,} rows, each a document or a part of one"
+    rows = pack([{"input_ids": range(length), "labels": range(length)} for length in lengths], max_length)
+    full = sum(lengths) / (len(rows) * max_length)
+    known = "" if packing else ", if the base model's architecture can keep them apart"
+    made = f"{len(lengths):,} documents and parts into {len(rows):,} rows of max_length {max_length:,}"
+    return f"packed    {made}, {full:.0%} full{known}"
 
 
 @dataclass(frozen=True)
-class _Sequence:
+class _Part:
     """One sequence of tokens that a row makes, whole."""
 
     title: str
@@ -73,16 +86,16 @@ class _Sequence:
     is_served_alike: bool = True
     """Does it begin with the tokens that a server would give the model?"""
     lengths: Sequence[int] = ()
-    """Of the parts that a document is read in."""
+    """Of the rows that a document is read as."""
 
 
-def _document(row: Row, tokenizer: Any, max_length: int) -> _Sequence:
+def _document(row: Row, tokenizer: Any, max_length: int) -> _Part:
     ids = encode_document(row, tokenizer)
     title = "chat read as a document" if "messages" in row else "document"
-    return _Sequence(title, ids, [1] * len(ids), lengths=[len(part) for part in parts(ids, max_length)])
+    return _Part(title, ids, [1] * len(ids), lengths=[len(part) for part in split(ids, max_length)])
 
 
-def _sequences(row: Row, tokenizer: Any) -> list[_Sequence]:
+def _parts(row: Row, tokenizer: Any) -> list[_Part]:
     if "messages" in row:
         return [_chat("chat", row["messages"], tokenizer)]
     prompt = [
@@ -95,28 +108,30 @@ def _sequences(row: Row, tokenizer: Any) -> list[_Sequence]:
         title = "good answer" if row["label"] else "bad answer"
         return [_chat(title, [*prompt, *row["completion"]], tokenizer, is_bad=not row["label"])]
     ids = encode_prompt(tokenizer, prompt)
-    return [_Sequence("prompt", ids, [0] * len(ids))]
+    return [_Part("prompt", ids, [0] * len(ids))]
 
 
 def _chat(
-    title: str, messages: list[Row], tokenizer: Any, after: _Sequence | None = None, is_bad: bool = False
-) -> _Sequence:
+    title: str, messages: list[Row], tokenizer: Any, after: _Part | None = None, is_bad: bool = False
+) -> _Part:
     encoded: Encoded = encode(tokenizer, messages)
     ids, mask = encoded.input_ids, encoded.loss_mask
     prompt = encode_prompt(tokenizer, messages[:-1])
     begin = mask.index(1) if after else 0
     if after and ids[:begin] != after.ids[:begin]:
         begin = 0  # the template says something else before this answer
-    return _Sequence(title, ids, mask, begin, is_bad, ids[: len(prompt)] == prompt)
+    return _Part(title, ids, mask, begin, is_bad, ids[: len(prompt)] == prompt)
 
 
 def _show(
-    number: int, rows: int, parts: list[_Sequence], tokenizer: Any, pen: "_Pen", max_length: int
+    number: int, rows: int, parts: list[_Part], tokenizer: Any, pen: "_Pen", max_length: int
 ) -> Iterator[str]:
     for part in parts:
-        learnt = sum(part.mask[:max_length])
+        learnt = sum(part.mask) if part.lengths else sum(part.mask[:max_length])
         facts = [f"{len(part.ids):,} tokens", f"{learnt:,} with loss"]
-        if len(part.ids) > max_length:
+        if len(part.lengths) > 1:
+            facts.append(f"read in {len(part.lengths):,} parts of at most {max_length:,}, the first is shown")
+        elif len(part.ids) > max_length:
             facts.append(f"over max_length {max_length:,}, shown up to there")
             if any(part.mask) and not learnt:
                 facts.append("no answer is left")
@@ -126,10 +141,10 @@ def _show(
         yield _text(part, tokenizer, pen, max_length).removesuffix("\n")
 
 
-def _text(part: _Sequence, tokenizer: Any, pen: "_Pen", max_length: int) -> str:
+def _text(part: _Part, tokenizer: Any, pen: "_Pen", max_length: int) -> str:
     special = tokenizer.added_tokens_decoder
     # Tokens may hold parts of a character: only a whole run of alike tokens is turned into text.
-    cut = _whole_characters(tokenizer, part.ids[:max_length])
+    cut = _whole_characters(tokenizer, part.ids[: part.lengths[0] if part.lengths else max_length])
     kinds = [
         (bool(loss), at if token in special else -1)
         for at, (token, loss) in enumerate(zip(cut, part.mask, strict=False))
@@ -219,11 +234,14 @@ class _Figures:
     emptied: int = 0
     served_otherwise: list[int] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
+    read_as: list[int] = field(default_factory=list)
+    """Lengths of the rows that documents are read as."""
 
-    def count(self, number: int, parts: list[_Sequence]) -> None:
+    def count(self, number: int, parts: list[_Part]) -> None:
         self.lengths.append((max(len(part.ids) for part in parts), number))
         self.tokens += sum(len(part.ids) for part in parts)
-        self.learnt += sum(sum(part.mask[: self.max_length]) for part in parts)
+        self.learnt += sum(sum(part.mask if part.lengths else part.mask[: self.max_length]) for part in parts)
+        self.read_as += [length for part in parts for length in part.lengths]
         self.emptied += any(any(part.mask) and not any(part.mask[: self.max_length]) for part in parts)
         if not all(part.is_served_alike for part in parts):
             self.served_otherwise.append(number)
@@ -243,6 +261,7 @@ class _Figures:
         yield f"length    {', '.join(shares)}; longest {longest:,} (row {number})"
         over = sum(length > self.max_length for length in ordered)
         left = f", of which {self.emptied:,} keep no answer" if self.emptied else ""
+        left += ", read in parts" if self.read_as and over else ""
         yield f"too long  {over:,} over max_length {self.max_length:,}{left}"
         if self.served_otherwise:
             yield (

@@ -14,14 +14,16 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from adapters import GOLDEN_FILE, PROVENANCE_FILE, Provenance, write_golden
 from adapters.validate import TEMPLATE_FILE
 from training import ranks
-from training.config import AdapterJob, JobConfig
+from training.config import AdapterJob
 from training.data import Row
 from training.golden import golden_prompts
 from training.lora import Base, adapted, find_adapter, release
+from training.merge import warn_of_stop_texts
 from training.new_base import merge_adapter
 from training.run import Run
 
-_RESULT, _UNMERGED = "result", "unmerged"
+_RESULT, _UNMERGED, _ROLLOUTS = "result", "unmerged", "rollouts"
+_ROLLOUTS_PROVED_BY = 2
 
 
 def write_result(
@@ -63,6 +65,7 @@ def write_base(model: Any, base: Base, config: AdapterJob, run: Run, *, metrics:
         )
     if ranks.leads():
         base.tokenizer.save_pretrained(result)
+        warn_of_stop_texts(base.stop, base.tokenizer)
     _write_provenance(model, base, config, run, metrics, task="chat")
     return result
 
@@ -86,6 +89,23 @@ def write_reward_adapter(
     result = _write_weights(model, base, run)
     _write_provenance(model, base, config, run, metrics, task="reward")
     return result
+
+
+def write_for_rollouts(model: Any, base: Base, config: AdapterJob, run: Run, *, rows: list[Row]) -> Path:
+    """Write the adapter `default` as it is now, for a service that proves it by a few of `rows` and samples by it."""
+    folder = _write_weights(model, base, run, _ROLLOUTS)
+    prompts = golden_prompts(model, base.tokenizer, rows, _ROLLOUTS_PROVED_BY, config.golden.max_new_tokens)
+    write_golden(folder / GOLDEN_FILE, prompts)
+    provenance = Provenance(
+        stage=config.stage,  # type: ignore[attr-defined]
+        base_model=base.name,
+        base_fingerprint=base.fingerprint,
+        dtype=_dtype(model),
+        run_id=run.id,  # no stop strings: in a rollout an answer ends with a token
+    )
+    text = provenance.model_dump_json(indent=2) + "\n"
+    (folder / PROVENANCE_FILE).write_text(text, encoding="utf-8")
+    return folder
 
 
 def _write_weights(model: Any, base: Base, run: Run, folder: str = _RESULT) -> Path:
@@ -133,13 +153,12 @@ def _write_provenance(
 ) -> None:
     if not ranks.leads():
         return
-    dtype: Any = str(model.dtype).removeprefix("torch.")
     provenance = Provenance(
         stage=config.stage,  # type: ignore[attr-defined]
         task=task,
         base_model=base.name,
         base_fingerprint=base.fingerprint,
-        dtype=dtype,
+        dtype=_dtype(model),
         stop=list(base.stop),
         parent=_parent(config, run),
         run_id=run.id,
@@ -152,6 +171,10 @@ def _write_provenance(
     (run.folder / folder / PROVENANCE_FILE).write_text(text, encoding="utf-8")
 
 
+def _dtype(model: Any) -> Any:
+    return str(model.dtype).removeprefix("torch.")
+
+
 def _parent(config: AdapterJob, run: Run) -> str | None:
     if config.starts_from is None:
         return None
@@ -159,9 +182,9 @@ def _parent(config: AdapterJob, run: Run) -> str | None:
     return f"{manifest.name}@{manifest.revision}"
 
 
-def data_files(config: JobConfig | AdapterJob) -> list[Path]:
+def data_files(config: AdapterJob) -> list[Path]:
     """Every data file a job reads."""
-    sources = [*config.train_files, *getattr(config, "evaluation_files", [])]
+    sources = [*config.train_files, *config.evaluation_files, *config.general_files]
     return [file for source in sources for file in source.files]
 
 

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters import AdapterStore
 from training import ranks
-from training.events import Evaluation, EventLog, read_events
+from training.events import Checkpoint, Evaluation, EventLog, read_events
 from training.stop import Stop
 
 CHECKPOINTS = "checkpoints"
@@ -32,18 +33,38 @@ class Run:
         """The folder of the checkpoint after so many steps."""
         return self.folder / CHECKPOINTS / f"checkpoint-{step}"
 
+    def save_checkpoint(self, step: int, write: Callable[[Path], object], *, kept: int) -> None:
+        """What `write` puts into a folder, whole or not at all: what a kill leaves has another name.
+
+        Of all checkpoints the last `kept` stay. A trainer of a library's writes its own.
+        """
+        target = self.checkpoint(step)
+        half = target.with_name(f"half-{step}")
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        write(half)
+        (half / _STATE).write_text(json.dumps({"global_step": step}))
+        half.replace(target)
+        self.events.write(Checkpoint(step=step, folder=f"{CHECKPOINTS}/{target.name}"))
+        for old in self._checkpoints()[kept:]:
+            shutil.rmtree(old)
+
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint, after removing what a kill left half written."""
         return ranks.led(self._last_checkpoint)
 
     def _last_checkpoint(self) -> Path | None:
         """trainer_state.json is what a checkpoint gets last."""
-        folders = (self.folder / CHECKPOINTS).glob("checkpoint-*")
-        for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        for folder in self._checkpoints():
             if _is_whole(folder):
                 return folder
             shutil.rmtree(folder)
         return None
+
+    def _checkpoints(self) -> list[Path]:
+        """The newest first."""
+        folders = (self.folder / CHECKPOINTS).glob("checkpoint-*")
+        return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
     def steps_done(self) -> int:
         """The steps that need not be done again."""

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -24,9 +24,12 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from training import ranks
+from training.boards import Boards
 from training.callback import EventCallback
 from training.config import AdapterJob, JobConfig
+from training.data import Row
 from training.events import Stopped as StoppedEvent
+from training.forgetting import Forgetting
 from training.run import CHECKPOINTS, Run
 from training.stop import Stop, Stopped
 
@@ -73,16 +76,16 @@ def arguments(config: AdapterJob, run: Run) -> dict[str, Any]:
         "load_best_model_at_end": keep_best,
         "restore_callback_states_from_checkpoint": keep_best,  # how long early_stop has been patient
         "metric_for_best_model": "eval_loss" if keep_best else None,
-        "report_to": "none",  # events and TensorBoard come by callbacks
+        "report_to": "none",  # events and boards come by a callback
         "ddp_find_unused_parameters": False,  # every weight that learns is used in every step
         "disable_tqdm": True,
     }
 
 
-def fit(trainer: Trainer, config: AdapterJob, run: Run) -> dict[str, float]:
+def fit(trainer: Trainer, config: AdapterJob, run: Run, general_rows: Sequence[Row] = ()) -> dict[str, float]:
     """Train, from the last checkpoint if there is one; returns what was measured before and after.
 
-    Raises Stopped if told to stop, with a checkpoint written.
+    `general_rows` are those of `general_files`. Raises Stopped if told to stop, with a checkpoint written.
     """
     if config.quantization:
         # TRL makes them bfloat16, which swallows small steps; PEFT would make them float32 again on resuming.
@@ -99,12 +102,14 @@ def fit(trainer: Trainer, config: AdapterJob, run: Run) -> dict[str, float]:
     metrics: dict[str, float] = {}
     with ExitStack() as ending:
         ending.enter_context(run.stop.listening())
+        boards = ending.enter_context(Boards(config, run))
         if ranks.leads():
-            board = ending.enter_context(SummaryWriter(run.folder / "tensorboard"))
-            trainer.add_callback(EventCallback(config.name, run.events, board))
+            trainer.add_callback(EventCallback(config.name, run.events, boards))
+        forgetting = Forgetting(general_rows, trainer.processing_class, config, run, boards)
         # Not by `evaluate` here: a model that has been evaluated is never wrapped, and each process would train alone.
         trainer.args.eval_on_start = trainer.eval_dataset is not None and run.measured_before() is None
         trainer.add_callback(_SameDraws())
+        trainer.add_callback(_Before(forgetting))
         trainer.add_callback(_Order())
         checkpoint = run.last_checkpoint()
         if checkpoint is not None:
@@ -118,6 +123,7 @@ def fit(trainer: Trainer, config: AdapterJob, run: Run) -> dict[str, float]:
             before = _measures(run.measured_before() or {})
             metrics |= {f"{name}_before": value for name, value in before.items()}
             metrics |= _measures(trainer.evaluate())
+        metrics |= forgetting.after(trainer.model, trainer.state.global_step)
     return metrics
 
 
@@ -168,6 +174,22 @@ class _SameDraws(TrainerCallback):
     ) -> None:
         if state.global_step == 0:
             torch.set_rng_state(self._draws)
+
+
+class _Before(TrainerCallback):
+    """Measures rows of general ability before the first step, once the trainer has put the model in its place.
+
+    After the evaluation rows: theirs is the first evaluation of a run.
+    """
+
+    def __init__(self, forgetting: Forgetting) -> None:
+        self._forgetting = forgetting
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._forgetting.before(kwargs["model"])
 
 
 class _Order(TrainerCallback):

@@ -80,23 +80,31 @@ def test_habits_show_in_the_chat(
 
 
 def test_what_any_stage_makes_is_what_is_served(service: Service, trainer: Trainer, tmp_path: Path) -> None:
-    """A few steps of every other stage on the demo's base: each adapter is proved, and says what its trainer says."""
+    """A few steps of every other stage on the demo's base: each adapter is proved, and says what its trainer says.
+
+    One that was trained on a base in 4 bits too: what its trainer says is said on the plain base.
+    """
     write_corpus(service.data_dir / "demo")
     store = AdapterStore(service.data_dir / "store")
     reward = store.get(AdapterRef.parse("doctor-rm"))
     shared = {
-        "base_model": "models/xinglin-demo", "policy": "doctor@default", "learning_rate": 1e-3, "threads": 1,
+        "base_model": "models/xinglin-demo", "learning_rate": 1e-3, "threads": 1,
         "golden": {"prompts": 8, "max_new_tokens": 16}, "publish": {"alias": "default"},
     }  # fmt: skip
-    offline = {"train_files": ["demo/pairs.jsonl"], "max_steps": 2, "max_length": 256}
+    offline = {"max_steps": 2, "max_length": 256}
+    fresh = {**offline, "learning_rate": 3e-2}  # enough to say something else than the base
+    pairs = {"policy": "doctor@default", "train_files": ["demo/pairs.jsonl"], **offline}
     online = {
-        "stage": "grpo", "train_files": ["demo/doctor.jsonl"], "reward": f"doctor-rm@{reward.revision}",
-        "steps": 1, "batch_size": 4, "generations": 2, "max_new_tokens": 16,
+        "stage": "grpo", "policy": "doctor@default", "train_files": ["demo/doctor.jsonl"],
+        "reward": f"doctor-rm@{reward.revision}", "steps": 1, "batch_size": 4, "generations": 2, "max_new_tokens": 16,
     }  # fmt: skip
     jobs: dict[str, dict[str, object]] = {
-        **{f"e2e-{stage}": {"stage": stage, **offline} for stage in ("dpo", "kto", "orpo")},
+        "e2e-pt": {**fresh, "stage": "pt", "train_files": ["demo/documents.jsonl", "demo/doctor.jsonl"]},
+        "e2e-4bit": {**fresh, "stage": "sft", "train_files": ["demo/doctor.jsonl"], "quantization": "4bit"},
+        **{f"e2e-{stage}": {"stage": stage, **pairs} for stage in ("dpo", "kto", "orpo")},
         **{f"e2e-{algorithm}": {"algorithm": algorithm, **online} for algorithm in ("grpo", "rloo")},
     }
+    by_the_base = [trainer.answer(question, None) for question in PROMPTS[::6]]
     for name, job in jobs.items():
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump({"name": name, **shared, **job}))
@@ -112,4 +120,5 @@ def test_what_any_stage_makes_is_what_is_served(service: Service, trainer: Train
         served = asyncio.run(_served(service, name, PROMPTS[::6]))
         for question, (_, tokens) in zip(PROMPTS[::6], served, strict=True):
             assert tokens == trainer.answer(question, name), (name, question)
+        assert [tokens for _, tokens in served] != by_the_base
         store.remove_alias(name, "default", actor="test")

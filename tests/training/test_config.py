@@ -1,3 +1,4 @@
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 import yaml
 
 import training
-from training.config import STAGES, ConfigError, OnError, SftConfig, Source, dump_config, load_config
+from training.config import STAGES, ConfigError, OnError, SftConfig, Source, dump_config, fields, load_config
 from training.demo.corpus import write_corpus
 
 SHIPPED = [
@@ -105,6 +106,10 @@ def test_a_dumped_config_is_the_same_config_from_anywhere(
         ("sft", {"adapter": "doctor@3f2a9c1b77de"}),
         ("sft", {"evaluation_files": ["heldout.jsonl"], "evaluate_every": 2, "early_stop": 3}),
         ("sft", {"train_files": ["train.jsonl", {"path": "held*.jsonl", "weight": 0.5}], "on_error": "skip"}),
+        ("sft", {"general_files": [{"path": "heldout.jsonl", "weight": 2}]}),
+        ("sft", {"report_to": ["trackio", "wandb"]}),
+        ("base", {"report_to": ["mlflow"]}),
+        ("ppo", {"general_files": ["heldout.jsonl"], "report_to": ["wandb"]}),
         ("dpo", {"policy": "doctor", "max_steps": 3}),
         ("grpo", {"reward": {"model": "base"}}),
         ("grpo", {"reward": {"judge": "http://127.0.0.1:8000/v1", "judge_model": "m"}}),
@@ -117,10 +122,13 @@ def test_what_was_set_survives_the_dump(
     job: dict[str, object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(fields, "find_spec", lambda name: ModuleSpec(name, None, origin="installed"))
     config = load(tmp_path, job_of(stage, job, **change))
     (tmp_path / "resolved.yaml").write_text(dump_config(config))
     monkeypatch.chdir("/")
     assert load_config(tmp_path / "resolved.yaml") == config
+    dumped = yaml.safe_load(dump_config(config))
+    assert dumped["report_to"] == change.get("report_to", [])
 
 
 @pytest.mark.parametrize(
@@ -156,6 +164,12 @@ def test_what_was_set_survives_the_dump(
             {"evaluation_files": ["train.jsonl"]},
             "data files need different names, for the manifest: train.jsonl",
         ),
+        (
+            {"general_files": ["train.jsonl"]},
+            "data files need different names, for the manifest: train.jsonl",
+        ),
+        ({"report_to": ["tensorboard"]}, "report_to.0: Input should be 'wandb', 'trackio' or 'mlflow'"),
+        ({"report_to": "wandb"}, "report_to: Input should be a valid list"),
         ({"stage": "sfft"}, "stage: give one of base, "),
         ({"stage": None}, "stage: give one of base, "),
         ({"stage": "base", "steps": 1, "base_model": "base"}, "base_model: no such setting"),
@@ -190,6 +204,11 @@ def test_what_is_wrong_is_said_with_file_and_field(
         ),
         ("ppo", {"lora": {"r": 4}}, "lora has no effect: doctor@default has a shape"),
         ("rm", {"golden": {"prompts": 9}}, "golden has no effect: a reward adapter answers nothing"),
+        (
+            "rm",
+            {"general_files": ["heldout.jsonl"]},
+            "general_files have no effect: a reward adapter answers nothing",
+        ),
         ("ppo", {"kl_coefficient": 0, "kl_target": 2}, "kl_target has no effect with kl_coefficient 0"),
         ("ppo", {"minibatch_size": 5}, "minibatch_size must divide batch_size"),
         ("grpo", {"generations": 5}, "generations must divide batch_size"),

@@ -47,6 +47,11 @@ def losses(data_dir: Path) -> list[float]:
     return [event.metrics["loss"] for event in events_of(data_dir) if isinstance(event, Progress)]
 
 
+def forgotten(data_dir: Path) -> list[float]:
+    evaluations = [event.metrics for event in events_of(data_dir) if isinstance(event, Evaluation)]
+    return [metrics["general_loss"] for metrics in evaluations if "general_loss" in metrics]
+
+
 def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -55,9 +60,10 @@ def free_port() -> int:
 
 def test_two_launched_processes_train_as_one_does(tiny_dir: Path, tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
-    run_job(load_config(write_job(tiny_dir, tmp_path / "one.yaml", batch_size=8)), alone)
+    general = {"general_files": [str(tiny_dir / "plain.jsonl")]}
+    run_job(load_config(write_job(tiny_dir, tmp_path / "one.yaml", batch_size=8, **general)), alone)
 
-    job = write_job(tiny_dir, tmp_path / "two.yaml", batch_size=4)
+    job = write_job(tiny_dir, tmp_path / "two.yaml", batch_size=4, **general)
     launch = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", LAUNCHERS / "ddp.yaml"]
     options = ["--num_processes", "2", "--main_process_port", str(free_port())]
     command = [*launch, *options, "-m", "training", "run", job, "--data-dir", together]
@@ -67,6 +73,8 @@ def test_two_launched_processes_train_as_one_does(tiny_dir: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
 
     assert losses(together) == pytest.approx(losses(alone), rel=TOLERANCE)
+    assert forgotten(together) == pytest.approx(forgotten(alone), rel=TOLERANCE)
+    assert len(forgotten(together)) == 2
     assert isinstance(events_of(together)[-1], Succeeded)
     assert done.stdout.count("published doctor@") == 1
     (published,) = (together / "store/doctor/revisions").iterdir()

@@ -3,12 +3,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from adapters import AdapterStore
 from tests.training.jobs import SFT, load_job
 from training import estimate as module
 from training.config import ConfigError
-from training.estimate import estimate, report
+from training.estimate import _Job, estimate, report
 from training.ledger import Ledger
 
 
@@ -47,6 +48,19 @@ def test_weights_are_those_of_the_config_and_the_adapter(tiny_dir: Path, store: 
     assert found.parts["weights that learn"] == 4 * adapter
     assert found.parts["gradients and optimizer"] == 12 * adapter
     assert found.total == sum(found.parts.values())
+
+
+def test_measuring_what_is_forgotten_counts_where_it_needs_the_most(
+    tiny_dir: Path, store: AdapterStore
+) -> None:
+    config = job(tiny_dir, batch_size=1, max_length=16, general_files=["plain.jsonl"])
+    small = estimate(config, store, "cpu")
+    assert small.moment != "measuring general_files"
+    assert small.total == estimate(config.model_copy(update={"general_files": []}), store, "cpu").total
+    wide = _Job(config, "cpu", AutoConfig.for_model("qwen3", vocab_size=150_000))
+    # A row of 1024 tokens has more logits than a batch may have; a row's are float32 here.
+    assert wide._measure(8, 1024) == 4 * 1024 * 150_000 + 12 * 2**24
+    assert wide._measure(8, 16) == 4 * 8 * 16 * 150_000 + 12 * 2**24
 
 
 def test_longer_and_more_rows_need_more_and_checkpointing_less(tiny_dir: Path, store: AdapterStore) -> None:

@@ -130,12 +130,13 @@ def test_what_changes_is_made_again_and_what_rests_on_it_and_nothing_else(
     assert ask() == []
 
 
-def test_a_row_that_moves_from_one_role_to_another_is_a_change(data_dir: Path, ask: Ask) -> None:
+@pytest.mark.parametrize("held", ["evaluation_files", "general_files"])
+def test_a_row_that_moves_from_one_role_to_another_is_a_change(held: str, data_dir: Path, ask: Ask) -> None:
     for role, names in (("train", "ab"), ("held", "c")):
         (data_dir / role).mkdir()
         for name in names:
             (data_dir / role / f"{name}.jsonl").write_text("{}\n")
-    change(data_dir / "leaflet.yaml", train_files=["train"], evaluation_files=["held"])
+    change(data_dir / "leaflet.yaml", train_files=["train"], **{held: ["held"]})
     ask()
     (data_dir / "train" / "b.jsonl").rename(data_dir / "held" / "b.jsonl")
     assert ask() == ["leaflet"]

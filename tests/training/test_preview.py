@@ -1,4 +1,5 @@
 import io
+import math
 import re
 from functools import partial
 from typing import Any
@@ -51,13 +52,60 @@ def test_no_line_of_a_coloured_answer_leaves_its_colour_to_the_next(tokenizer: A
 
 def test_what_is_not_to_be_seen_is_named(tokenizer: Any) -> None:
     row = {"text": "a\tb\x1b[31m\u200b\u202ec\r"}
-    assert "⟦a⇥\tb<U+001B>[31m<U+200B><U+202E>c<U+000D>⟧" in lines([row], tokenizer)
+    shown = lines([row], tokenizer, reads_on=True)
+    assert "⟦a⇥\tb<U+001B>[31m<U+200B><U+202E>c<U+000D>«" in shown
 
 
 def test_a_character_that_is_cut_in_two_is_left_out(tokenizer: Any) -> None:
-    for max_length in range(10, 20):
-        shown = lines([{"text": "a" + "龘" * 20}], tokenizer, max_length=max_length)
-        assert f"⟦a{'龘' * ((max_length - 1) // 3)}⟧…" in shown
+    row = {"messages": [ASKED, {"role": "assistant", "content": "a" + "龘" * 20}]}
+    prompt = tokenizer.apply_chat_template([ASKED], add_generation_prompt=True, return_dict=False)
+    for length in range(10, 20):
+        shown = lines([row], tokenizer, max_length=len(prompt) + length)
+        assert f"⟦a{'龘' * ((length - 1) // 3)}⟧…" in shown
+
+
+def test_a_document_is_learnt_whole_with_the_token_that_ends_it(tokenizer: Any) -> None:
+    shown = lines([{"text": "龘休息。"}], tokenizer, reads_on=True)
+    length = len(tokenizer("龘休息。").input_ids) + 1
+    told = (
+        rf"row 1 of 1, document ──  {length} tokens, {length} with loss\n⟦龘休息。«(<\|endoftext\|>|</s>)»⟧"
+    )
+    assert re.search(told, shown)
+    assert "(100%) carry loss" in shown
+
+
+def test_a_chat_that_is_read_on_carries_loss_in_all_its_turns(tokenizer: Any) -> None:
+    shown = lines([CHAT], tokenizer, reads_on=True)
+    assert "chat read as a document" in shown
+    assert "\n⟦«<|im_start|>»system↵" in shown
+
+
+def test_a_long_document_is_read_in_parts(tokenizer: Any) -> None:
+    row = {"text": "休息" * 50}
+    length = len(tokenizer(row["text"]).input_ids) + 1
+    shown = lines([row, row], tokenizer, reads_on=True, max_length=40, packing=None)
+    count = math.ceil(length / 40)
+    assert f"{length} with loss, read in {count} parts of at most 40, the first is shown\n⟦休息" in shown
+    assert f"{2 * length} (100%) carry loss" in shown
+    assert "\ntoo long  2 over max_length 40, read in parts\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("packing", "told"),
+    [
+        (
+            None,
+            "3 documents and parts into 2 rows of max_length 21, {full:.0%} full, if the base model's architecture",
+        ),
+        (True, "3 documents and parts into 2 rows of max_length 21, {full:.0%} full"),
+        (False, "no: 3 rows, each a document or a part of one"),
+    ],
+)
+def test_packing_is_told(packing: bool | None, told: str) -> None:
+    tokenizer = byte_level(eos_token="<|im_end|>")
+    rows = [{"text": "龘" * 5}, {"text": "龘"}, {"text": "龘" * 3}]  # 16, 4 and 10 tokens
+    shown = lines(rows, tokenizer, reads_on=True, packing=packing, max_length=21)
+    assert f"\npacked    {told.format(full=30 / 42)}" in shown
 
 
 def test_a_pair_is_its_prompt_and_both_answers(tokenizer: Any) -> None:

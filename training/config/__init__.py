@@ -5,8 +5,8 @@ Relative paths in a config are relative to the current directory. Light on purpo
 
 from training.config.blocks import BaseModelSize, Golden, Lora, Publish, Reward, RopeScaling
 from training.config.fields import OnError, Source
+from training.config.job import AdapterJob
 from training.config.jobs import (
-    AdapterJob,
     BaseConfig,
     DpoConfig,
     GrpoConfig,

@@ -111,7 +111,7 @@ class Reward(Settings):
     """The `model` asked for at the judge."""
     judge_prompt: str | None = None
     """What the judge is told; it must answer with one number. `{conversation}`, `{answer}` and `{reference}`
-    are filled in."""
+    are filled in; other braces are written twice."""
     weight: float = 1.0
     """The rewards are added up after each is multiplied by its weight."""
 
@@ -135,4 +135,10 @@ class Reward(Settings):
             raise ValueError("judge and judge_model go together")
         if self.judge_prompt is not None and self.judge is None:
             raise ValueError("judge_prompt has no effect without judge")
+        try:
+            (self.judge_prompt or "").format(conversation="", answer="", reference="")
+        except (ValueError, LookupError, AttributeError) as error:
+            raise ValueError(
+                "judge_prompt: write braces twice, but for {conversation}, {answer} and {reference}"
+            ) from error
         return self

@@ -3,6 +3,7 @@
 import glob
 import re
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -89,6 +90,21 @@ def _distinct(tokens: tuple[str, ...]) -> tuple[str, ...]:
     return tokens
 
 
+def _installed(tracker: str) -> str:
+    found = find_spec(tracker)
+    if (
+        found is None or found.origin is None
+    ):  # a folder of that name, such as the one for wandb's files, has none
+        raise ValueError(f"{tracker} is not installed: pip install {tracker}")
+    return tracker
+
+
+def _once(trackers: list[str]) -> list[str]:
+    if len(set(trackers)) < len(trackers):
+        raise ValueError("name each tracker once")
+    return trackers
+
+
 Name = Annotated[str, AfterValidator(_adapter_name)]
 Alias = Annotated[str, AfterValidator(_alias)]
 Ref = Annotated[str, AfterValidator(_ref)]
@@ -102,6 +118,11 @@ NewTokens = Annotated[
     AfterValidator(_distinct),
 ]
 """Words, in a list or in a file of one word a line."""
+Trackers = Annotated[
+    list[Annotated[Literal["wandb", "trackio", "mlflow"], AfterValidator(_installed)]],
+    AfterValidator(_once),
+]
+"""Experiment trackers, which are installed here."""
 
 
 class Source(Settings):

@@ -2,46 +2,14 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, HttpUrl, model_validator
 
-from training.config.blocks import BaseModelSize, Golden, Lora, Publish, Reward, RopeScaling
-from training.config.fields import (
-    BaseModelName,
-    Name,
-    NewTokens,
-    OnError,
-    Ref,
-    Settings,
-    Source,
-    TemplateName,
-)
-
-_A_BASE = "this job makes a base model"
+from training.config.blocks import BaseModelSize, Lora, Reward
+from training.config.fields import NewTokens, Ref
+from training.config.job import AdapterJob, Job
 
 
-class _Job(Settings):
-    name: Name
-    """Name of what is made: an adapter, or a base model (stage base, and any stage with `merge: true`)."""
-    train_files: Annotated[list[Source], Field(min_length=1)]
-    """Data files, folders or globs; formats are recognised row by row (docs/data.md)."""
-    on_error: OnError = OnError()
-    """`stop`: report every bad row and train on none. `skip`: report them and train on the others."""
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate."""
-    batch_size: int = Field(default=8, ge=1)
-    """Rows in one step, on each device."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of everything random: the same config on the same machine makes the same tensors."""
-    threads: int | None = Field(default=None, ge=1)
-    """CPU threads of torch; None leaves the choice to torch. Another number changes the last digits."""
-
-    @property
-    def makes_base(self) -> bool:
-        """Whether the product is a base model in <data>/models/<name>, and not an adapter in the store."""
-        return False
-
-
-class BaseConfig(_Job):
+class BaseConfig(Job):
     """Build a small base model from scratch: a tokenizer and a model, published as a model folder."""
 
     stage: Literal["base"]
@@ -55,85 +23,6 @@ class BaseConfig(_Job):
     def makes_base(self) -> bool:
         """Always."""
         return True
-
-
-class AdapterJob(_Job):
-    """What every stage that makes an adapter shares."""
-
-    base_model: BaseModelName
-    """Folder of the base model, or its Hugging Face id. Served adapters need the same base."""
-    chat_template: TemplateName | None = None
-    """Prompt template by name (docs/templates.md), for a base that has none; it travels with the adapter. Left
-    out: that of the adapter that training goes on with, or else the base's own."""
-    evaluation_files: list[Source] = Field(default=[])
-    """Data files for the measures before and after training; never trained on."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the base model, which then can do whatever you can do."""
-    lora: Lora = Lora()
-    merge: bool = False
-    """Make a new base model with the adapter merged into it, <data>/models/<name>, instead of an adapter."""
-    quantization: Literal["4bit", "8bit"] | None = None
-    """Hold the frozen base model in fewer bits while training (NF4 with double quantisation, or LLM.int8): a
-    quarter or half of the memory, and slower. What is made is for the plain base model."""
-    rope_scaling: RopeScaling | None = None
-    """Stretch the base model's context. The adapter is of use there only: it needs `merge: true`."""
-    max_length: int = Field(default=1024, ge=16)
-    """Longest row in tokens."""
-    golden: Golden = Golden()
-    publish: Publish = Publish()
-    licence: str | None = None
-    """Licence of the adapter, kept in its manifest."""
-    notes: str | None = None
-    """Anything a reader of the manifest should know."""
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints, which a killed or stopped run is resumed from; None: four in a run."""
-
-    @property
-    def starts_from(self) -> str | None:
-        """Ref of the adapter that training goes on with; None for a fresh one."""
-        return None
-
-    @property
-    def makes_base(self) -> bool:
-        """With `merge: true`."""
-        return self.merge
-
-    @model_validator(mode="after")
-    def _can_be_served(self) -> Self:
-        if self.makes_base:
-            return self
-        for name, asked in (
-            ("lora.use_dora", self.lora.use_dora),
-            ("lora.modules_to_save", self.lora.modules_to_save),
-            ("rope_scaling", self.rope_scaling),
-        ):
-            if asked:
-                raise ValueError(
-                    f"{name} needs `merge: true`: the serving engine takes no adapter that brings it"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_of_an_adapter_for_a_base(self) -> Self:
-        # Compared with the defaults, which a config that was dumped has in it.
-        if self.makes_base and self.publish != Publish():
-            raise ValueError(f"publish.alias has no effect: {_A_BASE}, which no alias can point at")
-        if self.makes_base and self.golden != Golden():
-            raise ValueError(f"golden has no effect: {_A_BASE}, which proves itself by no golden prompts")
-        return self
-
-    @model_validator(mode="after")
-    def _data_names_differ(self) -> Self:
-        names = [file.name for source in (*self.train_files, *self.evaluation_files) for file in source.files]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"data files need different names, for the manifest: {', '.join(sorted(twice))}")
-        return self
-
-    @model_validator(mode="after")
-    def _no_shape_for_what_has_one(self) -> Self:
-        if self.starts_from and "lora" in self.model_fields_set:
-            raise ValueError(f"lora has no effect: {self.starts_from} has a shape already")
-        return self
 
 
 class _OfflineJob(AdapterJob):
@@ -251,9 +140,11 @@ class RmConfig(_OfflineJob):
     """Weight of a term that keeps rewards around zero (Eisenstein et al. 2023, arXiv:2312.09244)."""
 
     @model_validator(mode="after")
-    def _no_golden(self) -> Self:
+    def _answers_nothing(self) -> Self:
         if "golden" in self.model_fields_set:
             raise ValueError("golden has no effect: a reward adapter answers nothing")
+        if self.general_files:
+            raise ValueError("general_files have no effect: a reward adapter answers nothing")
         if self.merge:
             raise ValueError(
                 "merge: a reward adapter is not merged: stages ppo and grpo put it on their base"
@@ -346,6 +237,9 @@ class PpoConfig(_OnlineJob):
     """What a nat of straying from the reference costs, to begin with."""
     kl_target: float | None = Field(default=None, gt=0)
     """Nats an answer that the coefficient is steered towards (arXiv:1909.08593); None keeps it constant."""
+    rollout_service: HttpUrl | None = None
+    """A running Xinglin service of the same base model that samples the answers, such as http://127.0.0.1:8000: of
+    use where the base model is large. Its admin key is read from XINGLIN_ADMIN_KEY. None: sampled here."""
     min_reward_accuracy: float = Field(default=0.6, ge=0, le=1)
     """A reward adapter whose held-out pair accuracy was below this is refused: it would teach noise."""
 

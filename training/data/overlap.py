@@ -1,4 +1,4 @@
-"""What is there twice, and what training and evaluation share; rows are named by number, never by content."""
+"""What is there twice, and what is both trained on and measured on; rows are named by number, never by content."""
 
 import hashlib
 import json
@@ -26,6 +26,11 @@ class Report:
     """Evaluation rows whose prompt is learnt in training too."""
     leak: tuple[int, int] | None
     """Example: an evaluation row, and the training row that asks the same."""
+    general: int
+    general_leaks: int
+    """Rows of general ability whose prompt is learnt in training too."""
+    general_leak: tuple[int, int] | None
+    """Example: such a row, and the training row that asks the same."""
 
     def log(self) -> None:
         """Tell of what is wrong, if anything is."""
@@ -40,9 +45,15 @@ class Report:
                 "the evaluation says less about new questions than it seems to",
                 self.leaks, self.evaluation, *self.leak,
             )  # fmt: skip
+        if self.general_leak:
+            log.warning(
+                "%d of %d rows of general_files ask what a training row asks, such as row %d what training row %d: "
+                "what is learnt cannot say what is forgotten",
+                self.general_leaks, self.general, *self.general_leak,
+            )  # fmt: skip
 
 
-def report(train: Sequence[Row], evaluation: Sequence[Row]) -> Report:
+def report(train: Sequence[Row], evaluation: Sequence[Row], general: Sequence[Row] = ()) -> Report:
     """Compare rows of any of the canonical kinds. A row that its source's weight repeats counts once."""
     first: dict[bytes, int] = {}
     asked: dict[bytes, int] = {}
@@ -53,11 +64,7 @@ def report(train: Sequence[Row], evaluation: Sequence[Row]) -> Report:
             duplicates.append((number, earlier))
         for prompt in _prompts(row):
             asked.setdefault(_digest(prompt), number)
-    leaks = []
-    for number, row in _distinct(evaluation):
-        *_, prompt = _prompts(row)
-        if same := asked.get(_digest(prompt)):
-            leaks.append((number, same))
+    leaks, general_leaks = _leaks(evaluation, asked), _leaks(general, asked)
     return Report(
         train=len(list(_distinct(train))),
         evaluation=len(list(_distinct(evaluation))),
@@ -65,7 +72,20 @@ def report(train: Sequence[Row], evaluation: Sequence[Row]) -> Report:
         duplicate=duplicates[0] if duplicates else None,
         leaks=len(leaks),
         leak=leaks[0] if leaks else None,
+        general=len(list(_distinct(general))),
+        general_leaks=len(general_leaks),
+        general_leak=general_leaks[0] if general_leaks else None,
     )
+
+
+def _leaks(rows: Sequence[Row], asked: dict[bytes, int]) -> list[tuple[int, int]]:
+    """The rows whose prompt is one of those asked, each with the row that asks it."""
+    found = []
+    for number, row in _distinct(rows):
+        *_, prompt = _prompts(row)
+        if same := asked.get(_digest(prompt)):
+            found.append((number, same))
+    return found
 
 
 def _distinct(rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:

@@ -100,10 +100,7 @@ class Policy:
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int, *, greedy: bool = False) -> Answers:
         """Sample one answer to each prompt, at temperature 1 and from the whole vocabulary."""
         self.model.eval()
-        encoded = [
-            self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-            for prompt in prompts
-        ]
+        encoded = self.encoded(prompts)
         length = max(map(len, encoded))
         token_ids, attention = self._pad_to(length, encoded, left=True)
         generated = self.model.generate(
@@ -117,9 +114,27 @@ class Policy:
                 **({} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
             ),
         )[:, length:]
-        is_stop = torch.isin(generated, torch.tensor(self.stops, device=generated.device))
+        return self._answers(token_ids, attention, generated, torch.ones_like(generated))
+
+    def answered(self, prompts: Sequence[Messages], answers: Sequence[list[int]]) -> Answers:
+        """The same of tokens that were sampled elsewhere."""
+        encoded = self.encoded(prompts)
+        token_ids, attention = self._pad_to(max(map(len, encoded)), encoded, left=True)
+        generated, there = self._pad_to(max(map(len, answers)), answers, left=False)
+        return self._answers(token_ids, attention, generated, there)
+
+    def encoded(self, prompts: Sequence[Messages]) -> list[list[int]]:
+        """Token ids of the prompts, ready to be answered."""
+        return [
+            self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            for prompt in prompts
+        ]
+
+    def _answers(self, token_ids: Tensor, attention: Tensor, generated: Tensor, there: Tensor) -> Answers:
+        """`there` is 0 where `generated` is filled up; what follows a stop need not be marked."""
+        is_stop = torch.isin(generated, torch.tensor(self.stops, device=generated.device)) & there.bool()
         before = is_stop.cumsum(1) - is_stop.int()  # stops before each token
-        mask = (before == 0).float()
+        mask = ((before == 0) & there.bool()).float()
         generated = torch.where(mask.bool(), generated, self._pad)
         texts = [
             self.tokenizer.decode(row[kept.bool() & ~stop], skip_special_tokens=True)
@@ -128,7 +143,7 @@ class Policy:
         return Answers(
             torch.cat([token_ids, generated], 1),
             torch.cat([attention, mask.long()], 1),
-            length,
+            token_ids.shape[1],
             mask,
             is_stop.any(1),
             texts,

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.tensorboard import SummaryWriter
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from training.boards import Boards
 from training.config import BaseConfig, BaseModelSize
 from training.data import Row, read_documents
 from training.events import Progress
@@ -127,7 +127,7 @@ def _train(model: Qwen3ForCausalLM, documents: list[list[int]], config: BaseConf
     meter = Meter(config.name, config.steps)
     loss_now = 0.0
     model.train()
-    with SummaryWriter(run.folder / "tensorboard") as board:
+    with Boards(config, run) as boards:
         for step in range(1, config.steps + 1):
             loss = model(**next(batches)).loss
             loss.backward()
@@ -143,8 +143,7 @@ def _train(model: Qwen3ForCausalLM, documents: list[list[int]], config: BaseConf
                         step=step, max_steps=config.steps, eta_seconds=meter.eta_seconds(), metrics=metrics
                     )
                 )
-                for name, value in metrics.items():
-                    board.add_scalar(name, value, step)
+                boards.write(step, metrics)
             schedule.step()
     meter.close()
     model.eval()

@@ -14,7 +14,7 @@ with patch.object(import_utils, "is_vllm_available", lambda min_version=None: Fa
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from training.config import GrpoConfig
-from training.data import read_prompts
+from training.data import read_documents, read_prompts, report
 from training.golden import stop_tokens
 from training.lora import find_base, trainable
 from training.preferences import answerable, prompts_of
@@ -31,6 +31,8 @@ def run(config: GrpoConfig, run: Run) -> Path:
     """
     prepare(config)
     rows = read_prompts(config.train_files, config.on_error, config.seed)
+    general_rows = read_documents(config.general_files, config.on_error)
+    report(rows, [], general_rows).log()
     base = find_base(config, run.store)
     rows = answerable(rows, base.tokenizer, config.max_length)
     rewards = Rewards(
@@ -49,9 +51,13 @@ def run(config: GrpoConfig, run: Run) -> Path:
     to_train = trainable(config, base, run.store)
     stops = stop_tokens(to_train["model"])
 
-    def reward(prompts: Any, completions: Any, completion_ids: Any, reference: Any, **_: Any) -> list[float]:
+    def reward(
+        prompts: Any, completions: Any, completion_ids: Any, reference: Any, log_metric: Any, **_: Any
+    ) -> list[float]:
         asked = [[*prompt, *answer] for prompt, answer in zip(prompts, completions, strict=True)]
-        total, _ = rewards(asked, reference)
+        total, parts = rewards(asked, reference)
+        for name, mean in parts.items():
+            log_metric(name, mean)
         is_cut = [ids[-1] not in stops for ids in completion_ids]
         return (total - config.no_stop_penalty * torch.tensor(is_cut)).tolist()
 
@@ -72,7 +78,7 @@ def run(config: GrpoConfig, run: Run) -> Path:
         processing_class=base.tokenizer,
         **to_train,
     )
-    metrics = fit(trainer, config, run) | _earned(trainer.state.log_history)
+    metrics = fit(trainer, config, run, general_rows) | _earned(trainer.state.log_history)
     return write_result(trainer.model, base, config, run, rows=prompts_of(rows), metrics=metrics)
 
 

@@ -9,7 +9,7 @@ from trl import KTOConfig as TrlConfig
 from trl import KTOTrainer
 
 from training.config import KtoConfig
-from training.data import read_feedback, report
+from training.data import read_documents, read_feedback, report
 from training.lora import find_base, trainable
 from training.preferences import dataset, prompts_of
 from training.product import write_result
@@ -25,7 +25,8 @@ def run(config: KtoConfig, run: Run) -> Path:
     prepare(config)
     train_rows = read_feedback(config.train_files, config.on_error, config.seed)
     evaluation_rows = read_feedback(config.evaluation_files, config.on_error)
-    report(train_rows, evaluation_rows).log()
+    general_rows = read_documents(config.general_files, config.on_error)
+    report(train_rows, evaluation_rows, general_rows).log()
     base = find_base(config, run.store)
     trainer = KTOTrainer(
         args=TrlConfig(
@@ -42,7 +43,7 @@ def run(config: KtoConfig, run: Run) -> Path:
         processing_class=base.tokenizer,
         **trainable(config, base, run.store),
     )
-    metrics = fit(trainer, config, run)
+    metrics = fit(trainer, config, run, general_rows)
     rows = prompts_of(evaluation_rows or train_rows)
     return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)
 

@@ -9,7 +9,7 @@ from trl.experimental.orpo import ORPOConfig as TrlConfig
 from trl.experimental.orpo import ORPOTrainer
 
 from training.config import OrpoConfig
-from training.data import read_preferences, report
+from training.data import read_documents, read_preferences, report
 from training.lora import find_base, trainable
 from training.preferences import dataset, prompts_of
 from training.product import write_result
@@ -25,7 +25,8 @@ def run(config: OrpoConfig, run: Run) -> Path:
     prepare(config)
     train_rows = read_preferences(config.train_files, config.on_error, config.seed)
     evaluation_rows = read_preferences(config.evaluation_files, config.on_error)
-    report(train_rows, evaluation_rows).log()
+    general_rows = read_documents(config.general_files, config.on_error)
+    report(train_rows, evaluation_rows, general_rows).log()
     base = find_base(config, run.store)
     trainer = ORPOTrainer(
         args=TrlConfig(
@@ -40,6 +41,6 @@ def run(config: OrpoConfig, run: Run) -> Path:
         processing_class=base.tokenizer,
         **trainable(config, base, run.store),
     )
-    metrics = fit(trainer, config, run)
+    metrics = fit(trainer, config, run, general_rows)
     rows = prompts_of(evaluation_rows or train_rows)
     return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)

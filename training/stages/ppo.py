@@ -8,26 +8,24 @@ Everything random in a step follows from the seed and the step's number, so that
 exactly as it would have.
 """
 
-import json
 import logging
-import os
 import random
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from training.boards import Boards
 from training.config import PpoConfig
-from training.data import Row, read_prompts, report
-from training.events import Checkpoint, Evaluation, Progress
+from training.data import Row, read_documents, read_prompts, report
+from training.events import Evaluation, Progress
 from training.events import Stopped as StoppedEvent
+from training.forgetting import Forgetting
 from training.lora import Base, check_base, find_adapter, find_base
-from training.preferences import answerable
-from training.product import write_result
+from training.preferences import answerable, prompts_of
+from training.product import write_for_rollouts, write_result
 from training.progress import Meter
 from training.rl.objective import (
     KlCoefficient,
@@ -39,6 +37,7 @@ from training.rl.objective import (
 )
 from training.rl.policy import Answers, Policy, conversations
 from training.rl.rewards import Rewards, adapter_scorer, names, plain_scorer
+from training.rl.rollouts import Rollouts, sampler
 from training.run import Run
 from training.stop import Stopped
 from training.trainer import prepare
@@ -48,6 +47,7 @@ log = logging.getLogger(__name__)
 _EVALUATION_PROMPTS = 64
 _MOST_GRADIENT = 1.0
 _CHECKPOINTS_KEPT = 2
+_STATE = "state.pt"
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,31 @@ def run(config: PpoConfig, run: Run) -> Path:
     prepare(config)
     prompts = read_prompts(config.train_files, config.on_error, config.seed)
     held_out = read_prompts(config.evaluation_files, config.on_error)
-    report(prompts, held_out).log()
+    general_rows = read_documents(config.general_files, config.on_error)
+    report(prompts, held_out, general_rows).log()
     base = find_base(config, run.store)
     prompts = answerable(prompts, base.tokenizer, config.max_length)
     manifest, folder = find_adapter(run.store, config.policy)
     check_base(manifest, base)
-    ppo = Ppo(config, Policy(base, folder), base, run)
-    metrics = ppo.train(prompts, held_out[:: max(1, len(held_out) // _EVALUATION_PROMPTS)])
-    rows = [
-        {"messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in held_out or prompts
-    ]
-    return write_result(ppo.policy.model, base, config, run, rows=rows, metrics=metrics)
+    policy, rows = Policy(base, folder), prompts_of(held_out or prompts)
+    with sampler(
+        config, policy, lambda: write_for_rollouts(policy.model, base, config, run, rows=rows)
+    ) as rollouts:
+        ppo = Ppo(config, policy, base, run, rollouts)
+        few = held_out[:: max(1, len(held_out) // _EVALUATION_PROMPTS)]
+        metrics = ppo.train(prompts, few, general_rows)
+    return write_result(policy.model, base, config, run, rows=rows, metrics=metrics)
 
 
 class Ppo:
     """A policy with a value head, and what moves them."""
 
-    def __init__(self, config: PpoConfig, policy: Policy, base: Base, run: Run) -> None:
+    def __init__(
+        self, config: PpoConfig, policy: Policy, base: Base, run: Run, rollouts: Rollouts | None = None
+    ) -> None:
         self._config = config
         self._run = run
+        self._rollouts = rollouts
         self.policy = policy
         self._value_head = torch.nn.Linear(policy.hidden_size, 1, device=policy.model.device)
         torch.nn.init.zeros_(self._value_head.weight)
@@ -114,38 +120,45 @@ class Ppo:
             betas=(0.9, 0.95),
         )
 
-    def train(self, prompts: list[Row], held_out: list[Row]) -> dict[str, float]:
+    def train(self, prompts: list[Row], held_out: list[Row], general_rows: list[Row]) -> dict[str, float]:
         """All steps that are left; returns what was measured. Raises Stopped."""
         config, run = self._config, self._run
         first = self._resume()
-        if held_out and run.measured_before() is None:
-            run.events.write(Evaluation(step=0, metrics=self.evaluate(held_out)))
+        with Boards(config, run) as boards, run.stop.listening():
+            forgetting = Forgetting(general_rows, self.policy.tokenizer, config, run, boards)
+            if held_out and run.measured_before() is None:
+                run.events.write(Evaluation(step=0, metrics=self.evaluate(held_out)))
+            if first == 0:
+                forgetting.before(self.policy.model)
+            metrics = self._train(prompts, first, boards)
+            if held_out:
+                metrics = self.evaluate(held_out)
+                run.events.write(Evaluation(step=config.steps, metrics=metrics))
+                before = run.measured_before() or {}
+                metrics |= {f"{name}_before": value for name, value in before.items()}
+            return metrics | forgetting.after(self.policy.model, config.steps)
+
+    def _train(self, prompts: list[Row], first: int, boards: Boards) -> dict[str, float]:
+        """The steps after `first`; returns what was measured in the last one."""
+        config, run = self._config, self._run
         meter = Meter(config.name, config.steps, first)
         every = config.checkpoint_every or max(1, config.steps // 4)
-        with SummaryWriter(run.folder / "tensorboard") as board, run.stop.listening():
-            for step in range(first + 1, config.steps + 1):
-                metrics = self.step(_batch(prompts, config, step), step)
-                meter.update(step, metrics["loss"])
-                run.events.write(
-                    Progress(
-                        step=step, max_steps=config.steps, eta_seconds=meter.eta_seconds(), metrics=metrics
-                    )
-                )
-                for name, value in metrics.items():
-                    board.add_scalar(name, value, step)
-                is_stopping = run.stop.is_asked and step < config.steps
-                if step % every == 0 or is_stopping:
-                    self._save(step)
-                if is_stopping:
-                    run.events.write(StoppedEvent(step=step))
-                    raise Stopped(f"step {step} of {config.steps}")
+        metrics: dict[str, float] = {}
+        for step in range(first + 1, config.steps + 1):
+            metrics = self.step(_batch(prompts, config, step), step)
+            meter.update(step, metrics["loss"])
+            run.events.write(
+                Progress(step=step, max_steps=config.steps, eta_seconds=meter.eta_seconds(), metrics=metrics)
+            )
+            boards.write(step, metrics)
+            is_stopping = run.stop.is_asked and step < config.steps
+            if step % every == 0 or is_stopping:
+                self._save(step)
+            if is_stopping:
+                run.events.write(StoppedEvent(step=step))
+                raise Stopped(f"step {step} of {config.steps}")
         meter.close()
-        if not held_out:
-            return metrics if config.steps > first else {}
-        after = self.evaluate(held_out)
-        run.events.write(Evaluation(step=config.steps, metrics=after))
-        before = run.measured_before() or {}
-        return after | {f"{name}_before": value for name, value in before.items()}
+        return metrics
 
     def step(self, prompts: list[Row], step: int) -> dict[str, float]:
         """Answer, reward, learn; returns what was measured on the way."""
@@ -171,7 +184,9 @@ class Ppo:
     def experience(self, prompts: list[Row]) -> Experience:
         """What the policy answers now, what it earns, and how much better that is than expected."""
         config = self._config
-        answers = self.policy.answer([row["prompt"] for row in prompts], config.max_new_tokens)
+        answers = (self._rollouts or self.policy).answer(
+            [row["prompt"] for row in prompts], config.max_new_tokens
+        )
         score, parts = self._score(prompts, answers)
         logprobs, hidden = self.policy.logprobs(answers)
         kl = (logprobs - self.policy.reference_logprobs(answers)) * answers.mask
@@ -193,6 +208,7 @@ class Ppo:
                 "kl": float(kl.sum(1).mean()),
                 "length": float(answers.mask.sum(1).mean()),
                 "stopped": float(answers.is_stopped.float().mean()),
+                **({"rollout_difference": self._rollouts.difference(logprobs)} if self._rollouts else {}),
             },
         )
 
@@ -238,41 +254,29 @@ class Ppo:
     # Checkpoints
 
     def _save(self, step: int) -> None:
-        """Whole or not at all: what a kill leaves has another name."""
-        target = self._run.checkpoint(step)
-        half = target.with_name(f"half-{step}")
-        shutil.rmtree(half, ignore_errors=True)
-        half.mkdir(parents=True)
-        torch.save(
-            {
-                "policy": [weight.detach() for weight in self.policy.parameters()],
-                "value_head": self._value_head.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "kl_coefficient": self._kl.value,
-            },
-            half / "state.pt",
+        state = {
+            "policy": [weight.detach() for weight in self.policy.parameters()],
+            "value_head": self._value_head.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "kl_coefficient": self._kl.value,
+        }
+        self._run.save_checkpoint(
+            step, lambda folder: torch.save(state, folder / _STATE), kept=_CHECKPOINTS_KEPT
         )
-        (half / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        os.replace(half, target)
-        self._run.events.write(Checkpoint(step=step, folder=f"checkpoints/{target.name}"))
-        others = sorted(target.parent.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        for old in others[:-_CHECKPOINTS_KEPT]:
-            shutil.rmtree(old)
 
     def _resume(self) -> int:
         """Go back to the last checkpoint; returns the steps done."""
         checkpoint = self._run.last_checkpoint()
         if checkpoint is None:
             return 0
-        state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True)
+        state: dict[str, Any] = torch.load(checkpoint / _STATE, weights_only=True)
         with torch.no_grad():
             for weight, saved in zip(self.policy.parameters(), state["policy"], strict=True):
                 weight.copy_(saved)
         self._value_head.load_state_dict(state["value_head"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._kl.value = state["kl_coefficient"]
-        step: int = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-        return step
+        return self._run.steps_done()
 
 
 def _batch(prompts: list[Row], config: PpoConfig, step: int) -> list[Row]:

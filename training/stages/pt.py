@@ -1,10 +1,8 @@
 """Continued pre-training: texts and a base model in, an adapter that knows the field out, or a new base model."""
 
 import logging
-import math
 import re
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from trl import SFTTrainer
 from training import packing
 from training.config import ConfigError, PtConfig
 from training.data import DataError, Row, read_documents, report
+from training.documents import encode_document, split
 from training.lora import Base, find_base, lora_config, vocabulary_name
 from training.product import write_base, write_result
 from training.run import Run
@@ -25,8 +24,6 @@ from training.vocabulary import Pieces, add_tokens, make_room
 
 log = logging.getLogger(__name__)
 
-# What ends a text, by the names that model families give it. The end token of a chat model is that of a turn.
-_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<eos>", "</s>")
 _SENTENCE = re.compile(r"\s*(.+?(?:[。！？!?]|\.(?=\s|$)|\n|$))")
 _MOST_OF_A_SENTENCE = 200
 
@@ -40,8 +37,9 @@ def run(config: PtConfig, run: Run) -> Path:
     prepare(config)
     train_rows = read_documents(config.train_files, config.on_error, config.seed)
     evaluation_rows = read_documents(config.evaluation_files, config.on_error)
-    report(train_rows, evaluation_rows).log()
-    has_chats = any("messages" in row for row in (*train_rows, *evaluation_rows))
+    general_rows = read_documents(config.general_files, config.on_error)
+    report(train_rows, evaluation_rows, general_rows).log()
+    has_chats = any("messages" in row for row in (*train_rows, *evaluation_rows, *general_rows))
     base = find_base(config, run.store, must_chat=has_chats or not config.makes_base)
     pieces = add_tokens(base.tokenizer, config.new_tokens)
     examples = _examples(train_rows, base.tokenizer, config.max_length)
@@ -62,7 +60,7 @@ def run(config: PtConfig, run: Run) -> Path:
         processing_class=base.tokenizer,
         **to_train,
     )
-    metrics = fit(trainer, config, run)
+    metrics = fit(trainer, config, run, general_rows)
     if config.full:
         return write_base(trainer.model, base, config, run, metrics=metrics)
     rows = _questions(evaluation_rows or train_rows, config.golden.prompts)
@@ -94,30 +92,11 @@ def _is_packed(config: PtConfig, model: Any) -> bool:
 
 def _examples(rows: list[Row], tokenizer: Any, max_length: int) -> list[packing.Row]:
     """Documents with their end token, all of whose tokens are learnt; long ones in parts of equal length."""
-    parts = []
-    for row in rows:
-        tokens = _tokens(row, tokenizer)
-        count = math.ceil(len(tokens) / max_length)
-        bounds = [at * len(tokens) // count for at in range(count + 1)]
-        parts += [tokens[start:end] for start, end in pairwise(bounds)]
+    parts = [part for row in rows for part in split(encode_document(row, tokenizer), max_length)]
     examples = [{"input_ids": part, "labels": list(part)} for part in parts if len(part) > 1]
     if rows and not examples:
         raise DataError("the documents are empty")
     return examples
-
-
-def _tokens(row: Row, tokenizer: Any) -> list[int]:
-    if "messages" in row:
-        rendered: list[int] = tokenizer.apply_chat_template(row["messages"], return_dict=False)
-        return rendered
-    tokens: list[int] = tokenizer(row["text"])["input_ids"]
-    end = _end_of_text(tokenizer)
-    return tokens if tokens[-1:] == [end] else [*tokens, end]
-
-
-def _end_of_text(tokenizer: Any) -> int:
-    special = {str(token): at for at, token in tokenizer.added_tokens_decoder.items()}
-    return next((special[end] for end in _ENDS_OF_TEXT if end in special), tokenizer.eos_token_id)
 
 
 def _questions(rows: list[Row], count: int) -> list[Row]:

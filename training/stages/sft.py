@@ -10,7 +10,7 @@ from trl import SFTTrainer
 
 from training import packing
 from training.config import ConfigError, SftConfig
-from training.data import DataError, Row, read_chats, report
+from training.data import DataError, Row, read_chats, read_documents, report
 from training.lora import find_base, trainable
 from training.masks import encode
 from training.product import write_result
@@ -29,7 +29,8 @@ def run(config: SftConfig, run: Run) -> Path:
     prepare(config)
     train_rows = read_chats(config.train_files, config.on_error, config.seed)
     evaluation_rows = read_chats(config.evaluation_files, config.on_error)
-    report(train_rows, evaluation_rows).log()
+    general_rows = read_documents(config.general_files, config.on_error)
+    report(train_rows, evaluation_rows, general_rows).log()
     base = find_base(config, run.store)
     examples = _examples(train_rows, base.tokenizer, config.max_length)
     held_out = _examples(evaluation_rows, base.tokenizer, config.max_length) if evaluation_rows else None
@@ -57,7 +58,7 @@ def run(config: SftConfig, run: Run) -> Path:
         processing_class=base.tokenizer,
         **to_train,
     )
-    metrics = fit(trainer, config, run)
+    metrics = fit(trainer, config, run, general_rows)
     rows = evaluation_rows or train_rows
     return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)
 

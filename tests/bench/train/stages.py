@@ -24,6 +24,7 @@ from adapters import AdapterRef, AdapterStore
 from training.config import load_config
 from training.demo.build import PIPELINE
 from training.demo.corpus import SAFETY_LINE, is_doctor_style
+from training.demo.facts import conditions
 from training.job import begin, carry_out
 
 _PAIRS = {
@@ -48,22 +49,51 @@ _ONLINE = {
     "learning_rate": 1e-3,
     "threads": 1,
 }
+_PT = {
+    "stage": "pt",
+    "base_model": "models/xinglin-demo",
+    "train_files": ["demo/notes.jsonl"],
+    "evaluation_files": ["demo/notes_heldout.jsonl"],
+    "max_length": 256,
+    "batch_size": 8,
+    "max_steps": 40,
+    "learning_rate": 3e-3,
+    "threads": 1,
+}
+_CONDITIONS_HELD_OUT = 6
 _BATCH = 48
 
 
 def _jobs() -> dict[str, dict[str, Any]]:
     demo = {name: yaml.safe_load((PIPELINE.parent / f"{name}.yaml").read_text()) for name in _DEMO}
-    return demo | {
-        "dpo": _PAIRS | {"stage": "dpo"},
-        "kto": _PAIRS | {"stage": "kto"},
-        "orpo": _PAIRS | {"stage": "orpo"},
-        "grpo": _ONLINE,
-        "rloo": _ONLINE | {"algorithm": "rloo"},
-    }
+    return (
+        {"pt": _PT}
+        | demo
+        | {
+            "dpo": _PAIRS | {"stage": "dpo"},
+            "kto": _PAIRS | {"stage": "kto"},
+            "orpo": _PAIRS | {"stage": "orpo"},
+            "grpo": _ONLINE,
+            "rloo": _ONLINE | {"algorithm": "rloo"},
+        }
+    )
 
 
 _DEMO = ("doctor", "doctor-rm", "doctor-ppo")
 _SHOWN = ("eval_loss", "eval_accuracy", "eval_rewards/margins", "eval_reward", "eval_kl", "reward", "kl")
+
+
+def _write_notes(data_dir: Path) -> None:
+    """Texts for stage pt, of a kind that the base model has not read; those held out are of other conditions."""
+    notes = [
+        f"{facts.name}\n{facts.prevention}\n{facts.red_flag}\n{facts.symptoms}\n{facts.care[0]}\n"
+        for condition in conditions()
+        for facts in (condition.zh, condition.en)
+    ]
+    lines = [json.dumps({"text": note}, ensure_ascii=False) + "\n" for note in notes]
+    held_out = 2 * _CONDITIONS_HELD_OUT
+    (data_dir / "notes.jsonl").write_text("".join(lines[:-held_out]), encoding="utf-8")
+    (data_dir / "notes_heldout.jsonl").write_text("".join(lines[-held_out:]), encoding="utf-8")
 
 
 def _habits(data_dir: Path, ref: str) -> dict[str, float]:
@@ -112,7 +142,7 @@ def _run(data_dir: Path, name: str, job: dict[str, Any], seed: int) -> dict[str,
         for suffix in ("_before", "")
         if f"{name}{suffix}" in manifest.metrics
     }
-    return shown | (_habits(data_dir, published.ref) if manifest.task == "chat" else {})
+    return shown | (_habits(data_dir, published.ref) if manifest.task == "chat" and name != "pt" else {})
 
 
 def main() -> None:
@@ -130,6 +160,7 @@ def main() -> None:
             data_dir = Path(folder)
             for part in ("models", "store", "demo"):
                 copytree(arguments.data_dir / part, data_dir / part)
+            _write_notes(data_dir / "demo")
             for name in arguments.stages:
                 found[name].append(_run(data_dir, name, _jobs()[name], seed))
                 print(

@@ -57,6 +57,12 @@ def test_a_question_of_the_evaluation_that_is_trained_on_is_a_leak(train: Row, e
     assert (found.evaluation, found.leaks, found.leak) == (2, 1, (2, 2))
 
 
+def test_rows_of_general_ability_are_compared_too() -> None:
+    found = report([OTHER, CHAT], [OTHER], [{"text": "a"}, OTHER_ANSWER, LONG_CHAT])
+    assert (found.general, found.general_leaks, found.general_leak) == (3, 1, (2, 2))
+    assert (found.evaluation, found.leaks, found.leak) == (1, 1, (1, 1))
+
+
 @pytest.mark.parametrize(
     ("train", "evaluation"),
     [(OTHER, LONG_CHAT), (CHAT, LONG_CHAT), (LONG_PREFERENCE, PREFERENCE), ({"text": "a"}, {"text": "b"})],
@@ -66,14 +72,16 @@ def test_other_questions_are_no_leak(train: Row, evaluation: Row) -> None:
 
 
 def test_the_log_names_rows_by_number_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
-    report([CHAT, OTHER, copy.deepcopy(CHAT)], [LONG_CHAT, OTHER]).log()
+    report([CHAT, OTHER, copy.deepcopy(CHAT)], [LONG_CHAT, OTHER], [OTHER_ANSWER]).log()
     assert caplog.messages == [
         "1 of 3 training rows are exactly like an earlier one, such as row 3 like row 1; all are kept",
         "1 of 2 evaluation rows ask what a training row asks, such as row 2 what training row 2 asks: "
         "the evaluation says less about new questions than it seems to",
+        "1 of 1 rows of general_files ask what a training row asks, such as row 1 what training row 1: "
+        "what is learnt cannot say what is forgotten",
     ]
 
 
 def test_the_log_is_silent_when_all_is_well(caplog: pytest.LogCaptureFixture) -> None:
-    report([CHAT, OTHER], [LONG_CHAT]).log()
+    report([CHAT, OTHER], [LONG_CHAT], [{"text": "a"}]).log()
     assert not caplog.messages

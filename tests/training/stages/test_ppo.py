@@ -71,7 +71,7 @@ def make(config: PpoConfig, run: Run) -> Ppo:
 
 
 def test_the_whole_stage(trained_dir: Path) -> None:
-    config = load(trained_dir, reward="marks", min_reward_accuracy=0, steps=3)
+    config = load(trained_dir, reward="marks", min_reward_accuracy=0, steps=3, general_files=["plain.jsonl"])
     run_id = begin(config, trained_dir)
     published = carry_out(run_id, trained_dir)
     manifest = AdapterStore(trained_dir / "store").get(AdapterRef.parse(published.ref))
@@ -79,7 +79,8 @@ def test_the_whole_stage(trained_dir: Path) -> None:
     assert str(manifest.parent).startswith("doctor@")
     assert manifest.metrics["eval_kl_before"] == 0
     events = read_events(trained_dir / "runs" / run_id / "events.jsonl")
-    assert [event.step for event in events if isinstance(event, Evaluation)] == [0, 3]
+    assert [event.step for event in events if isinstance(event, Evaluation)] == [0, 0, 3, 3]
+    assert manifest.metrics["general_loss"] != manifest.metrics["general_loss_before"]
     steps = [event for event in events if isinstance(event, Progress)]
     assert [event.step for event in steps] == [1, 2, 3]
     assert steps[0].metrics["kl"] == 0, "the policy starts as its reference"

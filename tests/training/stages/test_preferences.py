@@ -14,6 +14,7 @@ from adapters import AdapterRef, AdapterStore, Manifest, read_golden
 from tests.training.jobs import load_job, run_job
 from tests.training.stages.conftest import RM
 from tests.training.stages.test_resume import PREFERENCES
+from tests.training.test_forgetting import naive_loss
 from training.data import read_preferences
 from training.events import Evaluation, read_events
 
@@ -31,6 +32,7 @@ GRPO = {
     "threads": 1,
     "golden": {"prompts": 8, "max_new_tokens": 6},
 }
+GENERAL = {"general_files": ["plain.jsonl"]}
 
 
 def train(data_dir: Path, job: dict[str, Any], **changes: Any) -> tuple[Manifest, Path]:
@@ -38,6 +40,14 @@ def train(data_dir: Path, job: dict[str, Any], **changes: Any) -> tuple[Manifest
     store = AdapterStore(data_dir / "store")
     manifest = store.get(AdapterRef.parse(published.ref))
     return manifest, store.folder(manifest.name, manifest.revision)
+
+
+def general_loss_of_the_policy(data_dir: Path) -> float:
+    store = AdapterStore(data_dir / "store")
+    policy = store.get(AdapterRef.parse("doctor@canary"))
+    base = AutoModelForCausalLM.from_pretrained(data_dir / "models/tiny")
+    adapted = PeftModel.from_pretrained(base, store.folder("doctor", policy.revision))
+    return naive_loss(adapted, data_dir, 256, "plain.jsonl")
 
 
 def test_a_reward_adapter_counts_its_pairs(trained_dir: Path) -> None:
@@ -67,8 +77,12 @@ def test_a_reward_adapter_counts_its_pairs(trained_dir: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["dpo", "kto", "orpo"])
 def test_margins_grow(trained_dir: Path, stage: str) -> None:
-    manifest, folder = train(trained_dir, {**PREFERENCES, "stage": stage, "name": f"by-{stage}"}, max_steps=6)
+    manifest, folder = train(
+        trained_dir, {**PREFERENCES, "stage": stage, "name": f"by-{stage}", **GENERAL}, max_steps=6
+    )
     metrics = manifest.metrics
+    assert metrics["general_loss_before"] == pytest.approx(general_loss_of_the_policy(trained_dir), rel=1e-5)
+    assert metrics["general_loss"] != metrics["general_loss_before"]
     assert metrics["eval_rewards/margins"] > metrics["eval_rewards/margins_before"]
     assert manifest.stage == stage
     assert str(manifest.parent).startswith("doctor@")
@@ -87,7 +101,11 @@ def test_without_a_policy_a_fresh_adapter_is_measured_against_the_base(trained_d
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
 def test_rewards_are_earned_online(trained_dir: Path, algorithm: str) -> None:
-    manifest, folder = train(trained_dir, GRPO, name=f"by-{algorithm}", algorithm=algorithm)
+    changes = {"name": f"by-{algorithm}", "algorithm": algorithm, "max_length": 256, **GENERAL}
+    manifest, folder = train(trained_dir, GRPO, **changes)
+    before = manifest.metrics["general_loss_before"]
+    assert before == pytest.approx(general_loss_of_the_policy(trained_dir), rel=1e-5)
+    assert manifest.metrics["general_loss"] != before
     assert {"reward_before", "reward", "kl", "length"} <= set(manifest.metrics)
     before = load_file(parent_folder(trained_dir, manifest) / "adapter_model.safetensors")
     after = load_file(folder / "adapter_model.safetensors")

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from adapters import AdapterRef, AdapterStore
+from adapters import PROVENANCE_FILE, AdapterRef, AdapterStore
+from adapters.manifest import MANIFEST_FILE
 from tests.training.jobs import SFT, load_job, run_job
 from tests.training.stages.conftest import RM
 from tests.training.stages.test_ppo import PPO
-from training.events import EVENTS_FILE, Resumed, Succeeded, read_events
+from training.events import EVENTS_FILE, Published, Resumed, Succeeded, read_events
 from training.job import begin, carry_out
 
 KILLS = int(os.environ.get("XINGLIN_TEST_KILLS", "1"))
@@ -30,26 +31,31 @@ PREFERENCES = {
     "threads": 1,
     "golden": {"prompts": 8, "max_new_tokens": 6},
 }
+READING = {**SFT, "stage": "pt", "name": "reader", "max_steps": 8, "batch_size": 2}
 JOBS: dict[str, dict[str, Any]] = {
+    "pt": {**READING, "packing": True},
+    "merged": {
+        **READING, "merge": True, "new_tokens": ["鼻塞"], "lora": {"lora_dropout": 0.1}, "golden": {},
+    },
     "sft": {**SFT, "max_steps": 10, "lora": {"lora_dropout": 0.1}},
+    "4bit": {**SFT, "max_steps": 8, "quantization": "4bit", "lora": {"lora_dropout": 0.1}},
     "rm": {**RM, "max_steps": 10},
     "dpo": {**PREFERENCES, "stage": "dpo", "name": "dpo", "max_steps": 8},
     "ppo": {**PPO, "reward": "marks", "min_reward_accuracy": 0, "steps": 6, "max_new_tokens": 16},
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", JOBS)
-def test_kill_and_resume(trained_dir: Path, tmp_path: Path, stage: str) -> None:
-    data_dir = copytree(trained_dir, tmp_path / "data")
-    config = load_job(data_dir, {**JOBS[stage], "checkpoint_every": 2, "publish": {}})
-    undisturbed = run_job(config, data_dir)
-    store = AdapterStore(data_dir / "store")
-    manifest = store.get(AdapterRef.parse(undisturbed.ref))
-
+@pytest.mark.parametrize("job", JOBS)
+def test_kill_and_resume(trained_dir: Path, tmp_path: Path, job: str) -> None:
+    config = load_job(
+        copytree(trained_dir, tmp_path / "data"), {**JOBS[job], "checkpoint_every": 2, "publish": {}}
+    )
+    undisturbed = run_job(config, tmp_path / "data")
     for kill in range(KILLS):
+        data_dir = copytree(trained_dir, tmp_path / f"killed-{kill}")
         run_id = begin(config, data_dir)
         events = data_dir / "runs" / run_id / EVENTS_FILE
-        chance = random.Random(f"{stage} {kill}")
+        chance = random.Random(f"{job} {kill}")
         deaths = 0
         while not events.exists() or not isinstance(read_events(events)[-1], Succeeded):
             # Forked, so that it need not import torch again; the fork runs nothing but the job.
@@ -62,11 +68,22 @@ def test_kill_and_resume(trained_dir: Path, tmp_path: Path, stage: str) -> None:
                 deaths += 1
             process.join()
         assert any(isinstance(event, Resumed) and event.step for event in read_events(events))
-        path = data_dir / "runs" / run_id / "result" / "adapter_model.safetensors"
-        other = store.folder(manifest.name, manifest.revision) / path.name
-        assert path.read_bytes() == other.read_bytes()
         published = read_events(events)[-2]
-        assert getattr(published, "ref", "") == undisturbed.ref
+        assert isinstance(published, Published)
+        assert published.ref == undisturbed.ref
+        assert _made(data_dir, published.ref) == _made(tmp_path / "data", undisturbed.ref)
+
+
+def _made(data_dir: Path, ref: str) -> dict[str, bytes]:
+    """Every file that a run made, but those that tell which run it was."""
+    if ref.startswith("models/"):
+        folder = data_dir / ref
+    else:
+        manifest = AdapterStore(data_dir / "store").get(AdapterRef.parse(ref))
+        folder = AdapterStore(data_dir / "store").folder(manifest.name, manifest.revision)
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert any(name.endswith(".safetensors") for name in files)
+    return {name: content for name, content in files.items() if name not in (PROVENANCE_FILE, MANIFEST_FILE)}
 
 
 def _carry_out(run_id: str, data_dir: Path) -> None:

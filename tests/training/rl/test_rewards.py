@@ -1,0 +1,132 @@
+"""What answers are rewarded for, each kind by itself; on a policy's base, and added up, in stages/test_ppo.py."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.training.coded_models import modules_below, with_own_code
+from tests.training.judges import running_judge
+from training.config import ConfigError
+from training.config import Reward as RewardConfig
+from training.rl.rewards import Rewards, function_scorer, judge_scorer, model_scorer, plain_scorer
+
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "感冒怎么办？"}, {"role": "assistant", "content": "多休息。"}],
+    [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "What is gout?"},
+        {"role": "assistant", "content": "{A} disease."},
+    ],
+]
+
+
+def lengths(conversations: Sequence[list[dict[str, str]]]) -> list[int]:
+    return [len(messages[-1]["content"]) for messages in conversations]
+
+
+def nothing(conversations: Sequence[object]) -> list[float]:
+    return []
+
+
+# Functions
+
+
+def test_a_function_gets_conversations_and_gives_numbers() -> None:
+    assert function_scorer(f"{__name__}:lengths")(CHATS, ["", ""]) == [4, 12]
+
+
+@pytest.mark.parametrize("given", [nothing, lambda chats: [1.0, math.nan], lambda chats: [1.0, math.inf]])
+def test_anything_but_a_finite_number_for_each_answer_ends_the_run(given: Any) -> None:
+    rewards = Rewards([("function_1", 1.0, lambda chats, _: given(chats))])
+    with pytest.raises(ValueError, match="the reward function_1 gave no finite number for each answer"):
+        rewards(CHATS, ["", ""])
+
+
+# Judges
+
+
+def test_a_judge_is_told_conversation_answer_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XINGLIN_JUDGE_KEY", "secret")
+    prompt = "C: {conversation}\nA: {answer}\nR: {reference}"
+    with running_judge(lambda told: "I give it -7.5 of 10." if "感冒" in told else "3") as judge:
+        score = judge_scorer(judge.url + "/", "big-model", prompt)
+        assert score(CHATS, ["Rest.", ""]) == [-7.5, 3]
+    told = {body["messages"][0]["content"] for _, body in judge.asked}
+    assert told == {
+        "C: 感冒怎么办？\nA: 多休息。\nR: Rest.",
+        "C: user: Hello.\nassistant: Hello!\nuser: What is gout?\nA: {A} disease.\nR: ",
+    }
+    assert {(key, body["model"], body["temperature"]) for key, body in judge.asked} == {
+        ("Bearer secret", "big-model", 0)
+    }
+
+
+def test_a_judge_without_a_prompt_of_its_own_marks_as_a_doctor_would() -> None:
+    with running_judge(lambda told: "10") as judge:
+        judge_scorer(judge.url, "m", None)(CHATS[:1], ["Rest."])
+    ((_, body),) = judge.asked
+    assert "one number from 0" in body["messages"][0]["content"]
+    assert "Answer:\n多休息。\n\nWhat a doctor answered, if known:\nRest.\n" in body["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("prompt", ["{", "{answer", '{"mark": 1}', "{question}", "{}", "{answer.x}"])
+def test_braces_that_cannot_be_filled_in_are_refused(prompt: str) -> None:
+    judge = {"judge": "http://127.0.0.1/v1", "judge_model": "m"}
+    with pytest.raises(ValueError, match="judge_prompt: write braces twice"):
+        RewardConfig(**judge, judge_prompt=prompt)
+    RewardConfig(**judge, judge_prompt='{{"mark": {answer}}}')
+
+
+def test_a_judge_that_fails_is_asked_again() -> None:
+    replies: list[str | int] = ["well done", 503, "8"]
+    with running_judge(lambda told: replies.pop(0)) as judge:
+        assert judge_scorer(judge.url, "m", None)(CHATS[:1], [""]) == [8]
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"), [("well done", "its reply holds no number"), (503, "HTTPError: HTTP Error 503")]
+)
+def test_a_judge_that_fails_three_times_ends_the_run(reply: str | int, told: str) -> None:
+    with (
+        running_judge(lambda _: reply) as judge,
+        pytest.raises(ConfigError, match=f"the judge at {judge.url} gives no mark: {told}"),
+    ):
+        judge_scorer(judge.url, "m", None)(CHATS[:1], [""])
+    assert len(judge.asked) == 3
+
+
+# Models
+
+
+@pytest.fixture(scope="module")
+def marking(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that scores, with a head drawn at random."""
+    base, folder = tiny_dir / "models" / "tiny", tmp_path_factory.mktemp("models") / "marking"
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def test_code_of_a_reward_model_runs_only_if_it_is_trusted(
+    marking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coded = with_own_code(marking, tmp_path / "coded")
+    with pytest.raises(ConfigError) as caught:
+        plain_scorer(RewardConfig(model=str(coded)))
+    assert str(caught.value) == (
+        "reward: coded needs Python code that comes with it: set `trust_remote_code: true` beside `model` if you "
+        "have read that code, and let it run"
+    )
+    modules_below(tmp_path / "modules", monkeypatch)
+    trusted = plain_scorer(RewardConfig(model=str(coded), trust_remote_code=True))
+    assert trusted(CHATS, ["", ""]) == pytest.approx(model_scorer(str(marking))(CHATS, ["", ""]))
+
+
+def test_trust_without_a_model_to_trust_is_refused() -> None:
+    with pytest.raises(ValueError, match="trust_remote_code has no effect without model"):
+        RewardConfig(function="rewards:length", trust_remote_code=True)

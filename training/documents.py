@@ -1,0 +1,41 @@
+"""Documents as token ids, for continued pre-training: every token of them is learnt."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+from jinja2 import TemplateError
+
+from training.data import Row
+from training.masks import MaskError
+
+# What ends a text, by the names that model families give it. The end token of a chat model is that of a turn.
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<eos>", "</s>")
+
+
+def encode_document(row: Row, tokenizer: Any) -> list[int]:
+    """A text with the token that ends it, or a chat as the chat template renders it.
+
+    Raises MaskError for a chat that the template refuses.
+    """
+    if "messages" in row:
+        try:
+            rendered: list[int] = tokenizer.apply_chat_template(row["messages"], return_dict=False)
+        except (TemplateError, TypeError) as error:
+            raise MaskError(f"the chat template refuses this chat: {error}") from error
+        return rendered
+    tokens: list[int] = tokenizer(row["text"])["input_ids"]
+    end = _end_of_text(tokenizer)
+    return tokens if tokens[-1:] == [end] else [*tokens, end]
+
+
+def split(tokens: list[int], max_length: int) -> list[list[int]]:
+    """The document whole, or in parts of equal length that are no longer than `max_length`."""
+    count = math.ceil(len(tokens) / max_length)
+    bounds = [at * len(tokens) // count for at in range(count + 1)]
+    return [tokens[start:end] for start, end in pairwise(bounds)]
+
+
+def _end_of_text(tokenizer: Any) -> int:
+    special = {str(token): at for at, token in tokenizer.added_tokens_decoder.items()}
+    return next((special[end] for end in _ENDS_OF_TEXT if end in special), tokenizer.eos_token_id)
