@@ -1,8 +1,12 @@
-"""The numbers of a run on TensorBoard and in experiment trackers: wandb and trackio as stand-ins, MLflow itself."""
+"""The numbers of a run on TensorBoard and in trackers: stand-ins, and MLflow itself where it is installed."""
 
 import logging
+from collections.abc import Sequence
+from importlib import import_module
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +52,67 @@ class Tracker:
     def fail(self, moment: str) -> None:
         if moment == self.fails_at:
             raise ConnectionError("no network")
+
+
+class Mlflow:
+    """A stand-in for mlflow, mlflow.entities and a client: of its one experiment's runs it keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, SimpleNamespace] = {}
+
+    def MlflowClient(self) -> "Mlflow":  # noqa: N802 - as mlflow calls it
+        return self
+
+    def Param(self, name: str, value: str) -> tuple[str, str]:  # noqa: N802 - as mlflow calls it
+        return name, value
+
+    def Metric(self, name: str, value: float, at: int, step: int) -> SimpleNamespace:  # noqa: N802 - as mlflow calls it
+        return SimpleNamespace(name=name, value=value, timestamp=at, step=step)
+
+    def get_experiment_by_name(self, name: str) -> SimpleNamespace | None:
+        return SimpleNamespace(experiment_id=name) if self.runs else None
+
+    def create_experiment(self, name: str) -> str:
+        return name
+
+    def create_run(self, experiment_id: str, run_name: str) -> SimpleNamespace:
+        info = SimpleNamespace(
+            run_id=f"{experiment_id}-{len(self.runs)}", run_name=run_name, status="RUNNING"
+        )
+        data = SimpleNamespace(params={}, metrics={})
+        self.runs[info.run_id] = SimpleNamespace(info=info, data=data)
+        return self.runs[info.run_id]
+
+    def update_run(self, run_id: str, status: str) -> None:
+        self.runs[run_id].info.status = status
+
+    set_terminated = update_run
+
+    def log_batch(self, run_id: str, params: Sequence[Any] = (), metrics: Sequence[Any] = ()) -> None:
+        data = self.runs[run_id].data
+        data.params |= dict(params)
+        for metric in metrics:
+            data.metrics.setdefault(metric.name, []).append(metric)
+
+    def search_runs(self, experiment_ids: list[str]) -> list[SimpleNamespace]:
+        return list(self.runs.values())
+
+    def get_metric_history(self, run_id: str, name: str) -> list[SimpleNamespace]:
+        return list(self.runs[run_id].data.metrics[name])
+
+
+@pytest.fixture(params=["a stand-in", *(["itself"] if find_spec("mlflow") else [])])
+def mlflow(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if request.param == "itself":
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+        return import_module("mlflow")
+    stand_in = Mlflow()
+    monkeypatch.setattr(
+        boards, "import_module", {"mlflow": stand_in, "mlflow.entities": stand_in}.__getitem__
+    )
+    monkeypatch.setattr(fields, "find_spec", lambda name: ModuleSpec(name, None, origin="a test"))
+    return stand_in
 
 
 @pytest.fixture
@@ -185,11 +250,12 @@ def test_a_tracker_that_is_not_installed_is_refused(
 
 
 def test_mlflow_goes_on_in_its_run(
-    load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mlflow: Any,
+    load_sft: LoadJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
     client = mlflow.MlflowClient()
     caplog.set_level(logging.WARNING)
 
