@@ -21,7 +21,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from training import ranks
 from training.boards import Boards
@@ -110,7 +109,6 @@ def fit(trainer: Trainer, config: AdapterJob, run: Run, general_rows: Sequence[R
         trainer.args.eval_on_start = trainer.eval_dataset is not None and run.measured_before() is None
         trainer.add_callback(_SameDraws())
         trainer.add_callback(_Before(forgetting))
-        trainer.add_callback(_Order())
         checkpoint = run.last_checkpoint()
         if checkpoint is not None:
             trainer.add_callback(_Restoring(checkpoint))
@@ -190,22 +188,6 @@ class _Before(TrainerCallback):
     ) -> None:
         if state.global_step == 0:
             self._forgetting.before(kwargs["model"])
-
-
-class _Order(TrainerCallback):
-    """The order of an epoch's rows follows from the seed and the epoch, so that a resumed run goes on in it.
-
-    Left alone, the sampler that groups rows by length draws it from whatever random state it finds.
-    """
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        batches = kwargs["train_dataloader"].batch_sampler
-        # A launched process takes a share of batches.
-        sampler = getattr(batches, "batch_sampler", batches).sampler
-        if isinstance(sampler, LengthGroupedSampler):
-            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
 
 
 class _Stopping(TrainerCallback):

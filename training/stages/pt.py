@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 from peft import TaskType
 from trl import SFTConfig as TrlConfig
-from trl import SFTTrainer
 
 from training import packing
 from training.config import ConfigError, PtConfig
@@ -19,6 +18,7 @@ from training.documents import encode_document, split
 from training.lora import Base, find_base, lora_config, vocabulary_name
 from training.product import write_base, write_result
 from training.run import Run
+from training.supervised import SupervisedTrainer
 from training.trainer import arguments, fit, prepare
 from training.vocabulary import Pieces, add_tokens, make_room
 
@@ -46,13 +46,13 @@ def run(config: PtConfig, run: Run) -> Path:
     held_out = _examples(evaluation_rows, base.tokenizer, config.max_length)
     to_train = _trainable(config, base, pieces)
     is_packed = _is_packed(config, to_train["model"])
-    trainer = SFTTrainer(
+    trainer = SupervisedTrainer(
         args=TrlConfig(
             **arguments(config, run),
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
             max_length=config.max_length,
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy="group_by_length",  # of evaluation rows
         ),
         data_collator=packing.collate if is_packed else None,
         train_dataset=Dataset.from_list(packing.pack(examples, config.max_length) if is_packed else examples),

@@ -6,7 +6,6 @@ from typing import Any
 
 from datasets import Dataset
 from trl import SFTConfig as TrlConfig
-from trl import SFTTrainer
 
 from training import packing
 from training.config import ConfigError, SftConfig
@@ -15,6 +14,7 @@ from training.lora import find_base, trainable
 from training.masks import encode
 from training.product import write_result
 from training.run import Run
+from training.supervised import SupervisedTrainer
 from training.trainer import arguments, fit, prepare
 
 log = logging.getLogger(__name__)
@@ -41,15 +41,13 @@ def run(config: SftConfig, run: Run) -> Path:
                 f"packing: {base.name} is of an architecture that cannot keep packed rows apart: leave it out"
             )
         examples = packing.pack(examples, config.max_length)
-    trainer = SFTTrainer(
+    trainer = SupervisedTrainer(
         args=TrlConfig(
             **arguments(config, run),
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
             max_length=config.max_length,
-            # Half the padding or less, and each row is still a row of its own. Evaluation goes the same way, so
-            # that packing does not change its batches.
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy="group_by_length",  # of evaluation rows
             neftune_noise_alpha=config.neftune_noise_alpha,
         ),
         data_collator=packing.collate if config.packing else None,

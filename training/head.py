@@ -1,0 +1,94 @@
+"""The scores of a frozen head on a CPU: only where a token is learnt, and only once.
+
+TRL's head keeps the memory small, and on a GPU it does this too. On a CPU it scores prompts and padding as well, and
+all of it again on the way back. Where the head itself does not learn, that is not needed: the gradient of what goes
+into it can be had while the scores are at hand, as in Liger's fused cross-entropy (https://arxiv.org/abs/2410.10989).
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+_TILE = 2**21
+"""Scores held at a time: 8 MiB."""
+_PROBE = 8  # tokens that _is_plain tries
+
+
+def score_learnt_only(model: Any) -> None:
+    """Give a model in a TRL trainer this head, where it can have it: on a CPU, frozen, and a plain product."""
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = causal.get_output_embeddings()
+    if causal.device.type != "cpu" or type(head) is not torch.nn.Linear or head.bias is not None:
+        return
+    if head.weight.requires_grad or not _is_plain(causal):
+        return
+    trls = causal.forward
+
+    def forward(*args: Any, labels: Any = None, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head or kwargs.get("output_router_logits"):
+            return trls(*args, labels=labels, fused_lm_head=fused_lm_head, **kwargs)
+        # Rows are filled up on the right, where no token that counts sees it: without a mask, attention is causal,
+        # and leaves out half of the products.
+        kwargs |= {"use_cache": False, "attention_mask": None}
+        hidden = causal.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        is_learnt = labels[:, 1:] >= 0
+        found = _Scores.apply(hidden[is_learnt], head.weight, labels[:, 1:][is_learnt])
+        log_probs, entropy, is_top1 = (
+            one.new_zeros(is_learnt.shape).masked_scatter(is_learnt, one) for one in found
+        )
+        return FusedCausalLMOutput(
+            log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=is_learnt
+        )
+
+    causal.forward = forward
+
+
+@torch.no_grad()
+def _is_plain(causal: Any) -> bool:
+    """Are the model's scores its last hidden state times the head, and nothing else?
+
+    Tried, not looked up: some are scaled or capped, each by a setting with another name.
+    """
+    ids = torch.arange(_PROBE)[None] % causal.config.get_text_config().vocab_size
+    was_training = causal.training
+    causal.eval()
+    hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    scores = causal(input_ids=ids, use_cache=False).logits
+    causal.train(was_training)
+    return torch.allclose(scores, causal.get_output_embeddings()(hidden), rtol=1e-4, atol=1e-4)
+
+
+class _Scores(torch.autograd.Function):
+    """Hidden states (tokens, hidden), the head's weight (vocabulary, hidden) and labels (tokens,) in; of each token
+    out: the label's log-probability in nats, the entropy of all in nats, and whether the label is the likeliest.
+
+    Only the first has a gradient, and only for the hidden states.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, labels: Any) -> Any:
+        log_probs, entropy = hidden.new_empty(labels.shape), hidden.new_empty(labels.shape)
+        is_top1 = torch.empty_like(labels, dtype=torch.bool)
+        # d log p(label) / d hidden = weight[label] - sum over the vocabulary of p * weight
+        slope = weight[labels] if ctx.needs_input_grad[0] else None
+        rows = max(1, _TILE // len(weight))
+        for start in range(0, len(labels), rows):
+            part = slice(start, start + rows)
+            scores = hidden[part] @ weight.T
+            whole = scores.logsumexp(-1)
+            log_probs[part] = scores.gather(-1, labels[part, None])[:, 0] - whole
+            is_top1[part] = scores.argmax(-1) == labels[part]
+            shares = (scores - whole[:, None]).exp_()
+            entropy[part] = whole - torch.linalg.vecdot(shares, scores)
+            if slope is not None:
+                slope[part] -= shares @ weight
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any, *_: Any) -> Any:
+        (slope,) = ctx.saved_tensors
+        return grad[:, None] * slope, None, None
