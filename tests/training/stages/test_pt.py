@@ -44,8 +44,8 @@ class Run:
             self.trainer = trl_trainer(**kwargs)
             return self.trainer
 
-        trl_trainer = pt.SFTTrainer
-        monkeypatch.setattr(pt, "SFTTrainer", spy)
+        trl_trainer = pt.SupervisedTrainer
+        monkeypatch.setattr(pt, "SupervisedTrainer", spy)
         self.published = run_job(config, data_dir)
         (self.folder,) = (data_dir / "runs").iterdir()
         self.made = data_dir / self.published.ref

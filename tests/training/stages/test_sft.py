@@ -50,8 +50,8 @@ class Run:
             self.trainer = trl_trainer(**kwargs)
             return self.trainer
 
-        trl_trainer = sft.SFTTrainer
-        monkeypatch.setattr(sft, "SFTTrainer", spy)
+        trl_trainer = sft.SupervisedTrainer
+        monkeypatch.setattr(sft, "SupervisedTrainer", spy)
         self.published = run_job(config, data_dir)
         (self.folder,) = (data_dir / "runs").iterdir()
         self.events = read_events(self.folder / "events.jsonl")
@@ -267,12 +267,17 @@ def test_noise_is_there_in_training_alone(
     assert not embeddings._forward_hooks, "golden answers are without noise"
 
 
-def test_accumulated_batches_learn_what_one_large_batch_does(load_sft: LoadJob, tmp_path: Path) -> None:
-    """The very tokens of a step weigh alike, however it is cut into batches."""
-    adapters = []
+def test_accumulated_batches_learn_what_one_large_batch_does(
+    load_sft: LoadJob, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """The very tokens of a step weigh alike, however it is cut into batches: here a step is all the rows."""
+    data, adapters = tmp_path / "eight.jsonl", []
+    lines = (tiny_dir / SFT["train_files"][0]).read_text(encoding="utf-8").splitlines()[:8]
+    data.write_text("\n".join(lines), encoding="utf-8")
     for size, steps in ((8, 1), (2, 4)):
         data_dir = tmp_path / str(size)
-        run_job(load_sft(batch_size=size, gradient_accumulation_steps=steps, evaluation_files=[]), data_dir)
+        settings = {"batch_size": size, "gradient_accumulation_steps": steps, "train_files": [str(data)]}
+        run_job(load_sft(**settings, evaluation_files=[]), data_dir)
         (file,) = data_dir.glob("runs/*/result/adapter_model.safetensors")
         adapters.append(load_file(file))
     one, many = adapters
