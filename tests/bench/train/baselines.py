@@ -91,7 +91,7 @@ def _medicalgpt_row(tokenizer: Any, messages: Messages, max_length: int) -> Exam
             break
         ids += question + answer
         labels += [_IGNORED] * len(question) + answer
-        before = tokenizer.apply_chat_template(messages[: at + 1], tokenize=False)
+        before = asked + message["content"] + tokenizer.eos_token
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
