@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from adapters import AdapterStore
 from training.config import AdapterJob, ConfigError, RmConfig
 from training.forgetting import LOGITS, LOGITS_AT_ONCE
+from training.head import is_frozen_product, score
 from training.ledger import Ledger
 from training.lora import find_adapter, lora_config
 
@@ -37,6 +38,7 @@ _TILE_COPIES = {"cpu": 8.25, "cuda": 1.0}
 _PAIRS = ("rm", "dpo", "orpo")
 _WITH_REFERENCE = ("dpo", "kto", "grpo", "ppo")
 _ONLINE = ("grpo", "ppo")
+_SUPERVISED = ("pt", "sft")
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,9 @@ class _Job:
             hidden = inner.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
             if self.stage == "rm":
                 return inner.score(hidden).float().sum()
+            head = inner.get_output_embeddings()
+            if self.device == "cpu" and self.stage in _SUPERVISED and is_frozen_product(head):
+                return score(hidden.flatten(0, 1), head.weight, token_ids.flatten())[0].sum()
         copies = _TILE_COPIES[self.device]
         tile = min(rows * length, _TILE[0]), min(self.base.get_text_config().vocab_size, _TILE[1])
         loss: Tensor = _FusedHead.apply(hidden, math.ceil(copies * tile[0]), tile[1])

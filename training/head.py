@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 _TILE = 2**21
-"""Scores held at a time: 8 MiB."""
+"""Scores held at a time: 8 MiB, which a processor's cache may hold."""
+_ROWS = 256
+"""Tokens scored at a time, at least: each time the whole head is read."""
 _PROBE = 8  # tokens that _is_plain tries
 
 
@@ -20,9 +23,7 @@ def score_learnt_only(model: Any) -> None:
     """Give a model in a TRL trainer this head, where it can have it: on a CPU, frozen, and a plain product."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     head = causal.get_output_embeddings()
-    if causal.device.type != "cpu" or type(head) is not torch.nn.Linear or head.bias is not None:
-        return
-    if head.weight.requires_grad or not _is_plain(causal):
+    if causal.device.type != "cpu" or not is_frozen_product(head) or not _is_plain(causal):
         return
     trls = causal.forward
 
@@ -34,7 +35,7 @@ def score_learnt_only(model: Any) -> None:
         kwargs |= {"use_cache": False, "attention_mask": None}
         hidden = causal.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         is_learnt = labels[:, 1:] >= 0
-        found = _Scores.apply(hidden[is_learnt], head.weight, labels[:, 1:][is_learnt])
+        found = score(hidden[is_learnt], head.weight, labels[:, 1:][is_learnt])
         log_probs, entropy, is_top1 = (
             one.new_zeros(is_learnt.shape).masked_scatter(is_learnt, one) for one in found
         )
@@ -43,6 +44,21 @@ def score_learnt_only(model: Any) -> None:
         )
 
     causal.forward = forward
+
+
+def is_frozen_product(head: Any) -> bool:
+    """Is this a linear layer that does not learn, without a bias or an adapter of its own?"""
+    return type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+
+
+def score(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of hidden states (tokens, hidden), the head's weight (vocabulary, hidden) and labels (tokens,), for each token:
+    the label's log-probability in nats, the entropy of all in nats, and whether the label is the likeliest.
+
+    Only the first has a gradient, and only for the hidden states.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = _Scores.apply(hidden, weight, labels)
+    return found
 
 
 @torch.no_grad()
@@ -61,19 +77,13 @@ def _is_plain(causal: Any) -> bool:
 
 
 class _Scores(torch.autograd.Function):
-    """Hidden states (tokens, hidden), the head's weight (vocabulary, hidden) and labels (tokens,) in; of each token
-    out: the label's log-probability in nats, the entropy of all in nats, and whether the label is the likeliest.
-
-    Only the first has a gradient, and only for the hidden states.
-    """
-
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, labels: Any) -> Any:
         log_probs, entropy = hidden.new_empty(labels.shape), hidden.new_empty(labels.shape)
         is_top1 = torch.empty_like(labels, dtype=torch.bool)
         # d log p(label) / d hidden = weight[label] - sum over the vocabulary of p * weight
         slope = weight[labels] if ctx.needs_input_grad[0] else None
-        rows = max(1, _TILE // len(weight))
+        rows = max(_ROWS, _TILE // len(weight))
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
             scores = hidden[part] @ weight.T

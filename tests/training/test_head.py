@@ -65,8 +65,9 @@ def test_a_head_that_learns_is_left_to_trl() -> None:
 
 def test_scores_in_several_tiles_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for tile in (2**21, 100):  # the latter holds the scores of one token
+    for tile, rows in ((2**21, 256), (300, 1)):  # the latter holds the scores of three tokens
         monkeypatch.setattr("training.head._TILE", tile)
+        monkeypatch.setattr("training.head._ROWS", rows)
         model = frozen("qwen3")
         score_learnt_only(model)
         out = model(**batch(), fused_lm_head=True)
