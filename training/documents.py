@@ -37,5 +37,6 @@ def split(tokens: list[int], max_length: int) -> list[list[int]]:
 
 
 def _end_of_text(tokenizer: Any) -> int:
-    special = {str(token): at for at, token in tokenizer.added_tokens_decoder.items()}
-    return next((special[end] for end in _ENDS_OF_TEXT if end in special), tokenizer.eos_token_id)
+    # Asked for by name: listing all added tokens takes its time, and this is asked for each document.
+    found = (tokenizer.convert_tokens_to_ids(end) for end in _ENDS_OF_TEXT)
+    return next((end for end in found if end not in (None, tokenizer.unk_token_id)), tokenizer.eos_token_id)

@@ -13,7 +13,7 @@ from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 _TILE = 2**21
-"""Scores held at a time: 8 MiB, which a processor's cache may hold."""
+"""Scores worked on at a time, if _ROWS does not make it more: 8 MiB, which a processor's cache may hold."""
 _ROWS = 256
 """Tokens scored at a time, at least: each time the whole head is read."""
 _PROBE = 8  # tokens that _is_plain tries

@@ -41,10 +41,8 @@ CONFIG_FILE = "config.yaml"
 _LOCK = ".lock"
 _RESULT = "result"
 _STAGES_OF_ONE_PROCESS = ("base", "ppo")
-_TRIES, _SECONDS_BETWEEN_TRIES = (
-    5,
-    0.1,
-)  # whoever looks whether a run is at work holds its lock for an instant
+# Whoever looks whether a run is at work holds its lock for an instant.
+_TRIES, _SECONDS_BETWEEN_TRIES = 5, 0.1
 
 # Read by the libraries when they are first imported. What the user has set stays.
 _ENVIRONMENT = {

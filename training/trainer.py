@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from training import ranks
 from training.boards import Boards
@@ -108,12 +109,15 @@ def fit(trainer: Trainer, config: AdapterJob, run: Run, general_rows: Sequence[R
         # Not by `evaluate` here: a model that has been evaluated is never wrapped, and each process would train alone.
         trainer.args.eval_on_start = trainer.eval_dataset is not None and run.measured_before() is None
         trainer.add_callback(_SameDraws())
+        trainer.add_callback(_WholeLogs())
         trainer.add_callback(_Before(forgetting))
         checkpoint = run.last_checkpoint()
         if checkpoint is not None:
             trainer.add_callback(_Restoring(checkpoint))
-        ended = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        metrics["train_loss"] = ended.training_loss
+            if _is_over(checkpoint, steps, patience):
+                trainer._run_epoch = lambda **_: None  # of which the trainer would begin another one
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics["train_loss"] = _mean_loss(trainer.state)
         if stopping.is_agreed and trainer.state.global_step < trainer.state.max_steps:
             run.events.write(StoppedEvent(step=trainer.state.global_step))
             raise Stopped(f"step {trainer.state.global_step} of {trainer.state.max_steps}")
@@ -132,6 +136,27 @@ def _steps(trainer: Trainer) -> int:
     batches = len(trainer.get_train_dataloader())
     in_epoch = math.ceil(batches / trainer.args.gradient_accumulation_steps)
     return math.ceil(trainer.args.num_train_epochs * in_epoch)
+
+
+def _is_over(checkpoint: Path, steps: int, patience: int | None) -> bool:
+    """Was training at its end at this checkpoint, by its steps or by `early_stop`?"""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if patience is None:
+        return state.global_step >= steps
+    waited = state.stateful_callbacks[EarlyStoppingCallback.__name__]["attributes"][
+        "early_stopping_patience_counter"
+    ]
+    return state.global_step >= steps or waited >= patience
+
+
+def _mean_loss(state: TrainerState) -> float:
+    """Over all steps. The trainer's own leaves out those before a resume, and is 0 where none were left to do."""
+    total, before = 0.0, 0
+    for log in state.log_history:
+        if "loss" in log:  # the mean since the log before
+            total += log["loss"] * (log["step"] - before)
+            before = log["step"]
+    return total / before
 
 
 def _measures(metrics: dict[str, float]) -> dict[str, float]:
@@ -157,6 +182,15 @@ class _Restoring(TrainerCallback):
             loaded = set_peft_model_state_dict(kwargs["model"], tensors, adapter_name="default")
             if loaded.unexpected_keys:
                 raise RuntimeError(f"the checkpoint holds another adapter: {loaded.unexpected_keys[:3]}")
+
+
+class _WholeLogs(TrainerCallback):
+    """Logs with each checkpoint, so that the loss of no step is lost to a run that is resumed from it."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log = control.should_log or control.should_save
 
 
 class _SameDraws(TrainerCallback):

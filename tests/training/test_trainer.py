@@ -53,7 +53,10 @@ def test_training_that_gets_worse_is_stopped_and_the_best_kept(spoilt: Any, tmp_
     assert manifest.metrics["eval_loss"] == during[best]
 
 
-def test_patience_is_kept_over_a_kill(spoilt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ago", [0, 1])
+def test_patience_is_kept_over_a_kill(
+    ago: int, spoilt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = run_job(spoilt, tmp_path / "whole").ref
     last = max(losses(tmp_path / "whole"))
 
@@ -61,7 +64,7 @@ def test_patience_is_kept_over_a_kill(spoilt: Any, tmp_path: Path, monkeypatch: 
 
     def write(self: EventLog, event: Event) -> None:
         real(self, event)
-        if isinstance(event, Checkpoint) and event.step == last - 1:
+        if isinstance(event, Checkpoint) and event.step == last - ago:
             raise Killed
 
     real = EventLog.write
@@ -72,3 +75,33 @@ def test_patience_is_kept_over_a_kill(spoilt: Any, tmp_path: Path, monkeypatch: 
             carry_out(run_id, tmp_path / "killed")
     assert carry_out(run_id, tmp_path / "killed").ref == whole
     assert max(losses(tmp_path / "killed")) == last
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_the_training_loss_is_that_of_all_steps_after_a_kill(
+    step: int, load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last step was done, and all that was left was to publish."""
+    job = load_sft(max_steps=7, checkpoint_every=3)
+
+    def manifest(data_dir: Path, ref: str) -> Any:
+        return AdapterStore(data_dir / "store").get(AdapterRef.parse(ref))
+
+    whole = manifest(tmp_path / "whole", run_job(job, tmp_path / "whole").ref)
+
+    class Killed(BaseException): ...
+
+    def write(self: EventLog, event: Event) -> None:
+        real(self, event)
+        if isinstance(event, Checkpoint) and event.step == step:
+            raise Killed
+
+    real = EventLog.write
+    run_id = begin(job, tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(EventLog, "write", write)
+        with pytest.raises(Killed):
+            carry_out(run_id, tmp_path / "killed")
+    found = manifest(tmp_path / "killed", carry_out(run_id, tmp_path / "killed").ref)
+    assert max(losses(tmp_path / "killed")) == 7
+    assert found.metrics == pytest.approx(whole.metrics)

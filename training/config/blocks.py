@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, HttpUrl, model_validator
+from pydantic import Field, model_validator
 
-from training.config.fields import Alias, BaseModelName, Ref, Settings
+from training.config.fields import Alias, BaseModelName, Ref, Settings, Url
 
 # What vLLM's attention takes on CPU: with another size the engine starts, and dies of its first request.
 _HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -105,7 +105,7 @@ class Reward(Settings):
     function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """`module:function` of your own: takes a list of conversations (OpenAI messages, the answer last), and
     returns as many numbers."""
-    judge: HttpUrl | None = None
+    judge: Url | None = None
     """An OpenAI-compatible endpoint whose model gives marks, such as http://127.0.0.1:8000/v1."""
     judge_model: str | None = None
     """The `model` asked for at the judge."""

@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    HttpUrl,
     ValidationInfo,
     model_serializer,
     model_validator,
@@ -90,11 +91,18 @@ def _distinct(tokens: tuple[str, ...]) -> tuple[str, ...]:
     return tokens
 
 
+def _without_key(url: HttpUrl) -> HttpUrl:
+    if url.username or url.password:
+        raise ValueError(
+            "leave user and password out of the URL: a config is kept with the run, and sent to trackers"
+        )
+    return url
+
+
 def _installed(tracker: str) -> str:
     found = find_spec(tracker)
-    if (
-        found is None or found.origin is None
-    ):  # a folder of that name, such as the one for wandb's files, has none
+    # A folder of that name, such as the one for wandb's files, has no origin.
+    if found is None or found.origin is None:
         raise ValueError(f"{tracker} is not installed: pip install {tracker}")
     return tracker
 
@@ -110,8 +118,11 @@ Alias = Annotated[str, AfterValidator(_alias)]
 Ref = Annotated[str, AfterValidator(_ref)]
 """`name` or `name@alias` or `name@revision` of an adapter in the store."""
 BaseModelName = Annotated[str, AfterValidator(_base_model)]
-TemplateName = Annotated[str, AfterValidator(_template)]
 """A model folder, made absolute, or a Hugging Face id."""
+TemplateName = Annotated[str, AfterValidator(_template)]
+"""The name of a prompt template."""
+Url = Annotated[HttpUrl, AfterValidator(_without_key)]
+"""An endpoint. Who asks it reads the key from the environment."""
 NewTokens = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=64)], ...],
     BeforeValidator(_new_tokens),

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, HttpUrl, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from training.config.blocks import BaseModelSize, Lora, Reward
-from training.config.fields import NewTokens, Ref
+from training.config.fields import NewTokens, Ref, Url
 from training.config.job import AdapterJob, Job
 
 
@@ -237,7 +237,7 @@ class PpoConfig(_OnlineJob):
     """What a nat of straying from the reference costs, to begin with."""
     kl_target: float | None = Field(default=None, gt=0)
     """Nats an answer that the coefficient is steered towards (arXiv:1909.08593); None keeps it constant."""
-    rollout_service: HttpUrl | None = None
+    rollout_service: Url | None = None
     """A running Xinglin service of the same base model that samples the answers, such as http://127.0.0.1:8000: of
     use where the base model is large. Its admin key is read from XINGLIN_ADMIN_KEY. None: sampled here."""
     min_reward_accuracy: float = Field(default=0.6, ge=0, le=1)

@@ -8,8 +8,10 @@ import re
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
 from peft import PeftModel
@@ -185,8 +187,10 @@ def judge_scorer(url: str, model: str, prompt: str | None) -> Scorer:
             try:
                 with urllib.request.urlopen(request, timeout=_JUDGE_SECONDS) as reply:  # noqa: S310
                     said = json.load(reply)["choices"][0]["message"]["content"]
-            except (OSError, ValueError, LookupError) as error:
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
                 problem = f"{type(error).__name__}: {error}"
+                if isinstance(error, HTTPError) and error.code in (401, 403):
+                    problem += "; set XINGLIN_JUDGE_KEY to its key"
                 continue
             if number := _NUMBER.search(said or ""):
                 return float(number[0])

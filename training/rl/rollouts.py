@@ -8,6 +8,7 @@ learning goes by probabilities of the trainer's own, with the service's only com
 
 import asyncio
 import io
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from training.config import ConfigError, PpoConfig
 from training.rl.policy import Answers, Messages, Policy
+
+log = logging.getLogger(__name__)
 
 _ALIAS = "default"
 _WHY = "rollouts"
@@ -72,8 +75,11 @@ class Rollouts:
 
     def __exit__(self, *_: object) -> None:
         if self._revision:
-            self._admin("DELETE", f"/adapters/{self._name}/aliases/{_ALIAS}")
-            self._prune()
+            try:
+                self._admin("DELETE", f"/adapters/{self._name}/aliases/{_ALIAS}")
+                self._prune()
+            except ConfigError as error:  # of no matter to what was learnt, or to what ends the run
+                log.warning("%s stays at the service, until it is removed there: %s", self._name, error)
 
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> Answers:
         """What `Policy.answer` does, by the service; its seeds are drawn from torch's generator.
@@ -128,8 +134,9 @@ class Rollouts:
                         group.create_task(ask(messages, seed))
                         for messages, seed in zip(prompts, seeds, strict=True)
                     ]
-            except* openai.OpenAIError as errors:
-                raise self._refused(errors.exceptions[0]) from errors
+            except ExceptionGroup as errors:  # the first says enough
+                error = errors.exceptions[0]
+                raise (self._refused(error) if isinstance(error, openai.OpenAIError) else error) from errors
             return [task.result() for task in tasks]
 
     def _read(self, revision: str | None, reply: ChatCompletion) -> _Sample:

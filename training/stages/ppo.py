@@ -111,6 +111,7 @@ class Ppo:
             ]
         )
         self._kl = KlCoefficient(config.kl_coefficient, config.kl_target)
+        self._metrics: dict[str, float] = {}
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": policy.parameters(), "lr": config.learning_rate},
@@ -143,9 +144,8 @@ class Ppo:
         config, run = self._config, self._run
         meter = Meter(config.name, config.steps, first)
         every = config.checkpoint_every or max(1, config.steps // 4)
-        metrics: dict[str, float] = {}
         for step in range(first + 1, config.steps + 1):
-            metrics = self.step(_batch(prompts, config, step), step)
+            self._metrics = metrics = self.step(_batch(prompts, config, step), step)
             meter.update(step, metrics["loss"])
             run.events.write(
                 Progress(step=step, max_steps=config.steps, eta_seconds=meter.eta_seconds(), metrics=metrics)
@@ -158,7 +158,7 @@ class Ppo:
                 run.events.write(StoppedEvent(step=step))
                 raise Stopped(f"step {step} of {config.steps}")
         meter.close()
-        return metrics
+        return self._metrics
 
     def step(self, prompts: list[Row], step: int) -> dict[str, float]:
         """Answer, reward, learn; returns what was measured on the way."""
@@ -259,6 +259,7 @@ class Ppo:
             "value_head": self._value_head.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "kl_coefficient": self._kl.value,
+            "metrics": self._metrics,
         }
         self._run.save_checkpoint(
             step, lambda folder: torch.save(state, folder / _STATE), kept=_CHECKPOINTS_KEPT
@@ -276,6 +277,7 @@ class Ppo:
         self._value_head.load_state_dict(state["value_head"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._kl.value = state["kl_coefficient"]
+        self._metrics = state["metrics"]
         return self._run.steps_done()
 
 

@@ -200,7 +200,7 @@ def _sft_table(results: dict[str, Result]) -> str:
     lines = [["the base model", *[""] * 8, f"{theirs['loss_before']:.3f}", ""]]
     for name, one in results.items():
         speed, their_speed = (each["learnt"] / each["seconds"] for each in (one, theirs))
-        same = _loss_after(theirs["curve"], one["seconds"])
+        same = _loss_after([[0, 0.0, theirs["loss_before"]], *theirs["curve"]], one["seconds"])
         lines.append(
             [
                 name, f"{one['rows']:,}", str(one["steps"]), f"{one['seconds']:.1f}", f"{speed:,.0f}",
@@ -211,7 +211,7 @@ def _sft_table(results: dict[str, Result]) -> str:
     return _markdown(head, lines)
 
 
-def _loss_after(curve: list[tuple[int, float, float]], seconds: float) -> float:
+def _loss_after(curve: list[list[float]], seconds: float) -> float:
     """Held-out loss after so many CPU seconds, between the points where it was measured; the last, if after all."""
     for (_, before, higher), (_, after, lower) in pairwise(curve):
         if before <= seconds <= after:

@@ -89,7 +89,13 @@ def test_a_judge_that_fails_is_asked_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "told"), [("well done", "its reply holds no number"), (503, "HTTPError: HTTP Error 503")]
+    ("reply", "told"),
+    [
+        ("well done", "its reply holds no number"),
+        (503, "HTTPError: HTTP Error 503"),
+        (401, "HTTPError: HTTP Error 401: Unauthorized; set XINGLIN_JUDGE_KEY to its key"),
+        (99, "BadStatusLine"),
+    ],
 )
 def test_a_judge_that_fails_three_times_ends_the_run(reply: str | int, told: str) -> None:
     with (
@@ -130,3 +136,9 @@ def test_code_of_a_reward_model_runs_only_if_it_is_trusted(
 def test_trust_without_a_model_to_trust_is_refused() -> None:
     with pytest.raises(ValueError, match="trust_remote_code has no effect without model"):
         RewardConfig(function="rewards:length", trust_remote_code=True)
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@127.0.0.1/v1", "http://secret@127.0.0.1/v1"])
+def test_a_url_brings_no_key(url: str) -> None:
+    with pytest.raises(ValueError, match="leave user and password out of the URL"):
+        RewardConfig(judge=url, judge_model="m")

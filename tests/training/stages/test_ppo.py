@@ -12,7 +12,7 @@ import yaml
 
 from adapters import AdapterRef, AdapterStore
 from training.config import ConfigError, PpoConfig, load_config
-from training.events import Evaluation, EventLog, Progress, read_events
+from training.events import Checkpoint, Evaluation, Event, EventLog, Progress, read_events
 from training.job import begin, carry_out
 from training.lora import find_adapter, find_base
 from training.rl.policy import Policy
@@ -272,3 +272,27 @@ def test_a_resumed_step_is_the_step_it_would_have_been(trained_dir: Path, tmp_pa
     assert straight._kl.value == resumed._kl.value
     assert not math.isclose(straight._kl.value, config.kl_coefficient)
     assert os.listdir(folder / "checkpoints") == ["checkpoint-1"]
+
+
+def test_what_the_last_step_measured_is_known_after_a_kill(
+    trained_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load(trained_dir, evaluation_files=[], steps=2)
+
+    class Killed(BaseException): ...
+
+    def write(self: EventLog, event: Event) -> None:
+        real(self, event)
+        if isinstance(event, Checkpoint) and event.step == config.steps:
+            raise Killed
+
+    real = EventLog.write
+    run_id = begin(config, trained_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(EventLog, "write", write)
+        with pytest.raises(Killed):
+            carry_out(run_id, trained_dir)
+    published = carry_out(run_id, trained_dir)
+    manifest = AdapterStore(trained_dir / "store").get(AdapterRef.parse(published.ref))
+    events = read_events(trained_dir / "runs" / run_id / "events.jsonl")
+    assert manifest.metrics == [event.metrics for event in events if isinstance(event, Progress)][-1]
