@@ -190,9 +190,18 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = subparsers.add_parser(
-        "run", parents=[shared], help="run a job, or a pipeline of them, and publish what it makes"
+        "run",
+        parents=[shared],
+        help="run a job, or a pipeline of them, and publish what it makes",
+        description="Run a job, or a pipeline of them, and publish what it makes. Ctrl-C or SIGTERM stops it at a "
+        "checkpoint, with exit code 75; `resume` goes on from there, and so does a pipeline that is run again.",
     )
-    run.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    run.add_argument(
+        "config",
+        type=Path,
+        metavar="CONFIG.yaml",
+        help="one stage's settings, as in training/configs/, or a list of jobs: `pipeline: NAME` and `jobs: [...]`",
+    )
     run.set_defaults(command=_run)
 
     resume = subparsers.add_parser(

@@ -92,7 +92,9 @@ def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
     merge.add_argument(
         "adapters", nargs="+", metavar="ADAPTER", help="name, name@alias, name@revision or ./folder"
     )
-    merge.add_argument("--base", required=True, metavar="FOLDER|ID")
+    merge.add_argument(
+        "--base", required=True, metavar="FOLDER|ID", help="the base model: what the adapters were trained on"
+    )
     merge.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default: models/<base>-<adapter>... in the data directory"
     )

@@ -34,6 +34,7 @@ from training.events import (
     Succeeded,
     read_events,
 )
+from training.events import Stopped as StoppedEvent
 from training.run import Run
 from training.stop import Stopped
 
@@ -125,8 +126,12 @@ def _train_and_publish(config: JobConfig, run: Run, data_dir: Path) -> Published
             result = _load_stage(config.stage).run(config, run)
             published = ranks.led(lambda: _publish(config, result, data_dir))
     except KeyboardInterrupt:
-        run.events.write(Cancelled())
-        raise
+        if run.stop.is_asked or run.last_checkpoint() is None:
+            run.events.write(Cancelled())
+            raise
+        # Told to stop once, outside the loop that listens for it: while the product is made, most often.
+        run.events.write(StoppedEvent(step=run.steps_done()))
+        raise Stopped(f"step {run.steps_done()}, before anything was published") from None
     except Stopped:
         raise
     except Exception as error:

@@ -17,7 +17,8 @@ def within(max_length: int, rows: Sequence[T], length: Callable[[T], int]) -> li
     kept = [row for row in rows if length(row) <= max_length]
     if len(kept) < len(rows):
         log.warning(
-            "%d of %d rows are longer than max_length %d and are left out", len(rows) - len(kept), len(rows), max_length
+            "%d of %d rows are longer than max_length %d and are left out: raise it to learn from them",
+            len(rows) - len(kept), len(rows), max_length,
         )  # fmt: skip
     if not kept:
         raise DataError(f"no row is within max_length {max_length}: raise it")

@@ -133,6 +133,7 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
     """
     trust = config.trust_remote_code
     folder = base_folder(config.base_model, trust_remote_code=trust)
+    digest = fingerprint(folder)  # of no model, it fails with a better word than the loaders
     with own_code_refused(f"base_model: {base_name(config.base_model)}", "set `trust_remote_code: true`"):
         AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
@@ -147,7 +148,7 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
     return Base(
         folder,
         base_name(config.base_model),
-        fingerprint(folder),
+        digest,
         tokenizer,
         template,
         stop,

@@ -1,6 +1,7 @@
 """The result of a run: an adapter's folder, with its proof and where it comes from, ready to be published."""
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from training.merge import warn_of_stop_texts
 from training.new_base import merge_adapter
 from training.run import Run
 
+log = logging.getLogger(__name__)
+
 _RESULT, _UNMERGED, _ROLLOUTS = "result", "unmerged", "rollouts"
 _ROLLOUTS_PROVED_BY = 2
 
@@ -42,6 +45,8 @@ def write_result(
         ranks.led(lambda: None)  # others wait until it is written
         model = adapted(base, result)
     golden = config.golden
+    if ranks.leads():
+        log.info("%s: writing %d golden prompts, by which a server proves it", config.name, golden.prompts)
     # By every process: where weights are sharded, a forward pass takes them all.
     prompts = golden_prompts(model, base.tokenizer, rows, golden.prompts, golden.max_new_tokens)
     if ranks.leads():

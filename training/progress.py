@@ -43,8 +43,9 @@ class Meter:
             self._told = time.monotonic()
             speed = (step - self._first_step) / (self._told - self._began)
             log.info(
-                "%s: step %d of %d, loss %s, %.1f steps/s, %.0f s left",
-                self._title, step, self.max_steps, self._loss or "unknown", speed, self.eta_seconds(),
+                "%s: step %d of %d, %s%.1f steps/s, %.0f s left",
+                self._title, step, self.max_steps, f"loss {self._loss}, " if self._loss else "", speed,
+                self.eta_seconds(),
             )  # fmt: skip
 
     def close(self) -> None:

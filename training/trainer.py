@@ -125,6 +125,10 @@ def fit(trainer: Trainer, config: AdapterJob, run: Run, general_rows: Sequence[R
             before = _measures(run.measured_before() or {})
             metrics |= {f"{name}_before": value for name, value in before.items()}
             metrics |= _measures(trainer.evaluate())
+            if ranks.leads() and "eval_loss" in before:
+                log.info(
+                    "%s: eval_loss %.3f, %.3f before", config.name, metrics["eval_loss"], before["eval_loss"]
+                )
         metrics |= forgetting.after(trainer.model, trainer.state.global_step)
     return metrics
 

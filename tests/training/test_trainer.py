@@ -8,7 +8,10 @@ import pytest
 from adapters import AdapterRef, AdapterStore
 from tests.training.jobs import LoadJob, run_job
 from training.events import Checkpoint, Evaluation, Event, EventLog, Progress, read_events
+from training.events import Stopped as StoppedEvent
 from training.job import begin, carry_out
+from training.stages import sft
+from training.stop import Stopped
 
 
 def events_of(data_dir: Path) -> list[Any]:
@@ -105,3 +108,21 @@ def test_the_training_loss_is_that_of_all_steps_after_a_kill(
     found = manifest(tmp_path / "killed", carry_out(run_id, tmp_path / "killed").ref)
     assert max(losses(tmp_path / "killed")) == 7
     assert found.metrics == pytest.approx(whole.metrics)
+
+
+def test_a_stop_while_the_product_is_made_is_a_stop_at_the_last_checkpoint(
+    load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_job(load_sft(), tmp_path / "whole").ref
+
+    def write(*_: Any, **__: Any) -> Path:
+        raise KeyboardInterrupt
+
+    run_id = begin(load_sft(), tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "write_result", write)
+        with pytest.raises(Stopped, match="step 4, before anything was published"):
+            carry_out(run_id, tmp_path / "stopped")
+    assert events_of(tmp_path / "stopped")[-1].step == 4
+    assert isinstance(events_of(tmp_path / "stopped")[-1], StoppedEvent)
+    assert carry_out(run_id, tmp_path / "stopped").ref == whole

@@ -66,11 +66,9 @@ def _examples(rows: list[Row], tokenizer: Any, max_length: int) -> list[packing.
     encoded = [encode(tokenizer, row["messages"], max_length) for row in rows]
     learnable = [one for one in encoded if any(one.loss_mask)]
     if cut := sum(one.is_cut for one in encoded):
-        log.warning(
-            "%d of %d rows are longer than max_length %d and are cut; of %d of them no answer is left, and they are "
-            "left out",
-            cut, len(rows), max_length, len(rows) - len(learnable),
-        )  # fmt: skip
+        log.warning("%d of %d rows are longer than max_length %d and are cut", cut, len(rows), max_length)
+    if left_out := len(encoded) - len(learnable):
+        log.warning("of %d of %d rows no answer is left to learn, and they are left out", left_out, len(rows))
     if not learnable:
         raise DataError(f"no row has an answer within max_length {max_length}: raise it")
     return [

@@ -131,7 +131,7 @@ def test_the_run_tells_its_story(run: Run) -> None:
     assert kinds[-3:] == [Evaluation, Published, Succeeded]
     assert {Progress, Checkpoint} <= set(kinds)
     progress = [event for event in run.events if isinstance(event, Progress)]
-    assert [(event.step, event.max_steps) for event in progress] == [(1, 4)]
+    assert [(event.step, event.max_steps) for event in progress] == [(step, 4) for step in (1, 2, 3, 4)]
     assert progress[0].eta_seconds > 0
     checkpoints = [event for event in run.events if isinstance(event, Checkpoint)]
     assert (run.folder / checkpoints[-1].folder / "trainer_state.json").exists()
@@ -206,9 +206,8 @@ def test_rows_that_are_cut_or_left_out_are_told(
         + json.dumps({"instruction": "q", "output": "short"}) + "\n"
     )  # fmt: skip
     run_job(load_sft(train_files=[str(data)], evaluation_files=[], max_steps=2, max_length=40), tmp_path)
-    assert (
-        "2 of 3 rows are longer than max_length 40 and are cut; of 1 of them no answer is left" in caplog.text
-    )
+    assert "2 of 3 rows are longer than max_length 40 and are cut" in caplog.text
+    assert "of 1 of 3 rows no answer is left to learn, and they are left out" in caplog.text
 
 
 @pytest.mark.parametrize("problem", ["no template", "not on the hub", "bad rows"])
