@@ -5,6 +5,7 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,8 +94,15 @@ def folders(service: Service, trainer: Trainer) -> list[str]:
     ]
 
 
-def test_swap_under_load(service: Service, folders: list[str]) -> None:
-    first = service.adapters()["doctor@default"]["actual"]
+@pytest.fixture
+def first(service: Service) -> Iterator[str]:
+    """The revision at doctor@default, which is there again however the test ends: others share the service."""
+    revision: str = service.adapters()["doctor@default"]["actual"]
+    yield revision
+    assert service.call("PUT", "/v1/adapters/doctor/aliases/default", {"revision": revision})[0] == 200
+
+
+def test_swap_under_load(service: Service, folders: list[str], first: str) -> None:
     report = asyncio.run(_run(service, folders))
 
     assert not report.failures, Counter(report.failures).most_common(3)
@@ -109,9 +117,14 @@ def test_swap_under_load(service: Service, folders: list[str]) -> None:
             {f"{entry['name']}@{entry[which]}" for entry in shown.values()}
             for which in ("actual", "rollback_to")
         )
+        seen.update(pointed=pointed, held=held, kept=kept)
         return pointed <= held <= pointed | kept
 
-    service.wait_for(is_tidy)
+    seen: dict[str, set[str]] = {}
+    try:
+        service.wait_for(is_tidy)
+    except AssertionError as error:
+        raise AssertionError(f"not tidied up: {seen}") from error
 
     # Every answer is the one its revision gives when nobody else asks anything.
     store = AdapterStore(service.data_dir / "store")
