@@ -5,6 +5,7 @@ all of it again on the way back. Where the head itself does not learn, that is n
 into it can be had while the scores are at hand, as in Liger's fused cross-entropy (https://arxiv.org/abs/2410.10989).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ def score_learnt_only(model: Any) -> None:
         return
     trls = causal.forward
 
+    @functools.wraps(trls)  # with its signature, by which `generate` tells what the model takes
     def forward(*args: Any, labels: Any = None, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head or kwargs.get("output_router_logits"):
             return trls(*args, labels=labels, fused_lm_head=fused_lm_head, **kwargs)
-        # Rows are filled up on the right, where no token that counts sees it: without a mask, attention is causal,
-        # and leaves out half of the products.
+        # Rows are filled up on the right, where no token that counts sees it: causal attention needs no mask.
         kwargs |= {"use_cache": False, "attention_mask": None}
         hidden = causal.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         is_learnt = labels[:, 1:] >= 0

@@ -48,7 +48,7 @@ class AlikeBatches(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        chance = random.Random(f"{self._seed} {self._epoch()}")  # noqa: S311 - nobody is to be surprised
+        chance = random.Random(f"{self._seed} {self._epoch()}")  # noqa: S311 - an order, and no secret
         rows = chance.sample(range(len(self)), len(self))
         bucket = self._batch_size * _BATCHES_IN_BUCKET
         batches = []
