@@ -1,5 +1,6 @@
 """What tests share: the demo's products, and one running service on them with the real vLLM engine."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,11 +18,17 @@ if TYPE_CHECKING:
 MAX_UPLOAD_BYTES = 16 << 20
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: one process has the one service, the other trains meanwhile."""
+    """For `pytest -n 2 --dist loadgroup`: what tests share is made once, in one of the processes.
+
+    Tests of the shared service are one group, and each other file is a group.
+    """
     for item in items:
-        is_service = any(item.path.is_relative_to(ROOT / "tests" / room) for room in ("app", "e2e"))
-        item.add_marker(pytest.mark.xdist_group("service" if is_service else "training"))
+        has_own = hasattr(item.module, "service")
+        is_shared = "service" in item.fixturenames and not has_own
+        group = "service" if is_shared else str(item.path.relative_to(ROOT))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +58,10 @@ def copy_products(source: Path, target: Path) -> Path:
 @pytest.fixture(scope="session")
 def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One service for the whole session. Tests leave its aliases `default` of doctor and leaflet as they were."""
-    data_dir = copy_products(demo_dir, tmp_path_factory.mktemp("service") / "data")
+    folder = tmp_path_factory.mktemp("service")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        (folder.parent.parent / "service").mkdir()  # it is there in a second process: groups do not work
+    data_dir = copy_products(demo_dir, folder / "data")
     # Small uploads only, so that too large a one is soon made.
     service = Service(data_dir, free_port(), {"XINGLIN_MAX_ADAPTER_GIB": str(MAX_UPLOAD_BYTES / 2**30)})
     service.start()

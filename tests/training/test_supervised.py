@@ -1,10 +1,14 @@
-"""Rows of about equal length share a batch, and batches come in random order."""
+"""Rows of about equal length share a batch, batches come in random order, and both stages learn that way."""
 
 import random
 from itertools import pairwise
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from tests.training.jobs import SFT, load_job, run_job
+from training import head
 from training.supervised import AlikeBatches
 
 
@@ -53,3 +57,16 @@ def test_the_epoch_is_asked_for_when_the_rows_are() -> None:
     assert list(rows) != first
     epoch[0] = 0
     assert list(rows) == first
+
+
+@pytest.mark.parametrize("stage", ["sft", "pt"])
+def test_a_stage_learns_in_this_order_and_with_the_head_that_scores_what_is_learnt(
+    stage: str, tiny_dir: Path
+) -> None:
+    with (
+        patch.object(AlikeBatches, "__iter__", autospec=True, side_effect=AlikeBatches.__iter__) as order,
+        patch.object(head, "score", side_effect=head.score) as score,
+    ):
+        run_job(load_job(tiny_dir, SFT, stage=stage, max_steps=2, evaluation_files=[]), tiny_dir)
+    assert order.call_count == 1
+    assert score.call_count == 2
