@@ -69,6 +69,7 @@ class _Job:
         self.data_dir = data_dir
         self.after: list[_Job] = []
         self.key = ""
+        self.turn = ""
 
     def makes(self, needed: Path | AdapterRef) -> bool:
         """Whether this is the job that a base model or an adapter comes from."""
@@ -109,8 +110,13 @@ class _Job:
             return False
         return True
 
+    def tell(self, what: str = "") -> None:
+        """Log the job with its turn among all."""
+        log.info("[%s] %s (stage %s)%s", self.turn, self.config.name, self.config.stage, what)
+
     def make(self) -> None:
         """Begin, or go on with the run that was under way, whoever began it."""
+        self.tell()
         note = self.note
         if note is None or not self._is_under_way(note):
             if note is not None and self.config.makes_base:  # of this job, from something else
@@ -143,8 +149,9 @@ def run_pipeline(path: Path, data_dir: Path, root: Path | None = None) -> list[s
     with _locked(folder):
         for number, job in enumerate(jobs, start=1):
             job.find_key()
-            done = ": already made from this data and config" if job.is_made else ""
-            log.info("[%d of %d] %s (stage %s)%s", number, len(jobs), job.config.name, job.config.stage, done)
+            job.turn = f"{number} of {len(jobs)}"
+            if job.is_made:
+                job.tell(": already made from this data and config")
         if asked.parallel == 1:
             _make_in_turn(jobs)
         else:

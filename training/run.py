@@ -39,7 +39,7 @@ class Run:
         Of all checkpoints the last `kept` stay. A trainer of a library's writes its own.
         """
         target = self.checkpoint(step)
-        half = target.with_name(f"half-{step}")
+        half = target.with_name("half")
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
         write(half)

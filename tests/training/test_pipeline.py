@@ -97,6 +97,23 @@ def test_what_is_made_is_not_made_again(ask: Ask) -> None:
     assert ask() == []
 
 
+def test_each_job_is_told_when_its_turn_comes(
+    data_dir: Path, ask: Ask, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "training")
+    ask()
+    change(data_dir / "leaflet.yaml", seed=5)
+    caplog.clear()
+    ask()
+    made = ": already made from this data and config"
+    assert [told for told in caplog.messages if told.startswith("[")] == [
+        f"[1 of 4] new (stage base){made}",
+        f"[2 of 4] doctor (stage sft){made}",
+        f"[4 of 4] better (stage dpo){made}",
+        "[3 of 4] leaflet (stage sft)",
+    ]
+
+
 def test_paths_may_be_relative(data_dir: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(data_dir)
     run_pipeline(Path("pipeline.yaml"), Path("../data"))

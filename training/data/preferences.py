@@ -76,6 +76,11 @@ def to_prompt(found: Row) -> Row:
     return {"prompt": messages[:-1], "reference": messages[-1]["content"]}
 
 
+def has_pair(found: Row) -> bool:
+    """Whether the row gives a better and a worse answer. Raises BadRow."""
+    return _pair(found) is not None
+
+
 def _label(found: Row) -> bool | None:
     label = found.get("label")
     return _LABELS.get(str(label).strip().lower()) if isinstance(label, str | int) else None

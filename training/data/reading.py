@@ -8,7 +8,7 @@ from training.config import OnError, Source
 from training.data.chats import Row, to_chat, to_document
 from training.data.errors import BadRow, DataError
 from training.data.files import read_values
-from training.data.preferences import to_feedback, to_preference, to_prompt
+from training.data.preferences import has_pair, to_feedback, to_preference, to_prompt
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def read_chats(sources: Sequence[Source], on_error: OnError = _STOP, seed: int =
     Rows come in the order of the sources and files; `seed` chooses those that a weight below 1 leaves.
     Raises DataError naming every bad row, unless told to skip so many.
     """
-    return _read(sources, on_error, seed, lambda found: [to_chat(found)])
+    return _read(sources, on_error, seed, lambda found: [_chat(found)])
 
 
 def read_documents(sources: Sequence[Source], on_error: OnError = _STOP, seed: int = 0) -> list[Row]:
@@ -65,6 +65,17 @@ def _read(
             raise DataError(f"no rows in {', '.join(path.name for path in source.files)}")
         rows += _weigh(of_source, source.weight, f"{seed} {number}")
     return rows
+
+
+def _chat(found: Row) -> Row:
+    try:
+        return to_chat(found)
+    except BadRow as reason:
+        if has_pair(found):
+            raise BadRow(
+                "a better and a worse answer: stages rm, dpo, kto and orpo learn from such"
+            ) from reason
+        raise
 
 
 def _fields(value: object) -> Row:

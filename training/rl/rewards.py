@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,8 @@ What a doctor answered, if known:
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _JUDGES_AT_ONCE = 8
 _JUDGE_SECONDS = 120
-_JUDGE_TRIES = 3
+_JUDGE_PAUSES = (0.0, 1.0, 5.0)
+"""Seconds before it is asked, and asked again: a busy one is given time."""
 
 
 class Rewards:
@@ -183,7 +185,8 @@ def judge_scorer(url: str, model: str, prompt: str | None) -> Scorer:
             {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
         problem = ""
-        for _ in range(_JUDGE_TRIES):
+        for pause in _JUDGE_PAUSES:
+            time.sleep(pause)
             try:
                 with urllib.request.urlopen(request, timeout=_JUDGE_SECONDS) as reply:  # noqa: S310
                     said = json.load(reply)["choices"][0]["message"]["content"]

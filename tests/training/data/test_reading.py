@@ -1,5 +1,6 @@
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,19 @@ def test_all_bad_rows_of_all_files_are_named_and_then_counted(tmp_path: Path) ->
     assert "\na.jsonl:15: found nothing" in told
     assert "\nb.jsonl:1: not JSON: Expecting value" in told
     assert told.endswith("\nb.jsonl:5: instruction must be text, not int\n... and 10 more")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "问", "response_chosen": "好", "response_rejected": "坏"},
+        {"prompt": "Ask", "chosen": "good", "rejected": "bad"},
+        {"instruction": "Ask", "output": ["good", "bad"]},
+    ],
+)
+def test_pairs_where_one_answer_is_to_be_learnt_are_told_as_such(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"d\.jsonl:1: a better and a worse answer: stages rm, dpo"):
+        read_chats([write(tmp_path / "d.jsonl", row)])
 
 
 def test_bad_rows_are_left_out_when_asked_and_still_named(

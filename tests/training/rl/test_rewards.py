@@ -82,12 +82,22 @@ def test_braces_that_cannot_be_filled_in_are_refused(prompt: str) -> None:
     RewardConfig(**judge, judge_prompt='{{"mark": {answer}}}')
 
 
-def test_a_judge_that_fails_is_asked_again() -> None:
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the scorer would have waited, in seconds."""
+    found: list[float] = []
+    monkeypatch.setattr("training.rl.rewards.time.sleep", found.append)
+    return found
+
+
+def test_a_judge_that_fails_is_asked_again_after_a_pause(pauses: list[float]) -> None:
     replies: list[str | int] = ["well done", 503, "8"]
     with running_judge(lambda told: replies.pop(0)) as judge:
         assert judge_scorer(judge.url, "m", None)(CHATS[:1], [""]) == [8]
+    assert pauses == [0, 1, 5]
 
 
+@pytest.mark.usefixtures("pauses")
 @pytest.mark.parametrize(
     ("reply", "told"),
     [
