@@ -21,6 +21,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from adapters import AdapterError, AdapterRef, AdapterStore, Manifest, fingerprint
 from adapters.validate import TEMPLATE_FILE
@@ -30,6 +31,16 @@ from training.templates import named
 
 _BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _LINEAR = (torch.nn.Linear, Conv1D)  # what "all-linear" means to PEFT
+
+
+def load_scorer(folder: Path, **loading: Any) -> Any:
+    """A base model with a new head of one number; transformers' report, that it finds none, is not shown."""
+    shown = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(folder, **loading)
+    finally:
+        transformers_logging.set_verbosity(shown)
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class Base:
         """The model with a new head of one number in the place of its vocabulary."""
         loading = self._loading(plain=False, dtype=None)
         loading["config"].num_labels = 1
-        return AutoModelForSequenceClassification.from_pretrained(self.folder, **loading)
+        return load_scorer(self.folder, **loading)
 
     def stop_ids(self, generation: Any) -> list[int]:
         """The stop tokens of the model's generation config, and those among the stop texts that are one token."""

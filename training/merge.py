@@ -19,7 +19,6 @@ from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
 )
@@ -38,7 +37,7 @@ from adapters.durable import sha256
 from adapters.manifest import MANIFEST_FILE, Dtype, Manifest
 from adapters.validate import CONFIG_FILE, TEMPLATE_FILE, TENSOR_FILE
 from training.config import ConfigError
-from training.lora import base_folder, base_name
+from training.lora import base_folder, base_name, load_scorer
 from training.own_code import own_code_refused
 from training.peft_folder import (
     PREFIX,
@@ -218,9 +217,7 @@ def _load(folder: Path, is_reward: bool, trust: bool) -> Any:
             f"base_model: {folder.name} is quantised, which no adapter can be merged into exactly"
         )
     if is_reward:
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype="auto", trust_remote_code=trust
-        )
+        return load_scorer(folder, num_labels=1, dtype="auto", trust_remote_code=trust)
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust)
 
 

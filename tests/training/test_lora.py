@@ -1,6 +1,7 @@
 """The base model as a job asks for it, and which of its modules get an adapter."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,24 @@ import pytest
 import torch
 from peft import TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from adapters import AdapterStore
 from tests.training.jobs import LoadJob
 from tests.training.tiny_models import ARCHITECTURES, tiny_model
 from training import lora
 from training.config import ConfigError, Lora, RopeScaling
-from training.lora import Base, adaptable, adapted, find_base, lora_config, release, stretch, vocabulary_name
+from training.lora import (
+    Base,
+    adaptable,
+    adapted,
+    find_base,
+    load_scorer,
+    lora_config,
+    release,
+    stretch,
+    vocabulary_name,
+)
 
 
 @pytest.fixture
@@ -128,6 +139,20 @@ def test_a_quantised_scorer_keeps_its_head_whole(find: Callable[..., Base]) -> N
     model = find(quantization="4bit").scorer()
     assert type(model.score) is torch.nn.Linear
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
+def test_a_new_head_is_no_news(find: Callable[..., Base], caplog: pytest.LogCaptureFixture) -> None:
+    base = find()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        load_scorer(base.folder, num_labels=1)
+        base.scorer()
+        assert not caplog.messages
+        AutoModelForSequenceClassification.from_pretrained(base.folder, num_labels=1)
+        assert "score.weight" in caplog.messages[0]
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_quantisation_without_bitsandbytes_says_what_to_install(
