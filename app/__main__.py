@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from app import storm
 from app.access import stored_admin_key
+from app.engine import launch
 from app.fetch import checked_prefixes
 from app.fetch.guard import parse_networks
 from app.settings import Settings
@@ -126,9 +127,12 @@ def _prepare_process(settings: Settings) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", "128")  # OpenAI's own limit of `n`
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_CACHE_ROOT", str(settings.data_dir.absolute() / "cache" / "vllm"))
-    # Engine processes import torch and vLLM anew: without compiled files that takes three times as long.
+    # The fork server imports torch and vLLM too: without compiled files that takes three times as long.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if launch.is_cpu_build():
+        launch.prepare()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -86,12 +86,14 @@ class Service:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(timeout=60)
 
+    def started(self, what: bytes = b"") -> list[int]:
+        """The processes that the service started, and those that they started, with `what` in their command."""
+        pids = [pid for child in _children(self.process.pid) for pid in (child, *_children(child))]
+        return [pid for pid in pids if what in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
     def engine_pids(self) -> list[int]:
-        """The processes the service started that run an engine."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        threads = children.parent.parent.glob("*/children")
-        pids = [int(pid) for thread in threads for pid in thread.read_text().split()]
-        return [pid for pid in pids if b"VLLM" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        """The processes that run an engine."""
+        return self.started(b"VLLM")
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", **{"max_retries": 0, **options})
@@ -127,6 +129,11 @@ class Service:
             model=model, messages=[{"role": "user", "content": question}], **{"temperature": 0, **options}
         )
         return reply.choices[0].message.content or ""
+
+
+def _children(pid: int) -> list[int]:
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for one in lists for child in one.read_text().split()]
 
 
 def free_port() -> int:

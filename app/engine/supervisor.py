@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.25
 _SAY_SECONDS = 5
-_ENGINE = "the engine to start (20 to 60 seconds)"
+_ENGINE = "the engine to start (10 to 60 seconds)"
 _MAX_FAILURES = 3
 """Engines in a row that never became ready before the supervisor gives up."""
 

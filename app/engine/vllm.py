@@ -12,13 +12,13 @@ import asyncio
 import itertools
 import json
 import logging
-import os
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import vllm.envs
+import vllm.v1.engine.utils
 from huggingface_hub import snapshot_download
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -38,6 +38,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from adapters import BaseModelFacts, fingerprint
 from app import errors
+from app.engine import launch
 from app.engine.base import LoadedAdapter, OnTokens, TokenScore
 from app.engine.template import Template, Templates
 from app.engine.vllm_chat import Chat, api_error, bad_request, continued, rendering_with, unavailable
@@ -106,19 +107,14 @@ class VllmEngine:
 
     @classmethod
     def build(cls, options: EngineOptions) -> "VllmEngine":
-        """Start the engine's processes and load the base model. Blocks for 20 to 50 seconds.
+        """Start the engine's processes and load the base model. Blocks for 5 to 50 seconds.
 
         Raises ValueError when the model cannot be served.
         """
         on_cpu = current_platform.is_cpu()
-        os.environ["VLLM_NO_USAGE_STATS"] = "1"
         if on_cpu:
-            # One process less, and a third less CPU a token; safe because OMP_NUM_THREADS is set by then.
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options.kv_cache_gib)
-            # Compiling the samplers took some 15 s at start, needs a C++ compiler and wins little:
-            # with LoRA the model itself is never compiled on CPU.
-            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+            launch.prepare()
+            vllm.v1.engine.utils.get_mp_context = launch.context
         folder = Path(options.model)
         if not folder.is_dir():
             if options.model.startswith(("/", ".")):
@@ -133,6 +129,7 @@ class VllmEngine:
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             gpu_memory_utilization=options.gpu_memory_utilization,
+            kv_cache_memory_bytes=options.kv_cache_gib * 2**30 if on_cpu else None,
             enable_lora=True,
             max_lora_rank=options.max_lora_rank,
             # One more, so that a revision under proof finds room while max_loras others are busy.

@@ -9,13 +9,14 @@ ROOT = Path(__file__).parent.parent.parent.parent
 
 CHECK = textwrap.dedent(
     """
+    import importlib.util
     import inspect
     import os
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     from vllm.version import __version__
     assert __version__.startswith("0.32."), __version__
 
-    from app.engine import cpu_worker, vllm as door, vllm_chat as chat, worker
+    from app.engine import cpu_worker, launch, vllm as door, vllm_chat as chat, worker
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
@@ -54,6 +55,9 @@ CHECK = textwrap.dedent(
     has(door.AsyncEngineArgs, "__init__", "enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras",
         "worker_extension_cls", "disable_log_stats", "gpu_memory_utilization", "served_model_name")
     has(door.vllm.envs, "enable_envs_cache")
+    # Engines on CPU are forked from a process of ours.
+    assert "context = get_mp_context()" in inspect.getsource(door.vllm.v1.engine.utils.CoreEngineProcManager)
+    assert all(importlib.util.find_spec(name) for name in launch._IMPORTED)
     # The repair on CPU replaces these, with the parameters the layers pass.
     assert PunicaWrapperCPU.add_lora_linear is cpu_worker._add_lora_linear
     assert PunicaWrapperCPU.add_lora_logits is cpu_worker._add_no_lora_logits

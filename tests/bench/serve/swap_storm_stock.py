@@ -16,8 +16,6 @@ import os
 import random
 import tarfile
 import tempfile
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,26 +31,12 @@ from app.storm.load import under_load
 from app.storm.report import Figures, figures
 from app.storm.stage import Messages, heard_alone, questions_of, seeded, telling
 from app.storm.variants import Original, find_originals, variant
+from tests.bench.serve.stock import BASE_MODEL, stock_server, wait_for_health
 from tests.conftest import copy_products
 from tests.service import ADMIN_KEY, ROOT, Service, free_port
 
-BASE_MODEL = "xinglin-demo"
 ADAPTERS = ("storm-0", "storm-1", "storm-2")
 GONE = "storm-gone"
-START_SECONDS = 180
-# What app.engine.vllm makes of the service's default settings.
-ENGINE = (
-    "--served-model-name", BASE_MODEL, "--dtype", "float32", "--max-num-seqs", "64", "--enable-lora",
-    "--max-lora-rank", "16", "--max-loras", "5", "--max-cpu-loras", "33", "--disable-log-stats",
-)  # fmt: skip
-ENVIRONMENT = {
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "TORCHDYNAMO_DISABLE": "1",
-    "OMP_NUM_THREADS": "1",
-}
 
 
 class StockOperator:
@@ -147,28 +131,13 @@ class StockOperator:
 
 def stock(options: argparse.Namespace, data_dir: Path, folder: Path) -> Figures:
     """One storm on a stock server of its own."""
-    base = data_dir / "models" / BASE_MODEL
-    port = free_port()
-    command = ("-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(port), *ENGINE)
-    server = Service(data_dir, port, ENVIRONMENT, command)
+    server = stock_server(data_dir)
     server.start(until_ready=False)
     try:
-        _wait_for_health(server)
+        wait_for_health(server)
         return asyncio.run(_stock_storm(options, server.url, data_dir, folder))
     finally:
         server.stop()
-
-
-def _wait_for_health(server: Service) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert server.process.poll() is None, server.log[-4000:]
-        try:
-            urllib.request.urlopen(f"{server.url}/health", timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise TimeoutError(server.log[-4000:])
 
 
 async def _stock_storm(options: argparse.Namespace, url: str, data_dir: Path, folder: Path) -> Figures:
