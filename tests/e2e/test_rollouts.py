@@ -37,7 +37,8 @@ def test_a_service_samples_what_ppo_learns_from(
     ref, steps = _run(service, tmp_path / "ppo.yaml")
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert max(step["rollout_difference"] for step in steps) < FLOAT_ERROR
-    assert steps[1]["kl"] > 0.001  # the second step's answers are by what the first one made
+    # The second step's answers are by what the first one made. Of so few, the estimate may be below 0.
+    assert abs(steps[1]["kl"]) > 0.001
     assert _run(service, tmp_path / "ppo.yaml") == (ref, steps)
     assert not [name for name in service.adapters() if name.startswith("asked-rollouts")]
     _, found = service.call("GET", "/v1/adapters/asked-rollouts")
