@@ -23,7 +23,7 @@ demo: install ## Build a small base model, train its adapters, serve them on htt
 
 test: $(VENV)/dev.done ## Run all tests: real training steps, and the real vLLM engine on CPU
 	@$(BIN)/python -m training demo --data-dir .cache/demo # the models that the services of the tests serve
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder # by size, long single tests would come last
 
 check: $(VENV)/dev.done ## Check format, lint, types and import rules
 	@$(BIN)/ruff format --check .

@@ -82,7 +82,7 @@ def _go_through(service: Service, store: AdapterStore, trainer: Trainer, canary:
     status, reply = service.call("POST", "/v1/chat/completions", {"model": "doctor", "messages": []})
     assert (status, reply["error"]["code"]) == (503, "engine_unavailable")
     service.wait_until_ready()
-    assert service.started(b"forkserver") == [fork_server]  # the new engine imported nothing anew
+    assert service.started(b"forkserver") == [fork_server]  # which did not import vLLM again
     assert service.engine_pids() != [engine]
     assert _state(service) == before
     assert "xinglin_engine_starts_total 2.0" in str(service.call("GET", "/metrics")[1])

@@ -16,10 +16,11 @@ FLOAT_ERROR = 1e-4  # nats, of one token in float32
 
 
 def _run(service: Service, path: Path, **changes: Any) -> tuple[str, list[dict[str, float]]]:
+    # Of fewer answers than these, the estimate of the KL may lie below 0 by chance.
     job = {
         "stage": "ppo", "name": "asked", "base_model": "models/xinglin-demo", "policy": "doctor@default",
         "reward": {"function": "tests.training.stages.test_ppo:shortness"}, "train_files": ["demo/doctor.jsonl"],
-        "rollout_service": service.url, "steps": 2, "batch_size": 8, "minibatch_size": 8, "max_new_tokens": 24,
+        "rollout_service": service.url, "steps": 2, "batch_size": 48, "minibatch_size": 8, "max_new_tokens": 24,
         "learning_rate": 1e-3, "threads": 1, "golden": {"prompts": 8, "max_new_tokens": 8},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(job | changes))
@@ -37,8 +38,7 @@ def test_a_service_samples_what_ppo_learns_from(
     ref, steps = _run(service, tmp_path / "ppo.yaml")
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert max(step["rollout_difference"] for step in steps) < FLOAT_ERROR
-    # The second step's answers are by what the first one made. Of so few, the estimate may be below 0.
-    assert abs(steps[1]["kl"]) > 0.001
+    assert steps[1]["kl"] > 0.001  # the second step's answers are by what the first one made
     assert _run(service, tmp_path / "ppo.yaml") == (ref, steps)
     assert not [name for name in service.adapters() if name.startswith("asked-rollouts")]
     _, found = service.call("GET", "/v1/adapters/asked-rollouts")

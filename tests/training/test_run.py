@@ -46,6 +46,19 @@ def test_the_last_checkpoint_is_the_one_of_most_steps(run: Run) -> None:
     assert run.steps_done() == 100
 
 
+def test_what_a_kill_left_of_one_checkpoint_makes_way_for_the_next(run: Run) -> None:
+    def killed(folder: Path) -> None:
+        (folder / "state.pt").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint(2, killed, kept=2)
+    run.save_checkpoint(4, lambda folder: (folder / "more.pt").touch(), kept=2)
+    (left,) = run.checkpoint(4).parent.iterdir()
+    assert left == run.last_checkpoint()
+    assert {file.name for file in left.iterdir()} == {"more.pt", "trainer_state.json"}
+
+
 @pytest.mark.parametrize("state", [None, "", whole(6)[:5]])
 def test_what_a_kill_left_half_written_is_passed_over_and_removed(run: Run, state: str | None) -> None:
     good, older = write_checkpoint(run, 4, whole(4)), write_checkpoint(run, 2, whole(2))

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from adapters import AdapterRef, AdapterStore
@@ -45,27 +46,26 @@ def main() -> None:
 
 
 def _ours(data_dir: Path) -> tuple[float, float]:
-    service = Service(data_dir, free_port())
-    began = time.perf_counter()
-    service.start()
-    return _measured(service, began)
+    return _measured(Service(data_dir, free_port()), Service.wait_until_ready)
 
 
 def _stock(data_dir: Path) -> tuple[float, float]:
     store = AdapterStore(data_dir / "store")
     folders = {name: store.folder(name, store.get(AdapterRef(name)).revision) for name in ADAPTERS}
-    server = stock_server(data_dir, "--lora-modules", *(f"{name}={path}" for name, path in folders.items()))
+    modules = (f"{name}={path}" for name, path in folders.items())
+    return _measured(stock_server(data_dir, "--lora-modules", *modules), wait_for_health)
+
+
+def _measured(server: Service, wait: Callable[[Service], None]) -> tuple[float, float]:
+    """Seconds until `wait` ends, and the memory of all processes then in MiB, pages they share counted once."""
     began = time.perf_counter()
     server.start(until_ready=False)
-    wait_for_health(server)
-    return _measured(server, began)
-
-
-def _measured(service: Service, began: float) -> tuple[float, float]:
-    """Seconds since `began`, and the memory of all its processes in MiB, pages they share counted once."""
-    seconds = time.perf_counter() - began
-    kibibytes = sum(map(_proportional, [service.process.pid, *service.started()]))
-    service.stop()
+    try:
+        wait(server)
+        seconds = time.perf_counter() - began
+        kibibytes = sum(map(_proportional, [server.process.pid, *server.started()]))
+    finally:
+        server.stop()
     return seconds, kibibytes / 1024
 
 
