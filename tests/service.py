@@ -16,6 +16,8 @@ from typing import Any
 
 import openai
 
+from tests.processes import descendants
+
 ROOT = Path(__file__).parent.parent
 ADMIN_KEY = "test-admin-key"
 
@@ -86,14 +88,13 @@ class Service:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(timeout=60)
 
-    def started(self, what: bytes = b"") -> list[int]:
+    def started(self, what: str = "") -> list[int]:
         """The processes that the service started, and those that they started, with `what` in their command."""
-        pids = [pid for child in _children(self.process.pid) for pid in (child, *_children(child))]
-        return [pid for pid in pids if what in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return descendants(self.process.pid, what)
 
     def engine_pids(self) -> list[int]:
         """The processes that run an engine."""
-        return self.started(b"VLLM")
+        return self.started("VLLM")
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", **{"max_retries": 0, **options})
@@ -129,11 +130,6 @@ class Service:
             model=model, messages=[{"role": "user", "content": question}], **{"temperature": 0, **options}
         )
         return reply.choices[0].message.content or ""
-
-
-def _children(pid: int) -> list[int]:
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for one in lists for child in one.read_text().split()]
 
 
 def free_port() -> int:

@@ -106,10 +106,11 @@ def test_uploads(tmp_path: Path) -> None:
 
 
 SERVICE = """
-import asyncio, sys
+import asyncio, os, sys
 from pathlib import Path
 from app.fetch import parse_source
 from app.imports import Imports
+from tests.processes import descendants
 
 async def then(folder, resolved): return {}
 
@@ -117,8 +118,7 @@ async def main():
     imports = Imports(Path(sys.argv[1]), allowed=["hf://"], private_networks=["127.0.0.1"], max_bytes=1 << 20)
     one = imports.start(parse_source("hf://org/repo", ["hf://"]), then)
     while one.bytes_done < 1000: await asyncio.sleep(0.02)
-    children = Path("/proc/self/task").glob("*/children")
-    print("under way", *[pid for path in children for pid in path.read_text().split()], flush=True)
+    print("under way", *descendants(os.getpid()), flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(main())

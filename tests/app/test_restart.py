@@ -62,7 +62,7 @@ def _go_through(service: Service, store: AdapterStore, trainer: Trainer, canary:
     # An engine killed in the middle of a stream and of a publication: the stream ends in an error, and
     # another engine comes, with all it held.
     (engine,) = service.engine_pids()
-    (fork_server,) = service.started(b"forkserver")
+    (fork_server,) = service.started("forkserver")
     stream = service.client().chat.completions.create(
         model="leaflet", messages=[{"role": "user", "content": QUESTION}], stream=True,
         max_tokens=900, extra_body={"min_tokens": 900, "ignore_eos": True},
@@ -82,7 +82,7 @@ def _go_through(service: Service, store: AdapterStore, trainer: Trainer, canary:
     status, reply = service.call("POST", "/v1/chat/completions", {"model": "doctor", "messages": []})
     assert (status, reply["error"]["code"]) == (503, "engine_unavailable")
     service.wait_until_ready()
-    assert service.started(b"forkserver") == [fork_server]  # which did not import vLLM again
+    assert service.started("forkserver") == [fork_server]  # which did not import vLLM again
     assert service.engine_pids() != [engine]
     assert _state(service) == before
     assert "xinglin_engine_starts_total 2.0" in str(service.call("GET", "/metrics")[1])

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -14,6 +15,7 @@ from app.engine import template as template_module
 from app.engine.template import Template, Templates
 from app.engine.template_process import CPU_SECONDS, compiled, rendered
 from app.errors import AdapterUnavailable, BadRequest
+from tests.processes import descendants
 from tests.service import ROOT
 
 MESSAGES = [
@@ -251,9 +253,4 @@ def test_messages_are_not_json_by_accident() -> None:
 
 def _children() -> list[int]:
     """The template processes of this one."""
-    found = []
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            if b"template_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(int(pid))
-    return found
+    return descendants(os.getpid(), "template_process")

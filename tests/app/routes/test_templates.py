@@ -252,16 +252,7 @@ def test_a_base_model_without_a_template(data_dir: Path, trainer: Trainer, bring
 
 def template_pids(service: Service) -> set[int]:
     """The processes of the service that render templates."""
-    threads = Path(f"/proc/{service.process.pid}/task").glob("*/children")
-    pids = {int(pid) for thread in threads for pid in thread.read_text().split()}
-    return {pid for pid in pids if b"template_process" in _command(pid)}
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return b""
+    return {*service.started("template_process")}
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -1,0 +1,16 @@
+"""The processes of this machine, as tests look at them: any may end while it is looked at."""
+
+import psutil
+
+
+def descendants(pid: int, what: str = "") -> list[int]:
+    """The processes that `pid` started, and those that they started, with `what` in their command."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:  # a zombie is one too
+            continue
+        if what in command:
+            found.append(process.pid)
+    return found
