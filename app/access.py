@@ -13,7 +13,7 @@ KEY_FILE = "admin.key"
 
 
 class Access:
-    """Checks `Authorization: Bearer KEY`."""
+    """Checks `Authorization: Bearer KEY`, or `x-api-key: KEY`."""
 
     def __init__(self, admin_key: str, *, is_chat_open: bool) -> None:
         if not admin_key:
@@ -24,6 +24,8 @@ class Access:
     def require_admin(self, request: Request) -> None:
         """Raises Unauthorized without the admin key."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if not scheme:  # what Anthropic's clients send instead
+            scheme, key = "bearer", request.headers.get("x-api-key", "")
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self._admin_key):
             raise Unauthorized("this needs the admin key: send Authorization: Bearer XINGLIN_ADMIN_KEY")
 

@@ -4,6 +4,7 @@ ApiError
 ├── BadRequest            the request cannot be understood or carried out; `code` and `param` say where
 ├── Unauthorized          no key, or a wrong one
 ├── ModelNotFound         no served model of that name
+├── ResponseNotFound      no stored response of that id (any more)
 ├── PathNotAllowed        a folder outside the allow-listed roots
 ├── AdapterRefused        the engine or the proof turned an adapter down; the alias did not move
 │   ├── ProofFailed       ... because the live engine does not reproduce its golden prompts
@@ -49,6 +50,10 @@ class Unauthorized(ApiError):
 
 class ModelNotFound(ApiError):
     """No served model of that name."""
+
+
+class ResponseNotFound(ApiError):
+    """No stored response of that id (any more)."""
 
 
 class PathNotAllowed(ApiError):
@@ -99,6 +104,7 @@ TABLE: dict[type[Exception], Row] = {
     BadRequest: Row(400, _INVALID, "invalid_request"),
     Unauthorized: Row(401, _INVALID, "invalid_api_key"),
     ModelNotFound: Row(404, _INVALID, "model_not_found"),
+    ResponseNotFound: Row(404, _INVALID, "response_not_found"),
     PathNotAllowed: Row(403, _INVALID, "path_not_allowed"),
     AdapterRefused: Row(400, _INVALID, "adapter_refused"),
     ProofFailed: Row(400, _INVALID, "proof_failed"),
@@ -133,6 +139,26 @@ def body(error: Exception) -> dict[str, Any]:
     if isinstance(error, InvalidAdapter):
         detail["problems"] = error.problems
     return {"error": detail}
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_body(error: Exception) -> dict[str, Any]:
+    """What Anthropic's clients read (docs.claude.com, "Errors"); our code beside it."""
+    of_openai = body(error)["error"]
+    kind = _ANTHROPIC_TYPES.get(row(error).status, "api_error")
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": of_openai["message"], "code": of_openai["code"]},
+    }
 
 
 def headers(error: Exception) -> dict[str, str]:

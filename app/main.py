@@ -18,14 +18,14 @@ from adapters import AdapterError, AdapterStore
 from app import errors
 from app.access import Access, stored_admin_key
 from app.admission import Admission
-from app.engine.base import Engine
+from app.engine.base import Endpoint, Engine
 from app.engine.supervisor import Supervisor, in_daemon_thread
 from app.imports import Imports
 from app.loader import Loader
 from app.metrics import Metrics
 from app.reconciler import Reconciler
 from app.residency import Limits, Residency
-from app.routes import adapters, chat, health, models, publish, traffic, vllm_compat
+from app.routes import adapters, answers, health, models, publish, responses, traffic, vllm_compat
 from app.served_models import ServedModels
 from app.settings import Settings
 from app.shadow import Shadow
@@ -151,7 +151,7 @@ def create_app(
             await imports.close()
 
     app = FastAPI(title="Xinglin 杏林", version="0.1.0", lifespan=lifespan)
-    for module in (chat, models, publish, adapters, traffic, vllm_compat, health):
+    for module in (answers, responses, models, publish, adapters, traffic, vllm_compat, health):
         app.include_router(module.router)
     for kind in (errors.ApiError, AdapterError):
         app.add_exception_handler(kind, _error_response)
@@ -177,6 +177,9 @@ async def _build_engine(settings: Settings) -> Engine:
             max_resident=settings.max_resident,
             kv_cache_gib=settings.kv_cache_gib,
             gpu_memory_utilization=settings.gpu_memory_utilization,
+            tool_call_parser=settings.tool_call_parser,
+            reasoning_parser=settings.reasoning_parser,
+            stored_responses=settings.stored_responses,
         )
         return VllmEngine.build(options)
 
@@ -193,8 +196,9 @@ async def _run_or_give_up(supervisor: Supervisor, on_give_up: Callable[[], None]
         on_give_up()
 
 
-def _error_response(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse(errors.body(error), errors.row(error).status, errors.headers(error))
+def _error_response(request: Request, error: Exception) -> JSONResponse:
+    body = errors.anthropic_body if request.url.path.startswith(Endpoint.MESSAGES) else errors.body
+    return JSONResponse(body(error), errors.row(error).status, errors.headers(error))
 
 
 def _validation_response(request: Request, error: Exception) -> JSONResponse:

@@ -89,6 +89,7 @@ class Meter:
 
     def on_tokens(self, prompt_tokens: int, new_tokens: int) -> None:
         """An answer grew."""
+        self._prompt_tokens += prompt_tokens
         if not new_tokens:
             return
         now = time.perf_counter()
@@ -97,7 +98,6 @@ class Meter:
         else:
             self._gaps.append(now - self._last)
         self._last = now
-        self._prompt_tokens = prompt_tokens
         self._tokens += new_tokens
 
     def end(self, status: int, *, is_stream: bool) -> None:

@@ -87,6 +87,20 @@ class Settings(BaseSettings):
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of the GPU's memory to use, GPU only"
     )
+    tool_call_parser: str | None = Field(
+        None,
+        description="How the base model writes tool calls, by the name of vLLM's parser: hermes, mistral, llama3_json, "
+        "... Without it `tool_choice: auto` is refused",
+    )
+    reasoning_parser: str | None = Field(
+        None, description="How it marks its reasoning, by the name of vLLM's parser: qwen3, deepseek_r1, ..."
+    )
+    stored_responses: int = Field(
+        1000,
+        ge=0,
+        description="Responses of /v1/responses that are kept in memory for their clients, the latest of them; "
+        "0: none is stored",
+    )
     reconcile_seconds: float = Field(
         1.0, gt=0, description="How often the store is looked at for moved aliases"
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from adapters import Manifest
-from app.engine.base import Engine
+from app.engine.base import Endpoint, Engine
 from app.errors import ApiError
 from app.metrics import Metrics
 from app.residency import Lease, Residency
@@ -145,7 +145,8 @@ class Shadow:
 async def _whole_answer(lease: Lease, body: Mapping[str, Any]) -> Mapping[str, Any]:
     engine: Engine = lease.engine
     whole = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
-    reply = await engine.chat(
+    reply = await engine.answer(
+        Endpoint.CHAT,
         whole,
         request_id=f"shadow-{time.time_ns()}",
         adapter=lease.adapter,

@@ -1,7 +1,9 @@
 """What the service needs of an engine. app.engine.vllm is the one there is."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +35,19 @@ class TokenScore:
 
 
 OnTokens = Callable[[int, int], None]
-"""Called with the number of prompt tokens and of new tokens whenever an answer grows."""
+"""Called whenever an answer grows: with the number of prompt tokens the first time and then 0, and of new tokens."""
+
+
+class Endpoint(StrEnum):
+    """What an engine answers, by path."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    RESPONSES = "/v1/responses"
+    MESSAGES = "/v1/messages"
+    COUNT_TOKENS = "/v1/messages/count_tokens"
+    TOKENIZE = "/tokenize"
+    DETOKENIZE = "/detokenize"
 
 
 class Engine(Protocol):
@@ -78,8 +92,9 @@ class Engine(Protocol):
         """The token ids of a chat prompt, as a request would have them. Raises BadRequest."""
         ...
 
-    async def chat(
+    async def answer(
         self,
+        endpoint: Endpoint,
         body: Mapping[str, Any],
         *,
         request_id: str,
@@ -87,10 +102,29 @@ class Engine(Protocol):
         fingerprint: str,
         on_tokens: OnTokens,
     ) -> dict[str, Any] | AsyncGenerator[str]:
-        """Answer one chat completion request: a whole reply, or ready server-sent events.
+        """Answer one request: a whole reply, or ready server-sent events.
 
-        A stream's first event has been awaited, so that what fails before it raises an ApiError here.
+        A stream's first event has been awaited, so that what fails before it raises an ApiError here. What fails
+        later is told by a last event, and then raised.
         """
+        ...
+
+    def background(self, request_id: str) -> asyncio.Future[Any] | None:
+        """What goes on being made after a response was answered (`background`), until it is done."""
+        ...
+
+    async def retrieve(
+        self, response_id: str, *, stream: bool, starting_after: int | None
+    ) -> dict[str, Any] | AsyncGenerator[str]:
+        """A stored response or its events, those after a sequence number. Raises ResponseNotFound, BadRequest."""
+        ...
+
+    async def cancel(self, response_id: str) -> dict[str, Any]:
+        """End a response that is being made in the background. Raises ResponseNotFound, BadRequest."""
+        ...
+
+    async def delete(self, response_id: str) -> None:
+        """Forget a stored response, and end it if it is being made. Raises ResponseNotFound."""
         ...
 
     async def close(self) -> None:

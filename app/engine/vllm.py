@@ -1,4 +1,4 @@
-"""vLLM behind the Engine protocol: the one module that names vLLM's symbols, so an upgrade breaks one file.
+"""vLLM behind the Engine protocol. Only the modules `app.engine.vllm*` name vLLM's symbols.
 
 vLLM's entry points are no public API and move with every release. The engine is embedded (AsyncLLM) with
 vLLM's own OpenAI serving classes, which bring every feature of its server. Three rules keep it alive:
@@ -20,11 +20,8 @@ from typing import Any, TypeVar
 import vllm.envs
 import vllm.v1.engine.utils
 from huggingface_hub import snapshot_download
-from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.models.protocol import BaseModelPath
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
@@ -39,9 +36,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from adapters import BaseModelFacts, fingerprint
 from app import errors
 from app.engine import launch
-from app.engine.base import LoadedAdapter, OnTokens, TokenScore
+from app.engine.base import Endpoint, LoadedAdapter, OnTokens, TokenScore
 from app.engine.template import Template, Templates
-from app.engine.vllm_chat import Chat, api_error, bad_request, continued, rendering_with, unavailable
+from app.engine.vllm_endpoints import Endpoints
+from app.engine.vllm_errors import api_error, translated, unavailable
+from app.engine.vllm_serving import Asked, rendering_with
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +68,9 @@ class EngineOptions:
     max_resident: int
     kv_cache_gib: int
     gpu_memory_utilization: float
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    stored_responses: int = 0
 
 
 class VllmEngine:
@@ -87,22 +89,12 @@ class VllmEngine:
         self._templates = Templates()
         self._own_templates: dict[int, tuple[Template, OnlineRenderer]] = {}
         """By engine id, of the adapters that are not rendered by the base model's."""
-        models = OpenAIServingModels(llm, [BaseModelPath(options.name, options.name)])
-        renderer = OnlineRenderer(
-            llm.model_config,
-            llm.renderer,
-            request_logger=None,
-            chat_template=None,
-            chat_template_content_format="auto",
-        )
-        self._chat = Chat(
+        self._endpoints = Endpoints(
             llm,
-            models,
-            "assistant",
-            online_renderer=renderer,
-            request_logger=None,
-            chat_template=None,
-            chat_template_content_format="auto",
+            options.name,
+            tool_call_parser=options.tool_call_parser,
+            reasoning_parser=options.reasoning_parser,
+            stored_responses=options.stored_responses,
         )
 
     @classmethod
@@ -160,10 +152,10 @@ class VllmEngine:
             max_lora_rank=self._options.max_lora_rank,
         )
         vllm.envs.enable_envs_cache()
-        self._chat.online_renderer.warmup()
-        self._chat.online_renderer.chat_template = "{{ messages[0].content }}"  # the base may have none
+        self._endpoints.renderer.warmup()
+        self._endpoints.renderer.chat_template = "{{ messages[0].content }}"  # the base may have none
         await self._warm_up()
-        self._chat.online_renderer.chat_template = None
+        self._endpoints.renderer.chat_template = None
 
     async def _warm_up(self) -> None:
         """Compile sampling and grammar code before anybody waits for it."""
@@ -176,8 +168,13 @@ class VllmEngine:
         ):
             request_id = f"warm-up-{next(self._request_ids)}"
             body = {**ask, **extra, "model": self.facts.name}
-            await self.chat(
-                body, request_id=request_id, adapter=None, fingerprint="", on_tokens=lambda *_: None
+            await self.answer(
+                Endpoint.CHAT,
+                body,
+                request_id=request_id,
+                adapter=None,
+                fingerprint="",
+                on_tokens=lambda *_: None,
             )
         await self.score([0], [0], None)
 
@@ -228,12 +225,12 @@ class VllmEngine:
             raise errors.AdapterRefused(f"{adapter.name} is refused: {error}") from error
         self._own_templates[adapter.engine_id] = (
             template,
-            rendering_with(self._chat.online_renderer, template),
+            rendering_with(self._endpoints.renderer, template),
         )
 
     def _renderer(self, adapter: LoadedAdapter | None) -> OnlineRenderer:
         own = self._own_templates.get(adapter.engine_id) if adapter else None
-        return own[1] if own else self._chat.online_renderer
+        return own[1] if own else self._endpoints.renderer
 
     async def resident(self) -> set[int]:
         """See Engine.resident."""
@@ -287,7 +284,7 @@ class VllmEngine:
                 o async for o in self._llm.generate(prompt, parameters, request_id, lora_request=lora)
             ]
         except Exception as error:  # vLLM raises its own and built-in errors alike
-            raise self._chat.translated(error) from error
+            raise translated(error, is_dead=self.is_dead) from error
         return output
 
     async def render(self, messages: Sequence[Mapping[str, Any]], adapter: LoadedAdapter | None) -> list[int]:
@@ -298,14 +295,15 @@ class VllmEngine:
         except errors.ApiError:
             raise
         except Exception as error:  # as in score
-            raise self._chat.translated(error) from error
+            raise translated(error, is_dead=self.is_dead) from error
         if isinstance(rendered, ErrorResponse):
             raise api_error(rendered)
         _, (prompt,) = rendered
         return list(prompt["prompt_token_ids"])
 
-    async def chat(
+    async def answer(
         self,
+        endpoint: Endpoint,
         body: Mapping[str, Any],
         *,
         request_id: str,
@@ -313,39 +311,38 @@ class VllmEngine:
         fingerprint: str,
         on_tokens: OnTokens,
     ) -> dict[str, Any] | AsyncGenerator[str]:
-        """See Engine.chat."""
-        try:
-            # Ids come from us: two requests of one id would be an error inside the engine.
-            request = ChatCompletionRequest.model_validate({**body, "request_id": request_id})
-        except ValidationError as error:
-            raise bad_request(error) from error
-        except Exception as error:  # vLLM's own validators raise what pydantic does not wrap
-            param = getattr(error, "parameter", None)
-            raise errors.BadRequest(
-                str(error) or "invalid request", code="invalid_value", param=param
-            ) from error
-        lora = None if adapter is None else _lora_request(adapter)
-        if adapter is not None and adapter.stop:
-            theirs = [request.stop] if isinstance(request.stop, str) else request.stop or []
-            request.stop = [*theirs, *adapter.stop]
-        chat = self._chat.for_one_request(
-            str(request.model), lora, fingerprint, on_tokens, self._renderer(adapter)
+        """See Engine.answer."""
+        asked = Asked(
+            id=request_id,
+            model=str(body["model"]),
+            lora=None if adapter is None else _lora_request(adapter),
+            renderer=self._renderer(adapter),
+            has_own_template=adapter is not None and adapter.engine_id in self._own_templates,
+            stop=adapter.stop if adapter else (),
+            fingerprint=fingerprint,
+            on_tokens=on_tokens,
         )
-        try:
-            reply = await chat.create_chat_completion(request)
-            if isinstance(reply, AsyncGenerator):
-                first = await anext(reply)
-                if chat.failure is None:
-                    return continued(first, reply, chat)
-                await reply.aclose()
-                raise chat.failure
-        except errors.ApiError:
-            raise
-        except Exception as error:  # vLLM raises its own and built-in errors alike
-            raise chat.translated(error) from error
-        if isinstance(reply, ErrorResponse):
-            raise api_error(reply)
-        return {**reply.model_dump(), "system_fingerprint": fingerprint}
+        return await self._endpoints.answer(endpoint, body, asked)
+
+    def background(self, request_id: str) -> asyncio.Future[Any] | None:
+        """See Engine.background."""
+        return self._endpoints.responses.background_tasks.get(f"resp_{request_id}")
+
+    async def retrieve(
+        self, response_id: str, *, stream: bool, starting_after: int | None
+    ) -> dict[str, Any] | AsyncGenerator[str]:
+        """See Engine.retrieve."""
+        return await self._endpoints.responses.retrieve(
+            response_id, stream=stream, starting_after=starting_after
+        )
+
+    async def cancel(self, response_id: str) -> dict[str, Any]:
+        """See Engine.cancel."""
+        return await self._endpoints.responses.cancel(response_id)
+
+    async def delete(self, response_id: str) -> None:
+        """See Engine.delete."""
+        await self._endpoints.responses.delete(response_id)
 
     async def close(self) -> None:
         """See Engine.close."""

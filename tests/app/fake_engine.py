@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adapters import BaseModelFacts, read_golden
-from app.engine.base import LoadedAdapter, OnTokens, TokenScore
-from app.errors import AdapterRefused, BadRequest, EngineUnavailable
+from app.engine.base import Endpoint, LoadedAdapter, OnTokens, TokenScore
+from app.errors import AdapterRefused, BadRequest, EngineUnavailable, ResponseNotFound
 from tests.adapters.folders import BASE
 
 _REFUSED = "refuse-to-load"
@@ -91,8 +91,9 @@ class FakeEngine:
             return [1, 2]
         return [ord(letter) for letter in adapter.template]
 
-    async def chat(
+    async def answer(
         self,
+        endpoint: Endpoint,
         body: Mapping[str, Any],
         *,
         request_id: str,
@@ -107,12 +108,25 @@ class FakeEngine:
             content = adapter.name if adapter else "base"
             for stop in adapter.stop if adapter else ():
                 content = content.partition(stop)[0]
+            assert endpoint is Endpoint.CHAT, "the fake engine only chats"
             return {
                 "id": request_id,
                 "model": body["model"],
                 "system_fingerprint": fingerprint,
                 "choices": [{"index": 0, "message": {"content": content}}],
             }
+
+    def background(self, request_id: str) -> None:
+        return None
+
+    async def retrieve(self, response_id: str, *, stream: bool, starting_after: int | None) -> dict[str, Any]:
+        raise ResponseNotFound(f"there is no response {response_id}")
+
+    async def cancel(self, response_id: str) -> dict[str, Any]:
+        raise ResponseNotFound(f"there is no response {response_id}")
+
+    async def delete(self, response_id: str) -> None:
+        raise ResponseNotFound(f"there is no response {response_id}")
 
     async def close(self) -> None:
         self.is_dead = True

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from adapters import CANARY, AdapterError, AdapterRef, AdapterStore, Traffic, write_golden
+from app.engine.base import Endpoint
 from app.errors import AdapterRefused, AdapterUnavailable, ApiError, ModelNotFound
 from app.loader import Loader
 from app.metrics import Metrics
@@ -130,8 +131,8 @@ def test_everybody_at_once(rig: Rig, seed: int) -> None:
             try:
                 chosen = rig.served.choose("doctor", str(choice.random()))
                 with await rig.residency.lease(chosen.manifest) as lease:
-                    reply = await lease.engine.chat(
-                        {"model": "doctor", "messages": []}, request_id="", adapter=lease.adapter,
+                    reply = await lease.engine.answer(
+                        Endpoint.CHAT, {"model": "doctor", "messages": []}, request_id="", adapter=lease.adapter,
                         fingerprint="", on_tokens=lambda *_: None,
                     )  # fmt: skip
                 assert isinstance(reply, dict)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from adapters import AdapterRef, AdapterStore, Manifest, read_golden, write_golden
+from app.engine.base import Endpoint
 from app.errors import AdapterRefused, AdapterUnavailable, EngineUnavailable, ProofFailed
 from app.loader import Loader
 from app.metrics import Metrics
@@ -53,8 +54,13 @@ class Rig:
     async def use(self, number: int) -> str:
         with await self.residency.lease(self.manifest(number)) as lease:
             body = {"model": f"a{number}", "messages": []}
-            reply = await lease.engine.chat(
-                body, request_id="", adapter=lease.adapter, fingerprint="", on_tokens=lambda *_: None
+            reply = await lease.engine.answer(
+                Endpoint.CHAT,
+                body,
+                request_id="",
+                adapter=lease.adapter,
+                fingerprint="",
+                on_tokens=lambda *_: None,
             )
         assert isinstance(reply, dict)
         return str(reply["choices"][0]["message"]["content"])

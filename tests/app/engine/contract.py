@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapters import AdapterStore, read_golden
-from app.engine.base import Engine, LoadedAdapter
+from app.engine.base import Endpoint, Engine, LoadedAdapter
 from app.errors import AdapterRefused, BadRequest, EngineUnavailable
 
 
@@ -57,8 +57,13 @@ async def hold_to(rig: Rig) -> None:
 
     seen: list[tuple[int, int]] = []
     body = {"model": "doctor", "messages": [{"role": "user", "content": "头痛怎么办?"}], "max_tokens": 4}
-    reply = await engine.chat(
-        body, request_id="r1", adapter=again, fingerprint="f1", on_tokens=lambda *new: seen.append(new)
+    reply = await engine.answer(
+        Endpoint.CHAT,
+        body,
+        request_id="r1",
+        adapter=again,
+        fingerprint="f1",
+        on_tokens=lambda *new: seen.append(new),
     )
     assert isinstance(reply, dict)
     assert (reply["model"], reply["system_fingerprint"]) == ("doctor", "f1")
@@ -68,8 +73,8 @@ async def hold_to(rig: Rig) -> None:
     await _hold_to_templates(rig)
 
     with pytest.raises(BadRequest):
-        await engine.chat(
-            {"model": "doctor", "messages": 5}, request_id="r2", adapter=None, fingerprint="",
+        await engine.answer(
+            Endpoint.CHAT, {"model": "doctor", "messages": 5}, request_id="r2", adapter=None, fingerprint="",
             on_tokens=lambda *_: None,
         )  # fmt: skip
     assert not engine.is_dead
@@ -96,8 +101,13 @@ async def _hold_to_templates(rig: Rig) -> None:
 
     async def text(adapter: LoadedAdapter) -> str:
         body = {"model": "doctor", "messages": messages, "max_tokens": 16, "temperature": 0, "stop": None}
-        reply = await engine.chat(
-            body, request_id=adapter.name, adapter=adapter, fingerprint="", on_tokens=lambda *_: None
+        reply = await engine.answer(
+            Endpoint.CHAT,
+            body,
+            request_id=adapter.name,
+            adapter=adapter,
+            fingerprint="",
+            on_tokens=lambda *_: None,
         )
         assert isinstance(reply, dict)
         return str(reply["choices"][0]["message"]["content"])

@@ -12,11 +12,15 @@ CHECK = textwrap.dedent(
     import importlib.util
     import inspect
     import os
+    import sys
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     from vllm.version import __version__
     assert __version__.startswith("0.32."), __version__
 
-    from app.engine import cpu_worker, launch, vllm as door, vllm_chat as chat, worker
+    from app.engine import (
+        cpu_worker, launch, vllm as door, vllm_endpoints as endpoints, vllm_errors, vllm_responses,
+        vllm_serving as serving, worker,
+    )
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
@@ -32,26 +36,45 @@ CHECK = textwrap.dedent(
     for name in ("add_lora", "remove_lora", "collective_rpc", "shutdown"):
         has(door.AsyncLLM, name)
     assert isinstance(door.AsyncLLM.errored, property)
-    has(chat.OpenAIServingChat, "create_chat_completion", "request", "raw_request")
-    has(chat.OpenAIServingChat, "chat_completion_stream_generator", "request", "result_generator")
-    has(chat.OpenAIServingChat, "chat_completion_full_generator", "request", "result_generator")
-    has(chat.OpenAIServingChat, "create_streaming_error_response", "message", "err_type", "status_code", "param")
-    has(chat.OpenAIServingModels, "is_base_model", "model_name")
-    has(chat.OpenAIServingModels, "model_name", "lora_request")
+    # Each endpoint is served by a copy of one of these, with other models, renderer, engine and request id.
+    for kind, method in (
+        (serving.OpenAIServingChat, "create_chat_completion"),
+        (serving.OpenAIServingCompletion, "create_completion"),
+        (serving.AnthropicServingMessages, "create_messages"),
+        (serving.AnthropicServingMessages, "count_tokens"),
+        (vllm_responses.OpenAIServingResponses, "create_responses"),
+        (serving.ServingTokenization, "create_tokenize"),
+        (serving.ServingTokenization, "create_detokenize"),
+    ):
+        has(kind, method, "request", "raw_request")
+        source = inspect.getsource(sys.modules[kind.__module__])
+        assert "self.online_renderer." in source and "self.engine_client = " not in source
+    for kind in (serving.OpenAIServingChat, serving.OpenAIServingCompletion, vllm_responses.OpenAIServingResponses):
+        has(kind, "create_streaming_error_response", "message", "err_type", "status_code", "param")
+        assert "self.engine_client.generate(" in inspect.getsource(sys.modules[kind.__module__])
+    for kind in (serving.OpenAIServingChat, serving.OpenAIServingCompletion, serving.ServingTokenization):
+        assert "self._base_request_id(" in inspect.getsource(sys.modules[kind.__module__])
+    assert "_merge_inline_system" in inspect.getsource(serving.AnthropicServingMessages)
+    responses = inspect.getsource(vllm_responses.OpenAIServingResponses)
+    for name in ("response_store", "msg_store", "event_store", "background_tasks", "enable_store"):
+        assert f"self.{name}" in responses, name
+    for name in ("_run_background_request", "_run_background_request_stream", "responses_background_stream_generator"):
+        assert f"self.{name}(" in responses, name
+    has(serving.OpenAIServingModels, "is_base_model", "model_name")
+    has(serving.OpenAIServingModels, "model_name", "lora_request")
     has(door.OnlineRenderer, "render_chat", "request")
     has(door.OnlineRenderer, "warmup")
     # An adapter's chat template is rendered elsewhere: vLLM's renderer is copied, and one of its steps replaced.
     assert "self.chat_template" in inspect.getsource(door.OnlineRenderer.render_chat)
     assert "await renderer.render_chat_async" in inspect.getsource(door.OnlineRenderer.preprocess_chat)
-    assert "self._apply_chat_template_async(" in inspect.getsource(chat.hf.HfRenderer.render_messages_async)
-    assert "self.online_renderer.render_chat(" in inspect.getsource(chat.OpenAIServingChat.render_chat_request)
+    assert "self._apply_chat_template_async(" in inspect.getsource(serving.hf.HfRenderer.render_messages_async)
+    assert "self.online_renderer.render_chat(" in inspect.getsource(serving.OpenAIServingChat.render_chat_request)
     for name in ("_detect_developer_role_support", "_convert_developer_to_system", "_consolidate_system_messages"):
-        has(chat.hf, name)
-    assert issubclass(chat.ChatTemplateResolutionError, ValueError)
+        has(serving.hf, name)
+    assert issubclass(vllm_errors.ChatTemplateResolutionError, ValueError)
     has(door, "resolve_chat_template", "tokenizer", "chat_template", "tools", "model_config")
-    assert "stop" in door.ChatCompletionRequest.model_fields
     assert door.LoRARequest.__struct_fields__[:3] == ("lora_name", "lora_int_id", "lora_path")
-    assert "request_id" in door.ChatCompletionRequest.model_fields
+    assert "request_id" in endpoints.ResponsesRequest.model_fields
     has(door.AsyncEngineArgs, "__init__", "enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras",
         "worker_extension_cls", "disable_log_stats", "gpu_memory_utilization", "served_model_name")
     has(door.vllm.envs, "enable_envs_cache")

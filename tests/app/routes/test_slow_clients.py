@@ -9,7 +9,7 @@ import pytest
 from starlette.requests import Request
 
 from app.errors import BadRequest
-from app.routes import chat
+from app.routes import answers
 
 
 async def _never(*_: Any) -> Any:
@@ -17,7 +17,7 @@ async def _never(*_: Any) -> Any:
 
 
 def test_a_client_that_stops_reading_gives_back_what_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr(answers, "SEND_SECONDS", 0.05)
     ended: list[str | int] = []
 
     async def events() -> AsyncGenerator[str]:
@@ -30,16 +30,16 @@ def test_a_client_that_stops_reading_gives_back_what_it_held(monkeypatch: pytest
     async def check() -> None:
         held = ExitStack()
         held.callback(ended.append, "lease")
-        stream = chat._EventStream(events(), held, {}, on_end=ended.append, keep=None)
+        stream = answers.EventStream(events(), held, {}, on_end=ended.append, keep=None)
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
         await asyncio.wait_for(stream(scope, _never, _never), 5)
 
     asyncio.run(check())
-    assert ended in (["lease", chat.CLIENT_LEFT], ["aborted", "lease", chat.CLIENT_LEFT])
+    assert ended in (["lease", answers.CLIENT_LEFT], ["aborted", "lease", answers.CLIENT_LEFT])
 
 
 def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(answers, "BODY_SECONDS", 0.05)
     request = Request({"type": "http", "method": "POST", "headers": []}, _never)
     with pytest.raises(BadRequest, match=r"longer than 0\.05 s"):
-        asyncio.run(chat._body_in_time(request))
+        asyncio.run(answers._body_in_time(request))

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: access and admission, lease, engine, stream.
+"""The endpoints that an engine answers: access and admission, lease, engine, stream.
 
 Every request ends in exactly one of: a whole reply, a finish chunk and [DONE], an error body or event, or
 an abort in the engine because the client left.
@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -20,26 +20,46 @@ from starlette.types import Message, Receive, Scope, Send
 
 from adapters import AdapterError
 from app.access import chat as may_chat
+from app.engine.base import Endpoint, Engine
 from app.errors import ApiError, BadRequest, ModelNotFound, row
 from app.metrics import Meter
 from app.residency import Lease
+from app.routes.examples import request_body
 from app.served_models import Choice
 from app.shadow import Original
 
 logger = logging.getLogger(__name__)
 
-router = APIRouter()
+T = TypeVar("T")
+
+router = APIRouter(dependencies=[Depends(may_chat)])
 
 CLIENT_LEFT = 499
-DONE = "data: [DONE]\n\n"
 MAX_BODY_BYTES = 4 << 20  # parsing blocks everybody; the longest contexts are below this
 BODY_SECONDS = 60
 SEND_SECONDS = 60  # a client that does not read holds a slot of the engine
 
 
-@router.post("/v1/chat/completions", dependencies=[Depends(may_chat)])
-async def create_chat_completion(request: Request) -> Response:
-    """Answer one chat completion request, as OpenAI's API does."""
+def _route(endpoint: Endpoint, name: str, summary: str) -> None:
+    async def create(request: Request) -> Response:
+        return await _respond(request, endpoint)
+
+    create.__name__ = name
+    router.add_api_route(
+        endpoint, create, methods=["POST"], summary=summary, openapi_extra=request_body(endpoint)
+    )
+
+
+_route(Endpoint.CHAT, "create_chat_completion", "Answer a conversation (OpenAI)")
+_route(Endpoint.COMPLETIONS, "create_completion", "Continue texts (OpenAI)")
+_route(Endpoint.RESPONSES, "create_response", "Answer a conversation, stored if wanted (OpenAI)")
+_route(Endpoint.MESSAGES, "create_message", "Answer a conversation (Anthropic)")
+_route(Endpoint.COUNT_TOKENS, "count_tokens", "Count the tokens of a conversation (Anthropic)")
+_route(Endpoint.TOKENIZE, "tokenize", "The tokens of a text or conversation (vLLM)")
+_route(Endpoint.DETOKENIZE, "detokenize", "The text of tokens (vLLM)")
+
+
+async def _respond(request: Request, endpoint: Endpoint) -> Response:
     state = request.state
     started = time.perf_counter()
     meter = Meter(state.metrics, "unknown", "unknown", started)  # a label is never what a client made up
@@ -56,10 +76,13 @@ async def create_chat_completion(request: Request) -> Response:
             headers = {"x-request-id": request_id}
             if choice.manifest:
                 headers["x-adapter-revision"] = choice.manifest.revision
-            answer = await _unless_client_leaves(
-                request, _answer(request, body, choice, request_id, meter, held)
+            engine, answer = await _unless_client_leaves(
+                request, _answer(request, endpoint, body, choice, request_id, meter, held)
             )
-            copy = _copy_for_shadow(request_id, body, choice, started)
+            if (rest := engine.background(request_id)) is not None:
+                of_the_rest = held.pop_all()
+                rest.add_done_callback(lambda _: of_the_rest.close())
+            copy = _copy_for_shadow(endpoint, request_id, body, choice, started)
             if isinstance(answer, dict):
                 status = 200
                 if copy:
@@ -73,7 +96,7 @@ async def create_chat_completion(request: Request) -> Response:
                 if copy and status == 200:
                     state.shadow.offer(copy)
 
-            return _EventStream(
+            return EventStream(
                 answer, held.pop_all(), headers, on_end=finish, keep=copy.events if copy else None
             )
     except (_ClientLeft, ClientDisconnect):
@@ -106,23 +129,33 @@ def _meter(request: Request, choice: Choice, started: float) -> Meter:
 
 
 async def _answer(
-    request: Request, body: dict[str, Any], choice: Choice, request_id: str, meter: Meter, held: ExitStack
-) -> dict[str, Any] | AsyncGenerator[str]:
+    request: Request,
+    endpoint: Endpoint,
+    body: dict[str, Any],
+    choice: Choice,
+    request_id: str,
+    meter: Meter,
+    held: ExitStack,
+) -> tuple[Engine, dict[str, Any] | AsyncGenerator[str]]:
     """Lease what was chosen, which may take a turn in a queue and a load, and ask it."""
     lease: Lease = held.enter_context(await request.state.residency.lease(choice.manifest))
     manifest, served = lease.manifest, request.state.served_models
-    return await lease.engine.chat(
+    answer = await lease.engine.answer(
+        endpoint,
         body,
         request_id=request_id,
         adapter=lease.adapter,
         fingerprint=f"{manifest.name}@{manifest.revision}" if manifest else served.base_fingerprint,
         on_tokens=meter.on_tokens,
     )
+    return lease.engine, answer
 
 
 def _copy_for_shadow(
-    request_id: str, body: dict[str, Any], choice: Choice, started: float
+    endpoint: Endpoint, request_id: str, body: dict[str, Any], choice: Choice, started: float
 ) -> Original | None:
+    if endpoint is not Endpoint.CHAT:
+        return None  # a shadow is asked what its users ask
     if choice.manifest is None or choice.shadow is None or choice.shadow == choice.manifest:
         return None
     return Original(request_id, body, choice.manifest, choice.shadow, started)
@@ -153,11 +186,10 @@ async def _body(request: Request) -> dict[str, Any]:
         raise BadRequest("the request body is not JSON", code="invalid_json") from error
     if not isinstance(body, dict):
         raise BadRequest("the request body must be a JSON object", code="invalid_json")
-    for key in ("model", "messages"):
-        if key not in body:
-            raise BadRequest(
-                f"{key}: this parameter is required", code="missing_required_parameter", param=key
-            )
+    if "model" not in body:  # nobody should be answered by weights they did not name
+        raise BadRequest(
+            "model: this parameter is required", code="missing_required_parameter", param="model"
+        )
     if not isinstance(body["model"], str):
         raise BadRequest("model: must be a string", code="invalid_value", param="model")
     return body
@@ -167,9 +199,7 @@ class _ClientLeft(Exception):
     """Nobody is there to answer any more."""
 
 
-async def _unless_client_leaves(
-    request: Request, answer: Coroutine[Any, Any, dict[str, Any] | AsyncGenerator[str]]
-) -> dict[str, Any] | AsyncGenerator[str]:
+async def _unless_client_leaves(request: Request, answer: Coroutine[Any, Any, T]) -> T:
     """Await `answer`; when the client disconnects first, abort it in the engine and raise _ClientLeft."""
 
     async def leaving() -> None:
@@ -181,14 +211,14 @@ async def _unless_client_leaves(
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
             raise _ClientLeft
-        return tasks[0].result()
+        return await tasks[0]
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class _EventStream(StreamingResponse):
+class EventStream(StreamingResponse):
     """Server-sent events that hold a lease and a place until the last one is sent, or the client leaves."""
 
     media_type = "text/event-stream"
@@ -214,13 +244,14 @@ class _EventStream(StreamingResponse):
         self._outcome = CLIENT_LEFT
 
     async def _watched(self, events: AsyncGenerator[str], keep: list[str] | None) -> AsyncGenerator[str]:
-        last = ""
-        async for event in events:
-            last = event
-            if keep is not None:
-                keep.append(event)
-            yield event
-        self._outcome = 200 if last == DONE else 500
+        try:
+            async for event in events:
+                if keep is not None:
+                    keep.append(event)
+                yield event
+            self._outcome = 200
+        except ApiError as error:  # its event was sent
+            self._outcome = row(error).status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:

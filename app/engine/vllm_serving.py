@@ -1,0 +1,206 @@
+"""vLLM's serving classes, made ours: one adapter a request, our errors, tokens counted as they come.
+
+With the other modules `app.engine.vllm*`, the only place that names vLLM's symbols. Each class serves one
+endpoint; a shallow copy of it, with what is asked of whom, serves one request.
+"""
+
+import copy
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Self
+
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.renderers import hf
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from app import errors
+from app.engine.base import OnTokens
+from app.engine.template import Template
+from app.engine.vllm_errors import api_error, translated
+
+_STAND_IN = "{{ messages }}"
+"""What vLLM is told in place of an adapter's chat template, which it would compile here. It finds that contents are
+handed over as texts, as they are in training."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, as far as its body does not say it."""
+
+    id: str
+    model: str
+    """As the client named it: replies echo it."""
+    lora: LoRARequest | None
+    renderer: OnlineRenderer
+    has_own_template: bool
+    stop: tuple[str, ...]
+    fingerprint: str
+    on_tokens: OnTokens
+
+
+class _OneModel(OpenAIServingModels):
+    """The only model vLLM's serving code sees while it answers one request: the one that is leased."""
+
+    def __init__(self, name: str, lora: LoRARequest | None) -> None:
+        self._name = name
+        self.lora_requests = {} if lora is None else {name: lora}
+        self.base_model_paths = [BaseModelPath(name, name)]
+
+    def is_base_model(self, model_name: str) -> bool:
+        return model_name == self._name and not self.lora_requests
+
+    def model_name(self, lora_request: LoRARequest | None = None) -> str:
+        return self._name  # the reply echoes what was asked, not name@revision
+
+
+class _Client:
+    """The engine, as vLLM's serving code sees it while it answers one request.
+
+    What it generates is counted, and ends at the adapter's stop strings as well as at the client's.
+    """
+
+    def __init__(self, llm: AsyncLLM, stop: Sequence[str], on_tokens: OnTokens) -> None:
+        self._llm = llm
+        self._stop = stop
+        self._on_tokens = on_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        if self._stop and sampling_params.detokenize:
+            sampling_params.stop = [*(sampling_params.stop or ()), *self._stop]
+        return self._counted(self._llm.generate(prompt, sampling_params, request_id, **options))
+
+    async def _counted(self, outputs: AsyncIterator[RequestOutput]) -> AsyncGenerator[RequestOutput, None]:
+        is_first = True
+        async for output in outputs:
+            new_tokens = sum(len(one.token_ids) for one in output.outputs)
+            self._on_tokens(len(output.prompt_token_ids or ()) if is_first else 0, new_tokens)
+            is_first = False
+            yield output
+
+
+class Ours:
+    """What all serving classes of ours have in common."""
+
+    asked: Asked
+    engine_client: Any
+    failure: errors.ApiError | None = None
+
+    def for_one(self, llm: AsyncLLM, asked: Asked) -> Self:
+        """A copy that answers one request."""
+        one: Any = copy.copy(self)
+        one.asked = asked
+        one.models = _OneModel(asked.model, asked.lora)
+        one.online_renderer = asked.renderer
+        one.engine_client = _Client(llm, asked.stop, asked.on_tokens)
+        one.system_fingerprint = asked.fingerprint
+        return one
+
+    def _base_request_id(self, _raw_request: object, _default: str | None = None) -> str:
+        return self.asked.id  # two requests of one id would be an error inside the engine
+
+    def create_streaming_error_response(
+        self,
+        message: str | Exception,
+        err_type: str = "BadRequestError",
+        status_code: HTTPStatus = HTTPStatus.BAD_REQUEST,
+        param: str | None = None,
+    ) -> str:
+        """The event that ends a broken stream; `failure` keeps it."""
+        if isinstance(message, Exception):
+            self.failure = self.translated(message)
+        else:
+            self.failure = api_error(create_error_response(message, err_type, status_code, param))
+        return json.dumps(errors.body(self.failure))
+
+    def translated(self, error: Exception) -> errors.ApiError:
+        """What the client is told of `error`."""
+        return translated(error, is_dead=self.engine_client.errored)
+
+    async def events(self, stream: AsyncGenerator[str]) -> AsyncGenerator[str]:
+        """A stream as it goes to the client. An error event is its last, and then the error is raised."""
+        try:
+            async for event in stream:
+                yield event
+                if self.failure is not None:
+                    raise self.failure
+        finally:
+            await stream.aclose()  # a client that leaves aborts its request in the engine
+
+    def dumped(self, reply: Any) -> dict[str, Any]:
+        """A whole reply as it goes to the client."""
+        return dict(reply.model_dump())
+
+
+class Chat(Ours, OpenAIServingChat):
+    """POST /v1/chat/completions."""
+
+
+class Completion(Ours, OpenAIServingCompletion):
+    """POST /v1/completions."""
+
+
+class Tokenization(Ours, ServingTokenization):
+    """POST /tokenize and /detokenize."""
+
+
+class Messages(Ours, AnthropicServingMessages):
+    """POST /v1/messages and /v1/messages/count_tokens, by way of the chat above."""
+
+    def for_one(self, llm: AsyncLLM, asked: Asked) -> Self:
+        """See Ours. Of an adapter's own template nobody can say here whether it takes a second system message."""
+        one = super().for_one(llm, asked)
+        one._merge_inline_system = self._merge_inline_system or asked.has_own_template
+        return one
+
+    async def events(self, stream: AsyncGenerator[str]) -> AsyncGenerator[str]:
+        """See Ours; vLLM makes an error of its own of the error event that it does not understand."""
+        try:
+            async for event in stream:
+                if self.failure is not None:
+                    yield f"event: error\ndata: {json.dumps(errors.anthropic_body(self.failure))}\n\n"
+                    raise self.failure
+                yield event
+        finally:
+            await stream.aclose()
+
+    def dumped(self, reply: Any) -> dict[str, Any]:
+        """See Ours."""
+        return dict(reply.model_dump(exclude_none=True))
+
+
+def rendering_with(online: OnlineRenderer, template: Template) -> OnlineRenderer:
+    """A copy of vLLM's renderer that has prompts made by an adapter's chat template, outside of this process."""
+    special_tokens = dict(online.renderer.tokenizer.special_tokens_map)
+
+    async def apply(_config: Any, _tokenizer: Any, conversation: Any, **variables: Any) -> str:
+        if any(message["role"] == "developer" for message in conversation) and (
+            not hf._detect_developer_role_support(template.text)
+        ):
+            conversation = hf._consolidate_system_messages(hf._convert_developer_to_system(conversation))
+        for of_vllm in ("chat_template", "tokenize", "return_dict"):
+            variables.pop(of_vllm, None)
+        given = {"tools": None, "documents": None, **special_tokens, **variables, "messages": conversation}
+        return await template.render(given)
+
+    renderer = copy.copy(online.renderer)
+    renderer._apply_chat_template_async = apply
+    one = copy.copy(online)
+    one.renderer = renderer
+    one.chat_template = _STAND_IN
+    return one
