@@ -1,8 +1,15 @@
 """Prometheus metrics of the service. vLLM's own are off: a second engine would unregister the first's."""
 
+import math
 import time
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _WHO = ["adapter", "revision"]
@@ -25,9 +32,10 @@ class Metrics:
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From a request to the first token of its answer", *_WHO
         )
-        self.inter_token_latency = self._histogram(
-            "inter_token_latency_seconds", "From one token of a streamed answer to the next", *_WHO
+        self.inter_token_latency = _Gaps(
+            "xinglin_inter_token_latency_seconds", "From one token of a streamed answer to the next"
         )
+        self.registry.register(self.inter_token_latency)
         self.loads = self._counter("adapter_loads", "Revisions loaded into the engine", *_WHO)
         self.evictions = self._counter("adapter_evictions", "Revisions removed to make room", *_WHO)
         self.load_seconds = self._histogram(
@@ -74,6 +82,35 @@ class Metrics:
         return Histogram(f"xinglin_{name}", text, labels, registry=self.registry, buckets=_SECONDS)
 
 
+class _Gaps(Collector):
+    """A histogram that takes a whole answer at once: to observe each token costs as much as to send it."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._counts: dict[tuple[str, str], list[int]] = {}
+        self._sums: dict[tuple[str, str], float] = {}
+
+    def add(self, who: tuple[str, str], counts: Sequence[int], total: float) -> None:
+        """Add an answer's gaps: how many lie in each bucket, and how long they are together, in seconds."""
+        before = self._counts.get(who, [0] * len(counts))
+        self._counts[who] = [one + other for one, other in zip(before, counts, strict=True)]
+        self._sums[who] = self._sums.get(who, 0.0) + total
+
+    def remove_by_labels(self, labels: Mapping[str, str]) -> None:
+        """Forget one adapter's revision."""
+        who = (labels["adapter"], labels["revision"])
+        self._counts.pop(who, None)
+        self._sums.pop(who, None)
+
+    def collect(self) -> Iterator[Metric]:
+        """What the registry asks for."""
+        family = HistogramMetricFamily(self._name, self._text, labels=_WHO)
+        bounds = [*map(floatToGoString, (*_SECONDS, math.inf))]
+        for who, counts in [*self._counts.items()]:
+            family.add_metric(who, [*zip(bounds, accumulate(counts), strict=True)], self._sums[who])
+        yield family
+
+
 class Meter:
     """Measures one answer. `on_tokens` is called by the engine, `end` once with the outcome."""
 
@@ -85,7 +122,8 @@ class Meter:
         self._tokens = 0
         self._prompt_tokens = 0
         self._first: float | None = None
-        self._gaps: list[float] = []
+        self._gaps = [0] * (len(_SECONDS) + 1)
+        self._gaps_seconds = 0.0
 
     def on_tokens(self, prompt_tokens: int, new_tokens: int) -> None:
         """An answer grew."""
@@ -96,7 +134,9 @@ class Meter:
         if self._first is None:
             self._first = now - self._last
         else:
-            self._gaps.append(now - self._last)
+            gap = now - self._last
+            self._gaps[bisect_left(_SECONDS, gap)] += 1
+            self._gaps_seconds += gap
         self._last = now
         self._tokens += new_tokens
 
@@ -108,6 +148,4 @@ class Meter:
         metrics.completion_tokens.labels(*who).inc(self._tokens)
         if is_stream and self._first is not None:
             metrics.time_to_first_token.labels(*who).observe(self._first)
-            gaps = metrics.inter_token_latency.labels(*who)
-            for gap in self._gaps:
-                gaps.observe(gap)
+            metrics.inter_token_latency.add(who, self._gaps, self._gaps_seconds)

@@ -39,7 +39,7 @@ class Original:
     shadow: Manifest
     started: float
     """On time.perf_counter's clock."""
-    events: list[str] = field(default_factory=list)
+    events: list[bytes] = field(default_factory=list)
     """Of a streamed answer, as they were sent."""
     reply: Mapping[str, Any] | None = None
     """Of a whole answer."""
@@ -166,13 +166,12 @@ def _texts(original: Original) -> list[str]:
     if original.reply is not None:
         return _reply_texts(original.reply)
     texts: dict[int, str] = {}
-    for event in original.events:
-        for line in event.split("\n"):
-            if not line.startswith("data: {"):
-                continue
-            for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
-                index = choice["index"]
-                texts[index] = texts.get(index, "") + (choice["delta"].get("content") or "")
+    for line in b"".join(original.events).decode().split("\n"):
+        if not line.startswith("data: {"):
+            continue
+        for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
+            index = choice["index"]
+            texts[index] = texts.get(index, "") + (choice["delta"].get("content") or "")
     return [texts[index] for index in sorted(texts)]
 
 

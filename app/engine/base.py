@@ -1,7 +1,7 @@
 """What the service needs of an engine. app.engine.vllm is the one there is."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +36,14 @@ class TokenScore:
 
 OnTokens = Callable[[int, int], None]
 """Called whenever an answer grows: with the number of prompt tokens the first time and then 0, and of new tokens."""
+
+
+class Events(Protocol):
+    """Server-sent events, ready to send; `aclose` it when nobody reads on. Raises ApiError after an error event."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    def __anext__(self) -> Awaitable[bytes]: ...
+    def aclose(self) -> Awaitable[None]: ...
 
 
 class Endpoint(StrEnum):
@@ -101,7 +109,7 @@ class Engine(Protocol):
         adapter: LoadedAdapter | None,
         fingerprint: str,
         on_tokens: OnTokens,
-    ) -> dict[str, Any] | AsyncGenerator[str]:
+    ) -> dict[str, Any] | Events:
         """Answer one request: a whole reply, or ready server-sent events.
 
         A stream's first event has been awaited, so that what fails before it raises an ApiError here. What fails
@@ -115,7 +123,7 @@ class Engine(Protocol):
 
     async def retrieve(
         self, response_id: str, *, stream: bool, starting_after: int | None
-    ) -> dict[str, Any] | AsyncGenerator[str]:
+    ) -> dict[str, Any] | Events:
         """A stored response or its events, those after a sequence number. Raises ResponseNotFound, BadRequest."""
         ...
 

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +36,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from adapters import BaseModelFacts, fingerprint
 from app import errors
 from app.engine import launch
-from app.engine.base import Endpoint, LoadedAdapter, OnTokens, TokenScore
+from app.engine.base import Endpoint, Events, LoadedAdapter, OnTokens, TokenScore
+from app.engine.fast_stream import FastOutputProcessor
 from app.engine.template import Template, Templates
 from app.engine.vllm_endpoints import Endpoints
 from app.engine.vllm_errors import api_error, translated, unavailable
@@ -50,6 +51,8 @@ CUDA_WORKER_EXTENSION = "app.engine.worker.WorkerExtension"
 T = TypeVar("T")
 
 _WATCH_SECONDS = 0.25
+_SHORT_MESSAGES = 32
+_SHORT_CHARACTERS = 4096
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _HEAD_DIMS_ON_CPU = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
 
@@ -153,9 +156,12 @@ class VllmEngine:
         )
         vllm.envs.enable_envs_cache()
         self._endpoints.renderer.warmup()
-        self._endpoints.renderer.chat_template = "{{ messages[0].content }}"  # the base may have none
+        renderers = (self._endpoints.renderer, self._endpoints.quick_renderer)
+        for renderer in renderers:
+            renderer.chat_template = "{{ messages[0].content }}"  # the base may have none
         await self._warm_up()
-        self._endpoints.renderer.chat_template = None
+        for renderer in renderers:
+            renderer.chat_template = None
 
     async def _warm_up(self) -> None:
         """Compile sampling and grammar code before anybody waits for it."""
@@ -228,9 +234,11 @@ class VllmEngine:
             rendering_with(self._endpoints.renderer, template),
         )
 
-    def _renderer(self, adapter: LoadedAdapter | None) -> OnlineRenderer:
+    def _renderer(self, adapter: LoadedAdapter | None, *, is_short: bool = False) -> OnlineRenderer:
         own = self._own_templates.get(adapter.engine_id) if adapter else None
-        return own[1] if own else self._endpoints.renderer
+        if own:
+            return own[1]
+        return self._endpoints.quick_renderer if is_short else self._endpoints.renderer
 
     async def resident(self) -> set[int]:
         """See Engine.resident."""
@@ -310,13 +318,13 @@ class VllmEngine:
         adapter: LoadedAdapter | None,
         fingerprint: str,
         on_tokens: OnTokens,
-    ) -> dict[str, Any] | AsyncGenerator[str]:
+    ) -> dict[str, Any] | Events:
         """See Engine.answer."""
         asked = Asked(
             id=request_id,
             model=str(body["model"]),
             lora=None if adapter is None else _lora_request(adapter),
-            renderer=self._renderer(adapter),
+            renderer=self._renderer(adapter, is_short=_is_short(body)),
             has_own_template=adapter is not None and adapter.engine_id in self._own_templates,
             stop=adapter.stop if adapter else (),
             fingerprint=fingerprint,
@@ -330,7 +338,7 @@ class VllmEngine:
 
     async def retrieve(
         self, response_id: str, *, stream: bool, starting_after: int | None
-    ) -> dict[str, Any] | AsyncGenerator[str]:
+    ) -> dict[str, Any] | Events:
         """See Engine.retrieve."""
         return await self._endpoints.responses.retrieve(
             response_id, stream=stream, starting_after=starting_after
@@ -351,8 +359,28 @@ class VllmEngine:
 
 
 class _AsyncLLM(AsyncLLM):
+    def _run_output_handler(self) -> None:
+        """Called before the first request, and by vLLM's constructor where a loop runs already."""
+        if self.output_handler is None:
+            self.output_processor = FastOutputProcessor(
+                self.renderer.tokenizer,
+                log_stats=self.log_stats,
+                stream_interval=self.vllm_config.scheduler_config.stream_interval,
+            )
+        super()._run_output_handler()
+
     def __del__(self) -> None:
         """VllmEngine.close shuts it down; at interpreter exit vLLM's own finalizer finds its modules gone."""
+
+
+def _is_short(body: Mapping[str, Any]) -> bool:
+    """Whether the prompt takes less time to render than others may wait, a fraction of a millisecond."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or len(messages) > _SHORT_MESSAGES or "tools" in body:
+        return False
+    contents = [message.get("content") if isinstance(message, dict) else None for message in messages]
+    texts = [content for content in contents if isinstance(content, str)]
+    return len(texts) == len(contents) and sum(map(len, texts)) <= _SHORT_CHARACTERS
 
 
 def _saved_dtype(folder: Path) -> str:

@@ -1,7 +1,8 @@
 """Every endpoint that an engine answers: a body in, a reply or a stream of events out."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any, Self
 
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -19,10 +20,10 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from app import errors
-from app.engine.base import Endpoint
+from app.engine.base import Endpoint, Events
 from app.engine.vllm_errors import api_error, bad_request
 from app.engine.vllm_responses import Responses
-from app.engine.vllm_serving import Asked, Chat, Completion, Messages, Tokenization
+from app.engine.vllm_serving import Asked, Chat, Completion, Messages, Tokenization, at_once
 
 MAX_SEQUENCES = 1024
 """Of one request: prompts times `n`. The engine keeps state for each."""
@@ -52,6 +53,7 @@ class Endpoints:
             tool_parser=tool_call_parser,
             reasoning_parser=reasoning_parser,
         )
+        self.quick_renderer = at_once(self.renderer)
         models = OpenAIServingModels(llm, [BaseModelPath(name, name)])
         common: dict[str, Any] = {"online_renderer": self.renderer, "request_logger": None}
         rendered = {**common, "chat_template": None, "chat_template_content_format": "auto"}
@@ -75,7 +77,7 @@ class Endpoints:
 
     async def answer(
         self, endpoint: Endpoint, body: Mapping[str, Any], asked: Asked
-    ) -> dict[str, Any] | AsyncGenerator[str]:
+    ) -> dict[str, Any] | Events:
         """See Engine.answer."""
         request = _parsed(endpoint, body, asked.id)
         serving, method = self._for(endpoint)
@@ -83,15 +85,19 @@ class Endpoints:
         try:
             reply = await method(one, request, None)
             if isinstance(reply, AsyncGenerator):
-                events = one.events(reply)
-                return _resumed(await _first(events, one), events)
+                events = reply if one.is_plain else one.events(reply)
+                first = await anext(events)
+                if one.failure is not None:  # an error, and not an event: no status was sent yet
+                    await events.aclose()
+                    raise one.failure
+                return _Resumed(first, events)
         except errors.ApiError:
             raise
         except Exception as error:  # vLLM raises its own and built-in errors alike
             raise one.translated(error) from error
         if isinstance(reply, ErrorResponse):
             raise api_error(reply)
-        return one.dumped(reply)
+        return dict(one.dumped(reply))
 
     def _for(self, endpoint: Endpoint) -> tuple[Any, Callable[..., Any]]:
         return {
@@ -134,19 +140,23 @@ def _parsed(endpoint: Endpoint, body: Mapping[str, Any], request_id: str) -> Any
     return request
 
 
-async def _first(events: AsyncGenerator[str], one: Any) -> str:
-    """The first event. What fails before it raises an ApiError, and not an event: no status was sent yet."""
-    event = await anext(events)
-    if one.failure is not None:
-        await events.aclose()
-        raise one.failure
-    return event
+class _Resumed:
+    """Events of which the first was taken already."""
 
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes]) -> None:
+        self._first: bytes | None = first
+        self._rest = rest
 
-async def _resumed(first: str, events: AsyncGenerator[str]) -> AsyncGenerator[str]:
-    try:
-        yield first
-        async for event in events:
-            yield event
-    finally:
-        await events.aclose()
+    def __aiter__(self) -> Self:
+        return self
+
+    def __anext__(self) -> Awaitable[bytes]:
+        if self._first is None:
+            return self._rest.__anext__()
+        first: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        first.set_result(self._first)
+        self._first = None
+        return first
+
+    def aclose(self) -> Awaitable[None]:
+        return self._rest.aclose()

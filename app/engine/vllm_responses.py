@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
 from app import errors
+from app.engine.base import Events
 from app.engine.vllm_serving import Ours
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Responses(Ours, OpenAIServingResponses):
 
     async def retrieve(
         self, response_id: str, *, stream: bool, starting_after: int | None
-    ) -> dict[str, Any] | AsyncGenerator[str]:
+    ) -> dict[str, Any] | Events:
         """A stored response; with `stream` the events of one that is made in the background."""
         response = self._stored(response_id)
         if not stream:
@@ -133,19 +134,19 @@ class Responses(Ours, OpenAIServingResponses):
         if response is not None and response.status == "failed":
             raise errors.EngineFailed(response.error["message"], code=response.error["code"])
 
-    async def events(self, stream: AsyncGenerator[Any]) -> AsyncGenerator[str]:
+    async def events(self, stream: AsyncGenerator[Any]) -> AsyncGenerator[bytes]:
         """See Ours; vLLM's generator raises what goes wrong."""
         number = 0
         try:
             async for event in stream:
                 number += 1
-                yield f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
+                yield f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n".encode()
         except Exception as error:
             self.failure = self.failure or self.translated(error)
             body = errors.body(self.failure)
             # OpenAI's event has the fields of the error; its clients raise when they see the error object.
             data = {**body["error"], **body, "type": "error", "sequence_number": number}
-            yield f"event: error\ndata: {json.dumps(data)}\n\n"
+            yield f"event: error\ndata: {json.dumps(data)}\n\n".encode()
             raise self.failure from error
         finally:
             await stream.aclose()

@@ -6,10 +6,10 @@ endpoint; a shallow copy of it, with what is asked of whom, serves one request.
 
 import copy
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -26,8 +26,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from app import errors
 from app.engine.base import OnTokens
+from app.engine.fast_stream import Generation, chat_chunks, is_plain
 from app.engine.template import Template
 from app.engine.vllm_errors import api_error, translated
+
+T = TypeVar("T")
 
 _STAND_IN = "{{ messages }}"
 """What vLLM is told in place of an adapter's chat template, which it would compile here. It finds that contents are
@@ -78,20 +81,27 @@ class _Client:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
-    def generate(
-        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
-    ) -> AsyncGenerator[RequestOutput, None]:
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> "_Outputs":
         if self._stop and sampling_params.detokenize:
             sampling_params.stop = [*(sampling_params.stop or ()), *self._stop]
-        return self._counted(self._llm.generate(prompt, sampling_params, request_id, **options))
+        return _Outputs(Generation(self._llm, prompt, sampling_params, request_id, options), self._on_tokens)
 
-    async def _counted(self, outputs: AsyncIterator[RequestOutput]) -> AsyncGenerator[RequestOutput, None]:
-        is_first = True
-        async for output in outputs:
-            new_tokens = sum(len(one.token_ids) for one in output.outputs)
-            self._on_tokens(len(output.prompt_token_ids or ()) if is_first else 0, new_tokens)
-            is_first = False
-            yield output
+
+class _Outputs:
+    """What `AsyncLLM.generate` returns, as long as nobody reads its `generation` in another way."""
+
+    def __init__(self, generation: Generation, on_tokens: OnTokens) -> None:
+        self.generation = generation
+        self._outputs = generation.outputs(on_tokens)
+
+    def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
+        return self._outputs
+
+    def __anext__(self) -> Awaitable[RequestOutput]:
+        return self._outputs.__anext__()
+
+    def aclose(self) -> Awaitable[None]:
+        return self._outputs.aclose()
 
 
 class Ours:
@@ -100,6 +110,8 @@ class Ours:
     asked: Asked
     engine_client: Any
     failure: errors.ApiError | None = None
+    is_plain = False
+    """Whether the stream is made by app.engine.fast_stream, with nothing left to do."""
 
     def for_one(self, llm: AsyncLLM, asked: Asked) -> Self:
         """A copy that answers one request."""
@@ -132,11 +144,11 @@ class Ours:
         """What the client is told of `error`."""
         return translated(error, is_dead=self.engine_client.errored)
 
-    async def events(self, stream: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    async def events(self, stream: AsyncGenerator[str]) -> AsyncGenerator[bytes]:
         """A stream as it goes to the client. An error event is its last, and then the error is raised."""
         try:
             async for event in stream:
-                yield event
+                yield event.encode()
                 if self.failure is not None:
                     raise self.failure
         finally:
@@ -149,6 +161,32 @@ class Ours:
 
 class Chat(Ours, OpenAIServingChat):
     """POST /v1/chat/completions."""
+
+    def chat_completion_stream_generator(
+        self,
+        request: Any,
+        result_generator: Any,
+        request_id: str,
+        model_name: str,
+        *arguments: Any,
+        **options: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """See vLLM's, and app.engine.fast_stream for most streams."""
+        if self.parser_cls is not None or not is_plain(request):
+            return super().chat_completion_stream_generator(
+                request, result_generator, request_id, model_name, *arguments, **options
+            )
+        self.is_plain = True
+        return chat_chunks(
+            request,
+            result_generator.generation,
+            request_id,
+            model_name,
+            role=self.get_chat_request_role(request),
+            fingerprint=self.asked.fingerprint,
+            on_tokens=self.asked.on_tokens,
+            translated=self.translated,
+        )
 
 
 class Completion(Ours, OpenAIServingCompletion):
@@ -168,20 +206,39 @@ class Messages(Ours, AnthropicServingMessages):
         one._merge_inline_system = self._merge_inline_system or asked.has_own_template
         return one
 
-    async def events(self, stream: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    async def events(self, stream: AsyncGenerator[str]) -> AsyncGenerator[bytes]:
         """See Ours; vLLM makes an error of its own of the error event that it does not understand."""
         try:
             async for event in stream:
                 if self.failure is not None:
-                    yield f"event: error\ndata: {json.dumps(errors.anthropic_body(self.failure))}\n\n"
+                    data = json.dumps(errors.anthropic_body(self.failure))
+                    yield f"event: error\ndata: {data}\n\n".encode()
                     raise self.failure
-                yield event
+                yield event.encode()
         finally:
             await stream.aclose()
 
     def dumped(self, reply: Any) -> dict[str, Any]:
         """See Ours."""
         return dict(reply.model_dump(exclude_none=True))
+
+
+def at_once(online: OnlineRenderer) -> OnlineRenderer:
+    """A copy of vLLM's renderer for short prompts: handing one to a thread takes longer than to render it."""
+    renderer = copy.copy(online.renderer)
+    renderer._tokenize_prompt_async = _immediate(renderer._tokenize_prompt)
+    if isinstance(renderer, hf.HfRenderer):
+        renderer._apply_chat_template_async = _immediate(hf.safe_apply_chat_template)
+    one = copy.copy(online)
+    one.renderer = renderer
+    return one
+
+
+def _immediate(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
+    async def call(*arguments: Any, **options: Any) -> T:
+        return function(*arguments, **options)
+
+    return call
 
 
 def rendering_with(online: OnlineRenderer, template: Template) -> OnlineRenderer:

@@ -9,35 +9,31 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
 
 from adapters import AdapterError
 from app.access import chat as may_chat
-from app.engine.base import Endpoint, Engine
+from app.engine.base import Endpoint, Engine, Events
 from app.errors import ApiError, BadRequest, ModelNotFound, row
 from app.metrics import Meter
 from app.residency import Lease
+from app.routes.connection import ClientLeft, WhileConnected
+from app.routes.event_stream import CLIENT_LEFT, EventStream
 from app.routes.examples import request_body
 from app.served_models import Choice
 from app.shadow import Original
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 router = APIRouter(dependencies=[Depends(may_chat)])
 
-CLIENT_LEFT = 499
 MAX_BODY_BYTES = 4 << 20  # parsing blocks everybody; the longest contexts are below this
 BODY_SECONDS = 60
-SEND_SECONDS = 60  # a client that does not read holds a slot of the engine
 
 
 def _route(endpoint: Endpoint, name: str, summary: str) -> None:
@@ -76,9 +72,8 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
             headers = {"x-request-id": request_id}
             if choice.manifest:
                 headers["x-adapter-revision"] = choice.manifest.revision
-            engine, answer = await _unless_client_leaves(
-                request, _answer(request, endpoint, body, choice, request_id, meter, held)
-            )
+            async with WhileConnected(request.receive):
+                engine, answer = await _answer(request, endpoint, body, choice, request_id, meter, held)
             if (rest := engine.background(request_id)) is not None:
                 of_the_rest = held.pop_all()
                 rest.add_done_callback(lambda _: of_the_rest.close())
@@ -99,7 +94,7 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
             return EventStream(
                 answer, held.pop_all(), headers, on_end=finish, keep=copy.events if copy else None
             )
-    except (_ClientLeft, ClientDisconnect):
+    except (ClientLeft, ClientDisconnect):
         return Response(status_code=CLIENT_LEFT)
     except Exception as error:
         status = row(error).status if isinstance(error, ApiError | AdapterError) else 500
@@ -136,7 +131,7 @@ async def _answer(
     request_id: str,
     meter: Meter,
     held: ExitStack,
-) -> tuple[Engine, dict[str, Any] | AsyncGenerator[str]]:
+) -> tuple[Engine, dict[str, Any] | Events]:
     """Lease what was chosen, which may take a turn in a queue and a load, and ask it."""
     lease: Lease = held.enter_context(await request.state.residency.lease(choice.manifest))
     manifest, served = lease.manifest, request.state.served_models
@@ -193,77 +188,3 @@ async def _body(request: Request) -> dict[str, Any]:
     if not isinstance(body["model"], str):
         raise BadRequest("model: must be a string", code="invalid_value", param="model")
     return body
-
-
-class _ClientLeft(Exception):
-    """Nobody is there to answer any more."""
-
-
-async def _unless_client_leaves(request: Request, answer: Coroutine[Any, Any, T]) -> T:
-    """Await `answer`; when the client disconnects first, abort it in the engine and raise _ClientLeft."""
-
-    async def leaving() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = (asyncio.create_task(answer), asyncio.create_task(leaving()))
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise _ClientLeft
-        return await tasks[0]
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events that hold a lease and a place until the last one is sent, or the client leaves."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        events: AsyncGenerator[str],
-        held: ExitStack,
-        headers: dict[str, str],
-        *,
-        on_end: Callable[[int], None],
-        keep: list[str] | None,
-    ) -> None:
-        """`on_end` is called once with the outcome as a status; `keep` collects the events."""
-        self._watched_events = self._watched(events, keep)
-        super().__init__(
-            self._watched_events,
-            headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
-        )
-        self._events = events
-        self._held = held
-        self._on_end = on_end
-        self._outcome = CLIENT_LEFT
-
-    async def _watched(self, events: AsyncGenerator[str], keep: list[str] | None) -> AsyncGenerator[str]:
-        try:
-            async for event in events:
-                if keep is not None:
-                    keep.append(event)
-                yield event
-            self._outcome = 200
-        except ApiError as error:  # its event was sent
-            self._outcome = row(error).status
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
-
-        try:
-            await super().__call__(scope, receive, send_in_time)
-        except TimeoutError:
-            logger.info("a client stopped reading its answer: its request is aborted")
-        finally:
-            with self._held:
-                await self._watched_events.aclose()
-                await self._events.aclose()
-            self._on_end(self._outcome)

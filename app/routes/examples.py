@@ -6,7 +6,7 @@ from app.engine.base import Endpoint
 
 _MESSAGES = [
     {"role": "system", "content": "You are a careful doctor."},
-    {"role": "user", "content": "头痛怎么办?"},
+    {"role": "user", "content": "感冒有什么症状？"},
 ]
 
 _EXAMPLES: dict[Endpoint, dict[str, Any]] = {
@@ -72,15 +72,19 @@ _EXAMPLES: dict[Endpoint, dict[str, Any]] = {
         "scored": {"model": "doctor", "prompt": "Aspirin is", "max_tokens": 1, "echo": True, "logprobs": 1},
     },
     Endpoint.RESPONSES: {
-        "plain": {"model": "doctor", "instructions": "You are a careful doctor.", "input": "头痛怎么办?"},
-        "in the background": {"model": "doctor", "input": "头痛怎么办?", "background": True},
+        "plain": {
+            "model": "doctor",
+            "instructions": "You are a careful doctor.",
+            "input": "感冒有什么症状？",
+        },
+        "in the background": {"model": "doctor", "input": "感冒有什么症状？", "background": True},
     },
     Endpoint.MESSAGES: {
         "plain": {"model": "doctor", "max_tokens": 200, "messages": _MESSAGES[1:]},
     },
     Endpoint.COUNT_TOKENS: {"plain": {"model": "doctor", "messages": _MESSAGES[1:]}},
     Endpoint.TOKENIZE: {
-        "text": {"model": "doctor", "prompt": "头痛怎么办?", "return_token_strs": True},
+        "text": {"model": "doctor", "prompt": "感冒有什么症状？", "return_token_strs": True},
         "conversation": {"model": "doctor", "messages": _MESSAGES},
     },
     Endpoint.DETOKENIZE: {"plain": {"model": "doctor", "tokens": [1, 2, 3]}},

@@ -24,7 +24,7 @@ from app.fetch import parse_source
 from app.imports import Imports
 from app.reconciler import Reconciler
 from app.routes.adapters import ACTOR, allowed_folder
-from app.routes.answers import CLIENT_LEFT
+from app.routes.event_stream import CLIENT_LEFT
 
 router = APIRouter(dependencies=[Depends(admin)])
 

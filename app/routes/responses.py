@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from app.access import chat as may_chat
 from app.engine.base import Engine
-from app.routes.answers import EventStream
+from app.routes.event_stream import EventStream
 
 router = APIRouter(prefix="/v1/responses", dependencies=[Depends(may_chat)])
 

@@ -18,7 +18,7 @@ CHECK = textwrap.dedent(
     assert __version__.startswith("0.32."), __version__
 
     from app.engine import (
-        cpu_worker, launch, vllm as door, vllm_endpoints as endpoints, vllm_errors, vllm_responses,
+        cpu_worker, fast_stream, launch, vllm as door, vllm_endpoints as endpoints, vllm_errors, vllm_responses,
         vllm_serving as serving, worker,
     )
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
@@ -54,6 +54,23 @@ CHECK = textwrap.dedent(
         assert "self.engine_client.generate(" in inspect.getsource(sys.modules[kind.__module__])
     for kind in (serving.OpenAIServingChat, serving.OpenAIServingCompletion, serving.ServingTokenization):
         assert "self._base_request_id(" in inspect.getsource(sys.modules[kind.__module__])
+    # The fast stream stands between vLLM's queue of outputs and its serving code for chat.
+    has(serving.OpenAIServingChat, "chat_completion_stream_generator", "request", "result_generator", "request_id",
+        "model_name")
+    has(fast_stream.AsyncLLM, "add_request", "request_id", "prompt", "params", "lora_request")
+    has(fast_stream.AsyncLLM, "abort", "request_id", "internal")
+    source = inspect.getsource(fast_stream.AsyncLLM.add_request)
+    assert source.index("self._run_output_handler()") < source.index("RequestOutputCollector(")
+    has(fast_stream.OutputProcessor, "process_outputs", "engine_core_outputs")
+    has(fast_stream.OutputProcessor, "_finish_request", "req_state")
+    assert "req_state.queue.put(" in inspect.getsource(fast_stream.OutputProcessor)
+    assert {"is_prefilling", "detokenizer", "queue", "prompt_len"} <= {
+        *fast_stream.RequestState.__init__.__code__.co_names
+    }
+    assert fast_stream._shapes().delta[0] == '[{"index":0,"delta":{"content":', fast_stream._shapes()
+    # What is short is rendered at once.
+    assert "self._tokenize_prompt_async(" in inspect.getsource(serving.hf.BaseRenderer)
+    has(serving.hf, "safe_apply_chat_template")
     assert "_merge_inline_system" in inspect.getsource(serving.AnthropicServingMessages)
     responses = inspect.getsource(vllm_responses.OpenAIServingResponses)
     for name in ("response_store", "msg_store", "event_store", "background_tasks", "enable_store"):

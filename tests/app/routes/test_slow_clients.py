@@ -9,7 +9,7 @@ import pytest
 from starlette.requests import Request
 
 from app.errors import BadRequest
-from app.routes import answers
+from app.routes import answers, event_stream
 
 
 async def _never(*_: Any) -> Any:
@@ -17,25 +17,25 @@ async def _never(*_: Any) -> Any:
 
 
 def test_a_client_that_stops_reading_gives_back_what_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr(event_stream, "SEND_SECONDS", 0.05)
     ended: list[str | int] = []
 
-    async def events() -> AsyncGenerator[str]:
+    async def events() -> AsyncGenerator[bytes]:
         try:
             while True:
-                yield "data: {}\n\n"
+                yield b"data: {}\n\n"
         finally:
             ended.append("aborted")
 
     async def check() -> None:
         held = ExitStack()
         held.callback(ended.append, "lease")
-        stream = answers.EventStream(events(), held, {}, on_end=ended.append, keep=None)
+        stream = event_stream.EventStream(events(), held, {}, on_end=ended.append, keep=None)
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
         await asyncio.wait_for(stream(scope, _never, _never), 5)
 
     asyncio.run(check())
-    assert ended in (["lease", answers.CLIENT_LEFT], ["aborted", "lease", answers.CLIENT_LEFT])
+    assert ended in (["lease", event_stream.CLIENT_LEFT], ["aborted", "lease", event_stream.CLIENT_LEFT])
 
 
 def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
