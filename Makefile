@@ -10,7 +10,9 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-cuda demo test check format lock image clean
+CLIENTS := $(patsubst requirements/clients/%.txt,.cache/clients/%/.done,$(wildcard requirements/clients/*.txt))
+
+.PHONY: help install install-cuda demo test test-clients check format lock image clean
 
 help: ## Print this
 	@echo "Xinglin 杏林: train, version, prove and serve medical LoRA adapters"
@@ -23,7 +25,11 @@ demo: install ## Build a small base model, train its adapters, serve them on htt
 
 test: $(VENV)/dev.done ## Run all tests: real training steps, and the real vLLM engine on CPU
 	@$(BIN)/python -m training demo --data-dir .cache/demo # the models that the services of the tests serve
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder # by size, long single tests would come last
+	@# Three processes for two cores: much of the time a test waits for a service. By size, long ones would come last.
+	@$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+
+test-clients: $(CLIENTS) ## Test with older and other client libraries as well: openai 1.x and 2.x, LangChain, LlamaIndex
+	@$(BIN)/python -m pytest tests/clients
 
 check: $(VENV)/dev.done ## Check format, lint, types and import rules
 	@$(BIN)/ruff format --check .
@@ -65,6 +71,12 @@ $(VENV)/cpu.done: $(VENV)/bin/python requirements/cpu.txt
 		$(BIN)/pip install --no-deps --no-compile --index-url $(TORCH_CPU_INDEX) $$(grep '^torch==' requirements/cpu.txt)
 	@$(BIN)/pip install --no-deps --no-compile -r requirements/cpu.txt
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Beside the environment, not in it: each client comes with packages that would be others' wrong ones.
+.cache/clients/%/.done: requirements/clients/%.txt $(VENV)/dev.done
+	@rm -rf $(@D)
+	@$(BIN)/pip install --quiet --no-deps --no-compile --target $(@D) -r $<
 	@touch $@
 
 $(VENV)/dev.done: $(VENV)/cpu.done requirements/dev.txt

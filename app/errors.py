@@ -155,10 +155,10 @@ def anthropic_body(error: Exception) -> dict[str, Any]:
     """What Anthropic's clients read (docs.claude.com, "Errors"); our code beside it."""
     of_openai = body(error)["error"]
     kind = _ANTHROPIC_TYPES.get(row(error).status, "api_error")
-    return {
-        "type": "error",
-        "error": {"type": kind, "message": of_openai["message"], "code": of_openai["code"]},
-    }
+    # `code` is where OpenAI's clients look for it, and `details` where Anthropic's do.
+    code = of_openai["code"]
+    detail = {"type": kind, "message": of_openai["message"], "code": code, "details": {"error_code": code}}
+    return {"type": "error", "error": detail}
 
 
 def headers(error: Exception) -> dict[str, str]:

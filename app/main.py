@@ -26,6 +26,7 @@ from app.metrics import Metrics
 from app.reconciler import Reconciler
 from app.residency import Limits, Residency
 from app.routes import adapters, answers, health, models, publish, responses, traffic, vllm_compat
+from app.routes.connection import request_id_headers
 from app.served_models import ServedModels
 from app.settings import Settings
 from app.shadow import Shadow
@@ -180,6 +181,7 @@ async def _build_engine(settings: Settings) -> Engine:
             tool_call_parser=settings.tool_call_parser,
             reasoning_parser=settings.reasoning_parser,
             stored_responses=settings.stored_responses,
+            truncates=settings.truncation == "auto",
         )
         return VllmEngine.build(options)
 
@@ -198,7 +200,8 @@ async def _run_or_give_up(supervisor: Supervisor, on_give_up: Callable[[], None]
 
 def _error_response(request: Request, error: Exception) -> JSONResponse:
     body = errors.anthropic_body if request.url.path.startswith(Endpoint.MESSAGES) else errors.body
-    return JSONResponse(body(error), errors.row(error).status, errors.headers(error))
+    headers = {**errors.headers(error), **request_id_headers(request)}
+    return JSONResponse(body(error), errors.row(error).status, headers)
 
 
 def _validation_response(request: Request, error: Exception) -> JSONResponse:

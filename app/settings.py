@@ -95,6 +95,11 @@ class Settings(BaseSettings):
     reasoning_parser: str | None = Field(
         None, description="How it marks its reasoning, by the name of vLLM's parser: qwen3, deepseek_r1, ..."
     )
+    truncation: Literal["disabled", "auto"] = Field(
+        "disabled",
+        description="Of conversations longer than the context: refuse them, or leave out the oldest turns (`auto`). "
+        "Requests may say themselves: `truncation`",
+    )
     stored_responses: int = Field(
         1000,
         ge=0,

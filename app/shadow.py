@@ -145,7 +145,7 @@ class Shadow:
 async def _whole_answer(lease: Lease, body: Mapping[str, Any]) -> Mapping[str, Any]:
     engine: Engine = lease.engine
     whole = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
-    reply = await engine.answer(
+    answer = await engine.answer(
         Endpoint.CHAT,
         whole,
         request_id=f"shadow-{time.time_ns()}",
@@ -153,7 +153,7 @@ async def _whole_answer(lease: Lease, body: Mapping[str, Any]) -> Mapping[str, A
         fingerprint="",
         on_tokens=lambda *_: None,
     )
-    return cast(dict[str, Any], reply)  # no stream: none was asked for
+    return cast(dict[str, Any], answer.reply)  # no stream: none was asked for
 
 
 def _alike(one: str, other: str) -> int:

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+LEFT_OUT_OF_CLIENTS = {  # what no test imports
+    "aiosqlite", "colorama", "defusedxml", "dirtyjson", "joblib", "nest-asyncio", "nltk", "zstandard",
+}  # fmt: skip
 LEFT_OUT_ON_CPU = ("torchvision", "torchaudio", "torchcodec", "triton")
 
 
@@ -75,6 +78,19 @@ def lock_dev() -> None:
     write(HERE / "dev.txt", added, "Installed on top of cpu.txt.")
 
 
+def lock_clients() -> None:
+    lines = requirement_lines(HERE / "cpu.txt") + requirement_lines(HERE / "dev.txt")
+    present = dict(line.split("==") for line in lines)
+    for path in sorted((HERE / "clients").glob("*.in")):
+        kept = []
+        for package in resolve("-r", str(path)):
+            name, major = canonical(package["name"]), package["version"].split(".")[0]
+            other_openai = name == "openai" and major != present["openai"].split(".")[0]
+            if other_openai or name not in {*present, *LEFT_OUT_OF_CLIENTS}:
+                kept.append(package)
+        write(path.with_suffix(".txt"), kept, "Installed beside cpu.txt and dev.txt.")
+
+
 if __name__ == "__main__":
-    for target in sys.argv[1:] or ["cpu", "cuda", "dev"]:
-        {"cpu": lock_cpu, "cuda": lock_cuda, "dev": lock_dev}[target]()
+    for target in sys.argv[1:] or ["cpu", "cuda", "dev", "clients"]:
+        {"cpu": lock_cpu, "cuda": lock_cuda, "dev": lock_dev, "clients": lock_clients}[target]()

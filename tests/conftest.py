@@ -20,7 +20,7 @@ MAX_UPLOAD_BYTES = 16 << 20
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: what tests share is made once, in one of the processes.
+    """For `pytest -n 3 --dist loadgroup`: what tests share is made once, in one of the processes.
 
     Tests of the shared service are one group, and each other file is a group.
     """

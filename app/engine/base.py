@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adapters import BaseModelFacts
+from app.engine.history import Cut
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,18 @@ class Events(Protocol):
     def __aiter__(self) -> AsyncIterator[bytes]: ...
     def __anext__(self) -> Awaitable[bytes]: ...
     def aclose(self) -> Awaitable[None]: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine answers one request."""
+
+    reply: dict[str, Any] | Events
+    """Whole, or as server-sent events."""
+    cut: Cut | None = None
+    """What of a long conversation the model was not given."""
+    rest: asyncio.Future[Any] | None = None
+    """What goes on being made after the reply (`background`), until it is done."""
 
 
 class Endpoint(StrEnum):
@@ -109,16 +122,12 @@ class Engine(Protocol):
         adapter: LoadedAdapter | None,
         fingerprint: str,
         on_tokens: OnTokens,
-    ) -> dict[str, Any] | Events:
-        """Answer one request: a whole reply, or ready server-sent events.
+    ) -> Answer:
+        """Answer one request.
 
         A stream's first event has been awaited, so that what fails before it raises an ApiError here. What fails
         later is told by a last event, and then raised.
         """
-        ...
-
-    def background(self, request_id: str) -> asyncio.Future[Any] | None:
-        """What goes on being made after a response was answered (`background`), until it is done."""
         ...
 
     async def retrieve(

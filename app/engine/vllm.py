@@ -36,7 +36,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from adapters import BaseModelFacts, fingerprint
 from app import errors
 from app.engine import launch
-from app.engine.base import Endpoint, Events, LoadedAdapter, OnTokens, TokenScore
+from app.engine.base import Answer, Endpoint, Events, LoadedAdapter, OnTokens, TokenScore
 from app.engine.fast_stream import FastOutputProcessor
 from app.engine.template import Template, Templates
 from app.engine.vllm_endpoints import Endpoints
@@ -74,6 +74,7 @@ class EngineOptions:
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     stored_responses: int = 0
+    truncates: bool = False
 
 
 class VllmEngine:
@@ -98,6 +99,7 @@ class VllmEngine:
             tool_call_parser=options.tool_call_parser,
             reasoning_parser=options.reasoning_parser,
             stored_responses=options.stored_responses,
+            truncates=options.truncates,
         )
 
     @classmethod
@@ -318,7 +320,7 @@ class VllmEngine:
         adapter: LoadedAdapter | None,
         fingerprint: str,
         on_tokens: OnTokens,
-    ) -> dict[str, Any] | Events:
+    ) -> Answer:
         """See Engine.answer."""
         asked = Asked(
             id=request_id,
@@ -331,10 +333,6 @@ class VllmEngine:
             on_tokens=on_tokens,
         )
         return await self._endpoints.answer(endpoint, body, asked)
-
-    def background(self, request_id: str) -> asyncio.Future[Any] | None:
-        """See Engine.background."""
-        return self._endpoints.responses.background_tasks.get(f"resp_{request_id}")
 
     async def retrieve(
         self, response_id: str, *, stream: bool, starting_after: int | None

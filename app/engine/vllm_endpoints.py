@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import asdict
 from typing import Any, Self
 
+import vllm.envs
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -20,10 +22,16 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from app import errors
-from app.engine.base import Endpoint, Events
-from app.engine.vllm_errors import api_error, bad_request
+from app.engine.base import Answer, Endpoint, Events
+from app.engine.history import Cut, Message, within
+from app.engine.vllm_errors import api_error, bad_request, no_tool_parser
 from app.engine.vllm_responses import Responses
 from app.engine.vllm_serving import Asked, Chat, Completion, Messages, Tokenization, at_once
+
+CONVERSATIONS = (Endpoint.CHAT, Endpoint.RESPONSES, Endpoint.MESSAGES)
+
+_ROOM = 4
+"""The part of the context, one in so many, that is left for an answer of which nobody said how long it may be."""
 
 MAX_SEQUENCES = 1024
 """Of one request: prompts times `n`. The engine keeps state for each."""
@@ -40,9 +48,14 @@ class Endpoints:
         tool_call_parser: str | None,
         reasoning_parser: str | None,
         stored_responses: int,
+        truncates: bool,
     ) -> None:
-        """`name`: of the base model. Raises ValueError for parsers that vLLM does not have."""
+        """`name`: of the base model; `truncates`: conversations that do not say.
+
+        Raises ValueError for parsers that vLLM does not have.
+        """
         self._llm = llm
+        self._truncates = truncates
         self.renderer = OnlineRenderer(
             llm.model_config,
             llm.renderer,
@@ -75,11 +88,22 @@ class Endpoints:
         self.responses.keep(stored_responses)
         self.tokenization = Tokenization(models, **rendered)
 
-    async def answer(
-        self, endpoint: Endpoint, body: Mapping[str, Any], asked: Asked
-    ) -> dict[str, Any] | Events:
+    async def answer(self, endpoint: Endpoint, body: Mapping[str, Any], asked: Asked) -> Answer:
         """See Engine.answer."""
-        request = _parsed(endpoint, body, asked.id)
+        truncation, body = _truncation(body) if endpoint in CONVERSATIONS else (None, body)
+        request, cut = _parsed(endpoint, body, asked.id), None
+        if truncation == "auto" or (truncation is None and self._truncates and endpoint in CONVERSATIONS):
+            body, cut = await self._within_context(endpoint, body, asked)
+            request = _parsed(endpoint, body, asked.id) if cut else request
+        if endpoint is Endpoint.RESPONSES and self.responses.parser is None and _wants_tools(request):
+            raise no_tool_parser()  # vLLM would leave the tools out, and not say so
+        reply = await self._reply(endpoint, request, asked)
+        rest = self.responses.background_tasks.get(f"resp_{asked.id}")
+        if cut and isinstance(reply, dict):
+            reply["truncated"] = asdict(cut)
+        return Answer(reply, cut, rest)
+
+    async def _reply(self, endpoint: Endpoint, request: Any, asked: Asked) -> dict[str, Any] | Events:
         serving, method = self._for(endpoint)
         one = serving.for_one(self._llm, asked)
         try:
@@ -99,6 +123,46 @@ class Endpoints:
             raise api_error(reply)
         return dict(one.dumped(reply))
 
+    async def _within_context(
+        self, endpoint: Endpoint, body: Mapping[str, Any], asked: Asked
+    ) -> tuple[Mapping[str, Any], Cut | None]:
+        """The body with no more of its conversation than leaves room for an answer."""
+        limit = self._llm.model_config.max_model_len
+        wanted = body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens")
+        limit -= min(wanted or limit // _ROOM, limit)
+        counter = self.tokenization.for_one(self._llm, asked)
+        key = "input" if endpoint is Endpoint.RESPONSES else "messages"
+        if not isinstance(body[key], list):
+            return body, None
+
+        async def count(messages: list[Message]) -> int:
+            given = {**body, key: messages}
+            if endpoint is Endpoint.MESSAGES:
+                chat = self.messages.to_chat_completion_request(
+                    AnthropicMessagesRequest.model_validate(given)
+                )
+                given = chat.model_dump(include={"messages", "tools"}, exclude_none=True)
+            elif endpoint is Endpoint.RESPONSES:
+                system = (
+                    [{"role": "system", "content": given["instructions"]}]
+                    if given.get("instructions")
+                    else []
+                )
+                given = {"messages": [*system, *messages]}
+            fields = TokenizeChatRequest.model_fields
+            asked_for = {name: value for name, value in given.items() if name in fields}
+            request = TokenizeChatRequest.model_validate({**asked_for, "model": asked.model})
+            try:
+                reply = await counter.create_tokenize(request, None)
+            except Exception as error:  # as in _reply
+                raise counter.translated(error) from error
+            if isinstance(reply, ErrorResponse):
+                raise api_error(reply)
+            return int(reply.count)
+
+        kept, cut = await within(body[key], limit, count)
+        return {**body, key: kept}, cut
+
     def _for(self, endpoint: Endpoint) -> tuple[Any, Callable[..., Any]]:
         return {
             Endpoint.CHAT: (self.chat, Chat.create_chat_completion),
@@ -111,6 +175,16 @@ class Endpoints:
         }[endpoint]
 
 
+def _truncation(body: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """What a conversation says of being cut (OpenAI's parameter of Responses), and the body without it."""
+    truncation = body.get("truncation")
+    if truncation not in (None, "auto", "disabled"):
+        raise errors.BadRequest(
+            "truncation: must be `auto` or `disabled`", code="invalid_value", param="truncation"
+        )
+    return truncation, {key: value for key, value in body.items() if key != "truncation"}
+
+
 def _parsed(endpoint: Endpoint, body: Mapping[str, Any], request_id: str) -> Any:
     """vLLM's model of the request. Raises BadRequest."""
     prefix = "resp_" if endpoint is Endpoint.RESPONSES else ""
@@ -120,7 +194,9 @@ def _parsed(endpoint: Endpoint, body: Mapping[str, Any], request_id: str) -> Any
         Endpoint.RESPONSES: ResponsesRequest,
         Endpoint.MESSAGES: AnthropicMessagesRequest,
         Endpoint.COUNT_TOKENS: AnthropicCountTokensRequest,
-        Endpoint.TOKENIZE: TokenizeChatRequest if "messages" in body else TokenizeCompletionRequest,
+        Endpoint.TOKENIZE: TokenizeChatRequest
+        if body.get("messages") is not None
+        else TokenizeCompletionRequest,
         Endpoint.DETOKENIZE: DetokenizeRequest,
     }[endpoint]
     given = {**body, "request_id": f"{prefix}{request_id}"} if "request_id" in kind.model_fields else body
@@ -128,16 +204,30 @@ def _parsed(endpoint: Endpoint, body: Mapping[str, Any], request_id: str) -> Any
         request = kind.model_validate(given)
     except Exception as error:
         raise bad_request(error) from error
+    _check_sequences(request)
+    return request
+
+
+def _wants_tools(request: Any) -> bool:
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+def _check_sequences(request: Any) -> None:
+    """Raises BadRequest for more answers than a client may ask for at once."""
+    n = getattr(request, "n", None) or 1
+    if n > vllm.envs.VLLM_MAX_N_SEQUENCES:
+        raise errors.BadRequest(
+            f"n: at most {vllm.envs.VLLM_MAX_N_SEQUENCES}", code="invalid_value", param="n"
+        )
     prompts = getattr(request, "prompt", None)
     # One prompt may be a list of token ids.
     count = len(prompts) if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) else 1
-    if count * (getattr(request, "n", None) or 1) > MAX_SEQUENCES:
+    if count * n > MAX_SEQUENCES:
         raise errors.BadRequest(
-            f"prompt: {count} prompts, `n` answers each, are more than {MAX_SEQUENCES}",
+            f"prompt: {count} prompts with {n} answers each are more than {MAX_SEQUENCES}",
             code="invalid_value",
             param="prompt",
         )
-    return request
 
 
 class _Resumed:

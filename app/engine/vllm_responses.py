@@ -119,6 +119,8 @@ class Responses(Ours, OpenAIServingResponses):
         self, response_id: str, starting_after: int | None = None
     ) -> AsyncGenerator[Any]:
         """The events so far, and those to come until the run ends, well or not."""
+        if response_id not in self.event_store:
+            await asyncio.sleep(0)  # until the run has begun
         events, has_more = self.event_store[response_id]
         index = 0 if starting_after is None else starting_after + 1
         while True:

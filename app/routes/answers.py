@@ -8,7 +8,6 @@ import asyncio
 import json
 import logging
 import time
-import uuid
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,11 +17,11 @@ from starlette.requests import ClientDisconnect
 
 from adapters import AdapterError
 from app.access import chat as may_chat
-from app.engine.base import Endpoint, Engine, Events
+from app.engine.base import Answer, Endpoint
 from app.errors import ApiError, BadRequest, ModelNotFound, row
 from app.metrics import Meter
 from app.residency import Lease
-from app.routes.connection import ClientLeft, WhileConnected
+from app.routes.connection import ClientLeft, WhileConnected, request_id_headers
 from app.routes.event_stream import CLIENT_LEFT, EventStream
 from app.routes.examples import request_body
 from app.served_models import Choice
@@ -68,22 +67,25 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
             state.supervisor.check_ready()
             choice = await _choose(request, body)
             meter = _meter(request, choice, started)
-            request_id = uuid.uuid4().hex
-            headers = {"x-request-id": request_id}
+            headers = request_id_headers(request)
+            request_id = headers["x-request-id"]
             if choice.manifest:
                 headers["x-adapter-revision"] = choice.manifest.revision
             async with WhileConnected(request.receive):
-                engine, answer = await _answer(request, endpoint, body, choice, request_id, meter, held)
-            if (rest := engine.background(request_id)) is not None:
-                of_the_rest = held.pop_all()
-                rest.add_done_callback(lambda _: of_the_rest.close())
+                answer = await _answer(request, endpoint, body, choice, request_id, meter, held)
+            if answer.cut:
+                headers["x-truncated"] = f"messages={answer.cut.messages}; tokens={answer.cut.tokens}"
+            if answer.rest is not None:
+                until_then = held.pop_all()
+                answer.rest.add_done_callback(lambda _: until_then.close())
+            reply = answer.reply
             copy = _copy_for_shadow(endpoint, request_id, body, choice, started)
-            if isinstance(answer, dict):
+            if isinstance(reply, dict):
                 status = 200
                 if copy:
-                    copy.reply = answer
+                    copy.reply = reply
                     state.shadow.offer(copy)
-                return JSONResponse(answer, headers=headers)
+                return JSONResponse(reply, headers=headers)
             is_stream = True
 
             def finish(status: int) -> None:
@@ -92,7 +94,7 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
                     state.shadow.offer(copy)
 
             return EventStream(
-                answer, held.pop_all(), headers, on_end=finish, keep=copy.events if copy else None
+                reply, held.pop_all(), headers, on_end=finish, keep=copy.events if copy else None
             )
     except (ClientLeft, ClientDisconnect):
         return Response(status_code=CLIENT_LEFT)
@@ -131,11 +133,11 @@ async def _answer(
     request_id: str,
     meter: Meter,
     held: ExitStack,
-) -> tuple[Engine, dict[str, Any] | Events]:
+) -> Answer:
     """Lease what was chosen, which may take a turn in a queue and a load, and ask it."""
     lease: Lease = held.enter_context(await request.state.residency.lease(choice.manifest))
     manifest, served = lease.manifest, request.state.served_models
-    answer = await lease.engine.answer(
+    return await lease.engine.answer(
         endpoint,
         body,
         request_id=request_id,
@@ -143,7 +145,6 @@ async def _answer(
         fingerprint=f"{manifest.name}@{manifest.revision}" if manifest else served.base_fingerprint,
         on_tokens=meter.on_tokens,
     )
-    return lease.engine, answer
 
 
 def _copy_for_shadow(

@@ -1,10 +1,18 @@
-"""What happens when a client leaves while its request is being answered."""
+"""The request id that a client is told, and what happens when it leaves while it is being answered."""
 
 import asyncio
+import uuid
 from types import TracebackType
 from typing import Any, Self, cast
 
+from starlette.requests import Request
 from starlette.types import Receive
+
+
+def request_id_headers(request: Request) -> dict[str, str]:
+    """One id for a request, however it ends: where OpenAI's clients look for it, and where Anthropic's do."""
+    request_id = request.scope.setdefault("xinglin.request_id", uuid.uuid4().hex)
+    return {"x-request-id": request_id, "request-id": request_id}
 
 
 class ClientLeft(Exception):
@@ -29,7 +37,9 @@ class WhileConnected:
         self._watching.cancel()
         if self._has_left:
             self._task.uncancel()
-            if isinstance(error, asyncio.CancelledError):
+            if isinstance(
+                error, asyncio.CancelledError | Exception
+            ):  # vLLM makes an error of its own of the first
                 raise ClientLeft from None
 
     def leave(self) -> None:

@@ -1,6 +1,5 @@
 """Stored responses of POST /v1/responses: look at them, stop them, delete them."""
 
-import uuid
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,6 +8,7 @@ from fastapi.responses import JSONResponse, Response
 
 from app.access import chat as may_chat
 from app.engine.base import Engine
+from app.routes.connection import request_id_headers
 from app.routes.event_stream import EventStream
 
 router = APIRouter(prefix="/v1/responses", dependencies=[Depends(may_chat)])
@@ -23,8 +23,7 @@ async def retrieve_response(
     found = await engine.retrieve(response_id, stream=stream, starting_after=starting_after)
     if isinstance(found, dict):
         return JSONResponse(found)
-    headers = {"x-request-id": uuid.uuid4().hex}
-    return EventStream(found, ExitStack(), headers, on_end=lambda _: None, keep=None)
+    return EventStream(found, ExitStack(), request_id_headers(request), on_end=lambda _: None, keep=None)
 
 
 @router.post("/{response_id}/cancel")

@@ -4,12 +4,12 @@ to what the real one does."""
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adapters import BaseModelFacts, read_golden
-from app.engine.base import Endpoint, LoadedAdapter, OnTokens, TokenScore
+from app.engine.base import Answer, Endpoint, LoadedAdapter, OnTokens, TokenScore
 from app.errors import AdapterRefused, BadRequest, EngineUnavailable, ResponseNotFound
 from tests.adapters.folders import BASE
 
@@ -100,7 +100,7 @@ class FakeEngine:
         adapter: LoadedAdapter | None,
         fingerprint: str,
         on_tokens: OnTokens,
-    ) -> dict[str, Any] | AsyncGenerator[str]:
+    ) -> Answer:
         if not isinstance(body["messages"], list):
             raise BadRequest("messages: must be a list")
         async with self._request(adapter):
@@ -109,15 +109,13 @@ class FakeEngine:
             for stop in adapter.stop if adapter else ():
                 content = content.partition(stop)[0]
             assert endpoint is Endpoint.CHAT, "the fake engine only chats"
-            return {
+            reply = {
                 "id": request_id,
                 "model": body["model"],
                 "system_fingerprint": fingerprint,
                 "choices": [{"index": 0, "message": {"content": content}}],
             }
-
-    def background(self, request_id: str) -> None:
-        return None
+            return Answer(reply)
 
     async def retrieve(self, response_id: str, *, stream: bool, starting_after: int | None) -> dict[str, Any]:
         raise ResponseNotFound(f"there is no response {response_id}")

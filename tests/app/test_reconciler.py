@@ -131,13 +131,15 @@ def test_everybody_at_once(rig: Rig, seed: int) -> None:
             try:
                 chosen = rig.served.choose("doctor", str(choice.random()))
                 with await rig.residency.lease(chosen.manifest) as lease:
-                    reply = await lease.engine.answer(
+                    answer = await lease.engine.answer(
                         Endpoint.CHAT, {"model": "doctor", "messages": []}, request_id="", adapter=lease.adapter,
                         fingerprint="", on_tokens=lambda *_: None,
                     )  # fmt: skip
-                assert isinstance(reply, dict)
+                assert isinstance(answer.reply, dict)
                 assert chosen.manifest
-                assert reply["choices"][0]["message"]["content"] == f"doctor@{chosen.manifest.revision}"
+                assert (
+                    answer.reply["choices"][0]["message"]["content"] == f"doctor@{chosen.manifest.revision}"
+                )
             except (ModelNotFound, AdapterUnavailable):
                 pass  # unpointed for a moment
             await asyncio.sleep(choice.random() * 0.004)

@@ -54,7 +54,7 @@ class Rig:
     async def use(self, number: int) -> str:
         with await self.residency.lease(self.manifest(number)) as lease:
             body = {"model": f"a{number}", "messages": []}
-            reply = await lease.engine.answer(
+            answer = await lease.engine.answer(
                 Endpoint.CHAT,
                 body,
                 request_id="",
@@ -62,8 +62,8 @@ class Rig:
                 fingerprint="",
                 on_tokens=lambda *_: None,
             )
-        assert isinstance(reply, dict)
-        return str(reply["choices"][0]["message"]["content"])
+        assert isinstance(answer.reply, dict)
+        return str(answer.reply["choices"][0]["message"]["content"])
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ async def hold_to(rig: Rig) -> None:
 
     seen: list[tuple[int, int]] = []
     body = {"model": "doctor", "messages": [{"role": "user", "content": "头痛怎么办?"}], "max_tokens": 4}
-    reply = await engine.answer(
+    answer = await engine.answer(
         Endpoint.CHAT,
         body,
         request_id="r1",
@@ -65,6 +65,7 @@ async def hold_to(rig: Rig) -> None:
         fingerprint="f1",
         on_tokens=lambda *new: seen.append(new),
     )
+    reply = answer.reply
     assert isinstance(reply, dict)
     assert (reply["model"], reply["system_fingerprint"]) == ("doctor", "f1")
     assert isinstance(reply["choices"][0]["message"]["content"], str)
@@ -101,7 +102,7 @@ async def _hold_to_templates(rig: Rig) -> None:
 
     async def text(adapter: LoadedAdapter) -> str:
         body = {"model": "doctor", "messages": messages, "max_tokens": 16, "temperature": 0, "stop": None}
-        reply = await engine.answer(
+        answer = await engine.answer(
             Endpoint.CHAT,
             body,
             request_id=adapter.name,
@@ -109,6 +110,7 @@ async def _hold_to_templates(rig: Rig) -> None:
             fingerprint="",
             on_tokens=lambda *_: None,
         )
+        reply = answer.reply
         assert isinstance(reply, dict)
         return str(reply["choices"][0]["message"]["content"])
 

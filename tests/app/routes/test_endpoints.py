@@ -1,0 +1,145 @@
+"""The endpoints besides chat: what each is for, with base and adapters alike."""
+
+from typing import Any
+
+import pytest
+
+from tests.service import Service
+from tests.trainer import Trainer
+
+QUESTION = "感冒有什么症状？"
+MESSAGES = [{"role": "user", "content": QUESTION}]
+MODELS = [("xinglin-demo", None), ("doctor", "default")]
+
+
+@pytest.mark.parametrize(("model", "adapter"), MODELS)
+def test_all_that_chat_gives_the_answer_of_training(
+    service: Service, trainer: Trainer, model: str, adapter: str | None
+) -> None:
+    expected = trainer.tokenizer.decode(trainer.answer(QUESTION, adapter), skip_special_tokens=True)
+    prompt = trainer.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    common = {"model": model, "temperature": 0}
+    _, completion = service.call("POST", "/v1/completions", {**common, "prompt": prompt, "max_tokens": 200})
+    assert completion["choices"][0]["text"] == expected
+    _, response = service.call(
+        "POST", "/v1/responses", {**common, "input": QUESTION, "max_output_tokens": 200}
+    )
+    assert response["output"][0]["content"][0]["text"] == expected
+    _, message = service.call("POST", "/v1/messages", {**common, "messages": MESSAGES, "max_tokens": 200})
+    assert message["content"] == [{"type": "text", "text": expected}]
+    assert message["stop_reason"] == "end_turn"
+
+
+def test_tokens_are_counted_as_the_model_gets_them(service: Service) -> None:
+    _, chat = service.call(
+        "POST", "/v1/chat/completions", {"model": "doctor", "messages": MESSAGES, "max_tokens": 1}
+    )
+    count = chat["usage"]["prompt_tokens"]
+    _, tokens = service.call("POST", "/tokenize", {"model": "doctor", "messages": MESSAGES})
+    assert tokens["count"] == len(tokens["tokens"]) == count
+    _, counted = service.call("POST", "/v1/messages/count_tokens", {"model": "doctor", "messages": MESSAGES})
+    assert counted["input_tokens"] == count
+    _, text = service.call("POST", "/detokenize", {"model": "doctor", "tokens": tokens["tokens"]})
+    assert QUESTION in text["prompt"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize"]
+)
+def test_a_wrong_body_is_the_clients_error(service: Service, path: str) -> None:
+    for body, status, code in (
+        ({}, 400, "missing_required_parameter"),
+        ({"model": "nobody", "messages": []}, 404, "model_not_found"),
+        ({"model": "doctor", "messages": 5, "input": 5, "prompt": 5, "max_tokens": 5}, 400, "invalid_value"),
+    ):
+        got, reply = service.call("POST", path, body)
+        assert (got, reply["error"]["code"]) == (status, code), (path, body, reply)
+        assert ("type" in reply) == path.startswith("/v1/messages")  # Anthropic's shape
+        assert reply["error"]["message"]
+
+
+def test_a_prompt_of_token_ids_is_one_prompt(service: Service) -> None:
+    body = {"model": "doctor", "prompt": [1, 2, 3] * 300, "max_tokens": 1}
+    assert service.call("POST", "/v1/completions", body)[1]["usage"]["prompt_tokens"] == 900
+    status, reply = service.call("POST", "/v1/completions", {**body, "prompt": ["a"] * 1025})
+    assert (status, reply["error"]["param"]) == (400, "prompt")
+    status, reply = service.call("POST", "/v1/completions", {**body, "prompt": ["a"] * 20, "n": 100})
+    assert (status, reply["error"]["param"]) == (400, "prompt")
+
+
+def created(service: Service, **more: Any) -> Any:
+    body = {"model": "doctor", "input": QUESTION, "temperature": 0, "max_output_tokens": 200, **more}
+    status, reply = service.call("POST", "/v1/responses", body)
+    assert status == 200, reply
+    return reply
+
+
+def test_a_response_is_stored_continued_and_deleted(service: Service) -> None:
+    one = created(service)
+    path = f"/v1/responses/{one['id']}"
+    assert service.call("GET", path) == (200, one)
+    two = created(service, previous_response_id=one["id"], input="And the treatment?")
+    assert two["usage"]["input_tokens"] > one["usage"]["total_tokens"]
+    assert service.call("DELETE", path)[1] == {"id": one["id"], "object": "response", "deleted": True}
+    for method, where in (("GET", path), ("DELETE", path), ("POST", f"{path}/cancel")):
+        status, reply = service.call(method, where)
+        assert (status, reply["error"]["code"]) == (404, "response_not_found")
+    kept = created(service, store=False)
+    assert service.call("GET", f"/v1/responses/{kept['id']}")[0] == 404
+
+
+def test_a_response_in_the_background_holds_its_adapter_until_it_is_done(service: Service) -> None:
+    one = created(service, background=True)
+    path = f"/v1/responses/{one['id']}"
+    assert one["status"] == "queued"
+    service.wait_for(lambda: service.call("GET", path)[1]["status"] == "completed")
+    assert service.call("GET", path)[1]["output"][0]["content"] == created(service)["output"][0]["content"]
+    service.wait_for(lambda: in_flight(service) == 0)
+    status, reply = service.call("POST", f"{path}/cancel")
+    assert (status, reply["error"]["param"]) == (400, "response_id")
+
+    long = created(service, background=True, max_output_tokens=900, ignore_eos=True)
+    assert in_flight(service) == 1
+    path = f"/v1/responses/{long['id']}"
+    assert service.call("POST", f"{path}/cancel")[1]["status"] == "cancelled"
+    assert service.call("GET", path)[1]["status"] == "cancelled"
+    service.wait_for(lambda: in_flight(service) == 0)
+
+
+def test_the_events_of_a_response_in_the_background_can_be_read_again(service: Service) -> None:
+    client = service.client()
+    stream = client.responses.create(
+        model="doctor", input=QUESTION, temperature=0, background=True, stream=True, max_output_tokens=200
+    )
+    first = next(iter(stream))
+    stream.close()  # the response goes on
+    assert first.type == "response.created"
+    again = [*client.responses.retrieve(first.response.id, stream=True)]
+    assert again[0].type == "response.created"
+    assert again[-1].type == "response.completed"
+    text = "".join(event.delta for event in again if event.type == "response.output_text.delta")
+    assert text == created(service)["output"][0]["content"][0]["text"]
+    later = [
+        *client.responses.retrieve(first.response.id, stream=True, starting_after=again[2].sequence_number)
+    ]
+    assert [event.sequence_number for event in later] == [event.sequence_number for event in again[3:]]
+
+
+def in_flight(service: Service) -> float:
+    metrics = str(service.call("GET", "/metrics")[1])
+    line = next(line for line in metrics.splitlines() if line.startswith("xinglin_requests_in_flight "))
+    return float(line.split()[1])
+
+
+def test_a_stream_of_many_is_whole(service: Service) -> None:
+    """Three prompts, two answers each, every token told."""
+    stream = service.client().completions.create(
+        model="doctor",
+        prompt=["a", "b", "c"],
+        n=2,
+        max_tokens=5,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    ends = [choice.index for chunk in stream for choice in chunk.choices if choice.finish_reason]
+    assert sorted(ends) == [0, 1, 2, 3, 4, 5]
