@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from app.engine.base import Endpoint
 from app.main import create_app
 from app.settings import Settings
 
@@ -44,6 +45,14 @@ def test_every_endpoint_is_documented(readme: str) -> None:
     }
     assert len(routes) >= 11
     assert not [route for route in routes if f"`{route}`" not in text]
+
+
+def test_the_openapi_page_has_a_body_to_try_for_each_endpoint_of_an_engine() -> None:
+    paths = create_app(Settings()).openapi()["paths"]
+    for endpoint in Endpoint:
+        content = paths[endpoint]["post"]["requestBody"]["content"]["application/json"]
+        assert content["examples"]
+        assert all("model" in example["value"] for example in content["examples"].values())
 
 
 @pytest.mark.parametrize("readme", READMES)
