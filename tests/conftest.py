@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from shutil import copytree
 from typing import TYPE_CHECKING
@@ -20,14 +21,15 @@ MAX_UPLOAD_BYTES = 16 << 20
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 3 --dist loadgroup`: what tests share is made once, in one of the processes.
+    """For `pytest -n 3 --dist loadgroup`: what tests share is made as seldom as can be.
 
-    Tests of the shared service are one group, and each other file is a group.
+    Tests of the shared service are two groups that take about as long, and each other file is a group.
     """
     for item in items:
         has_own = hasattr(item.module, "service")
         is_shared = "service" in item.fixturenames and not has_own
-        group = "service" if is_shared else str(item.path.relative_to(ROOT))
+        of_service = "service, routes" if item.path.parent.name == "routes" else "service, all else"
+        group = of_service if is_shared else str(item.path.relative_to(ROOT))
         item.add_marker(pytest.mark.xdist_group(group))
 
 
@@ -60,7 +62,7 @@ def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """One service for the whole session. Tests leave its aliases `default` of doctor and leaflet as they were."""
     folder = tmp_path_factory.mktemp("service")
     if "PYTEST_XDIST_WORKER" in os.environ:
-        (folder.parent.parent / "service").mkdir()  # it is there in a second process: groups do not work
+        _count_start(folder.parent.parent)
     data_dir = copy_products(demo_dir, folder / "data")
     # Small uploads only, so that too large a one is soon made.
     service = Service(data_dir, free_port(), {"XINGLIN_MAX_ADAPTER_GIB": str(MAX_UPLOAD_BYTES / 2**30)})
@@ -71,6 +73,14 @@ def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     assert engines, "the service ran no engine process that a test could look for"
     assert exit_code == 0, service.log[-4000:]
     assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()], "an engine outlived its service"
+
+
+def _count_start(folder: Path) -> None:
+    """Of the shared service, in any process. A third means that groups do not work."""
+    for start in ("first", "second"):
+        with suppress(FileExistsError):
+            return (folder / f"{start}-service").mkdir()
+    raise AssertionError("the shared service was started a third time")
 
 
 @pytest.fixture(scope="session")
