@@ -25,8 +25,7 @@ demo: install ## Build a small base model, train its adapters, serve them on htt
 
 test: $(VENV)/dev.done ## Run all tests: real training steps, and the real vLLM engine on CPU
 	@$(BIN)/python -m training demo --data-dir .cache/demo # the models that the services of the tests serve
-	@# Three processes for two cores: much of the time a test waits for a service. By size, long ones would come last.
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder # by size, long single tests would come last
 
 test-clients: $(CLIENTS) ## Test with older and other client libraries as well: openai 1.x and 2.x, LangChain, LlamaIndex
 	@$(BIN)/python -m pytest tests/clients

@@ -21,7 +21,7 @@ MAX_UPLOAD_BYTES = 16 << 20
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 3 --dist loadgroup`: what tests share is made as seldom as can be.
+    """For `pytest -n 2 --dist loadgroup`: what tests share is made as seldom as can be.
 
     Tests of the shared service are two groups that take about as long, and each other file is a group.
     """
