@@ -152,7 +152,7 @@ _ANTHROPIC_TYPES = {
 
 
 def anthropic_body(error: Exception) -> dict[str, Any]:
-    """What Anthropic's clients read (docs.claude.com, "Errors"); our code beside it."""
+    """What Anthropic's clients read (its API reference, "Errors"); our code beside it."""
     of_openai = body(error)["error"]
     kind = _ANTHROPIC_TYPES.get(row(error).status, "api_error")
     # `code` is where OpenAI's clients look for it, and `details` where Anthropic's do.

@@ -220,7 +220,7 @@ def _validation_response(request: Request, error: Exception) -> JSONResponse:
     return _error_response(request, errors.BadRequest(message, code=code or "invalid_value", param=param))
 
 
-def _http_response(_: Request, error: Exception) -> JSONResponse:
+def _http_response(request: Request, error: Exception) -> JSONResponse:
     """Starlette's own 404 and 405."""
     error = cast(HTTPException, error)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
@@ -230,7 +230,8 @@ def _http_response(_: Request, error: Exception) -> JSONResponse:
         "param": None,
         "code": code,
     }
-    return JSONResponse({"error": detail}, error.status_code, error.headers)
+    headers = {**(error.headers or {}), **request_id_headers(request)}
+    return JSONResponse({"error": detail}, error.status_code, headers)
 
 
 def _unexpected_response(request: Request, error: Exception) -> JSONResponse:

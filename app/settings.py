@@ -90,7 +90,7 @@ class Settings(BaseSettings):
     tool_call_parser: str | None = Field(
         None,
         description="How the base model writes tool calls, by the name of vLLM's parser: hermes, mistral, llama3_json, "
-        "... Without it `tool_choice: auto` is refused",
+        "... Without it tools are refused",
     )
     reasoning_parser: str | None = Field(
         None, description="How it marks its reasoning, by the name of vLLM's parser: qwen3, deepseek_r1, ..."

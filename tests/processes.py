@@ -14,15 +14,3 @@ def descendants(pid: int, what: str = "") -> list[int]:
         if what in command:
             found.append(process.pid)
     return found
-
-
-def cpu_seconds(pid: int) -> float:
-    """What `pid`, the processes it waited for and those it has now have used. Waiting for others' work is not in it."""
-    process = psutil.Process(pid)
-    seconds = sum(process.cpu_times()[:4])  # of its own and of its children that ended, in user and in system
-    for child in process.children(recursive=True):
-        try:
-            seconds += sum(child.cpu_times()[:4])
-        except psutil.NoSuchProcess:
-            continue
-    return seconds

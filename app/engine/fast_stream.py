@@ -183,7 +183,7 @@ def is_plain(request: ChatCompletionRequest) -> bool:
         and not request.return_token_ids
         and not request.return_prompt_text
         and not request.use_beam_search
-        and not getattr(request, "stream_interval", None)
+        and not request.stream_interval
         and not (request.stream_options and request.stream_options.continuous_usage_stats)
     )
 

@@ -90,7 +90,9 @@ class Endpoints:
 
     async def answer(self, endpoint: Endpoint, body: Mapping[str, Any], asked: Asked) -> Answer:
         """See Engine.answer."""
-        truncation, body = _truncation(body) if endpoint in CONVERSATIONS else (None, body)
+        truncation = _truncation(body) if endpoint in CONVERSATIONS else None
+        if truncation and endpoint is not Endpoint.RESPONSES:  # whose own parameter it is
+            body = {key: value for key, value in body.items() if key != "truncation"}
         request, cut = _parsed(endpoint, body, asked.id), None
         if truncation == "auto" or (truncation is None and self._truncates and endpoint in CONVERSATIONS):
             body, cut = await self._within_context(endpoint, body, asked)
@@ -175,14 +177,14 @@ class Endpoints:
         }[endpoint]
 
 
-def _truncation(body: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """What a conversation says of being cut (OpenAI's parameter of Responses), and the body without it."""
+def _truncation(body: Mapping[str, Any]) -> Any:
+    """What a conversation says of being cut (OpenAI's parameter of Responses). Raises BadRequest."""
     truncation = body.get("truncation")
     if truncation not in (None, "auto", "disabled"):
         raise errors.BadRequest(
             "truncation: must be `auto` or `disabled`", code="invalid_value", param="truncation"
         )
-    return truncation, {key: value for key, value in body.items() if key != "truncation"}
+    return truncation
 
 
 def _parsed(endpoint: Endpoint, body: Mapping[str, Any], request_id: str) -> Any:

@@ -37,9 +37,8 @@ class WhileConnected:
         self._watching.cancel()
         if self._has_left:
             self._task.uncancel()
-            if isinstance(
-                error, asyncio.CancelledError | Exception
-            ):  # vLLM makes an error of its own of the first
+            # vLLM makes an error of its own of a cancellation.
+            if isinstance(error, asyncio.CancelledError | Exception):
                 raise ClientLeft from None
 
     def leave(self) -> None:

@@ -43,3 +43,19 @@ def test_the_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> Non
     path = tmp_path / "data" / KEY_FILE
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [entry.name for entry in (tmp_path / "data").iterdir()] == [KEY_FILE]
+
+
+@pytest.mark.parametrize(("headers", "is_let_in"), [
+    ([(b"x-api-key", b"secret")], True),
+    ([(b"x-api-key", b"wrong")], False),
+    ([(b"authorization", b"Bearer wrong"), (b"x-api-key", b"secret")], False),
+])  # fmt: skip
+def test_anthropics_clients_send_it_in_a_header_of_their_own(
+    headers: list[tuple[bytes, bytes]], is_let_in: bool
+) -> None:
+    request = Request({"type": "http", "headers": headers})
+    if is_let_in:
+        Access("secret", is_chat_open=False).require_chat(request)
+        return
+    with pytest.raises(Unauthorized):
+        Access("secret", is_chat_open=False).require_chat(request)

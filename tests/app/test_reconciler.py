@@ -69,7 +69,7 @@ class Rig:
 
     async def agree(self) -> None:
         """Wait until store, status, what answers and what the engine holds are of one mind."""
-        for _ in range(3000):
+        for _ in range(400):
             await asyncio.sleep(0.01)
             aliases = self.store.aliases("doctor")
             status = {alias: one.actual for (_, alias), one in self.reconciler.status.items()}

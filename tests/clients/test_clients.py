@@ -71,7 +71,7 @@ def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def failure(service: Service, request: pytest.FixtureRequest) -> Failure:
-    """How a client's check failed. The client's checks of this session all run when the first is asked for."""
+    """How a client's check failed. All of the client's checks that were asked for run with the first."""
     wanted: dict[str, list[str]] = {}
     for item in request.session.items:
         if item.path == Path(__file__) and isinstance(item, pytest.Function) and hasattr(item, "callspec"):

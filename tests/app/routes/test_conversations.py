@@ -80,6 +80,7 @@ def test_anthropics_and_the_responses_api_are_cut_as_well(service: Service) -> N
     asked = {"model": "doctor", "max_output_tokens": 20, "instructions": SYSTEM["content"], "input": turns}
     status, reply = service.call("POST", "/v1/responses", {**asked, "truncation": "auto"})
     assert status == 200, reply
+    assert reply["truncation"] == "auto"
     assert reply["usage"]["input_tokens"] <= CONTEXT - 20 < reply["usage"]["input_tokens"] + 40
     assert reply["truncated"]["messages"] > 300
 
