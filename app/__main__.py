@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import uvicorn
 from pydantic import ValidationError
@@ -37,6 +36,7 @@ def _serve(options: argparse.Namespace) -> int:
     }
     try:
         settings = Settings(**given)
+        settings.bases()
         checked_prefixes(settings.sources)
         parse_networks(settings.private_networks)
     except ValidationError as error:
@@ -53,7 +53,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def serve(settings: Settings, *, show_admin_key: bool) -> int:
     """Serve until a signal comes; not 0 when the engine could not be started."""
-    if not Path(settings.base_model).exists() and settings.model is None:
+    if settings.model is None and settings.base_models is None and not settings.demo_base.exists():
         print("there is no demo base model yet: run `python -m training demo`, or name a model with --model",
               file=sys.stderr)  # fmt: skip
         return EXIT_BAD_SETTINGS

@@ -12,13 +12,13 @@ def banner(settings: Settings, served: ServedModels, admin_key: str | None) -> s
     url = f"http://{settings.host}:{settings.port}"
     adapters = [name for name, _ in served.named()]
     more = f" and {len(adapters) - _MOST_NAMES} more" if len(adapters) > _MOST_NAMES else ""
-    model = adapters[0] if adapters else served.base_model_name
+    model = adapters[0] if adapters else served.bases[0]
     key = "unused" if settings.is_loopback else "$XINGLIN_ADMIN_KEY"
     auth = "" if settings.is_loopback else ' -H "Authorization: Bearer $XINGLIN_ADMIN_KEY"'
     lines = [
         "",
         f"  Xinglin 杏林 is ready: {url}",
-        f"  base model  {served.base_model_name}",
+        f"  base model  {', '.join(served.bases)}",
         f"  adapters    {', '.join(adapters[:_MOST_NAMES]) + more or 'none yet'}",
         *([f"  admin key   {admin_key}"] if admin_key else []),
         "",

@@ -1,6 +1,7 @@
 """The composition root: settings in, a FastAPI app out. Nothing else reads settings."""
 
 import asyncio
+import functools
 import gc
 import logging
 import time
@@ -20,6 +21,7 @@ from app.access import Access, stored_admin_key
 from app.admission import Admission
 from app.engine.base import Endpoint, Engine
 from app.engine.supervisor import Supervisor, in_daemon_thread
+from app.hosts import Host, Hosts
 from app.imports import Imports
 from app.loader import Loader
 from app.metrics import Metrics
@@ -28,7 +30,7 @@ from app.residency import Limits, Residency
 from app.routes import adapters, answers, health, models, publish, responses, traffic, vllm_compat
 from app.routes.connection import request_id_headers
 from app.served_models import ServedModels
-from app.settings import Settings
+from app.settings import BaseModelSettings, Settings
 from app.shadow import Shadow
 
 if TYPE_CHECKING:
@@ -42,16 +44,15 @@ class State(TypedDict):
 
     access: Access
     admission: Admission
+    hosts: Hosts
     imports: Imports
     metrics: Metrics
     publish_roots: tuple[Path, ...]
     reconciler: Reconciler
-    residency: Residency
     served_models: ServedModels
     shadow: Shadow
     sources: tuple[str, ...]
     started_at: int
-    supervisor: Supervisor
 
 
 def create_app(
@@ -68,51 +69,57 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         metrics = Metrics()
-        served = ServedModels(settings.base_model_name)
+        bases = settings.bases()
+        served = ServedModels([str(base.served_model_name) for base in bases])
         store = AdapterStore(settings.store_dir)
-        loader = Loader(
-            store,
-            metrics,
-            recorded_dir=settings.data_dir / "recorded",
-            allow_unproven=settings.allow_unproven,
-        )
-        limits = Limits(
-            max_resident=settings.max_resident,
-            max_resident_bytes=int(settings.max_resident_gib * 2**30),
-            max_loras=settings.max_loras,
-            wait_seconds=settings.adapter_wait_seconds,
-        )
-        residency = Residency(
-            store,
-            metrics,
-            limits,
-            loader,
-            is_wanted=lambda ref: settings.allow_revisions or served.is_wanted(ref),
-        )
+        hosts = Hosts([_host(settings, base, store, metrics, served) for base in bases])
         reconciler = Reconciler(
             store,
             served,
-            residency,
+            hosts,
             metrics,
             allow_revisions=settings.allow_revisions,
             interval=settings.reconcile_seconds,
         )
-        shadow = Shadow(settings.data_dir / "shadow", residency, metrics, keep_texts=settings.shadow_texts)
+        shadow = Shadow(settings.data_dir / "shadow", hosts, metrics, keep_texts=settings.shadow_texts)
 
-        def announce() -> None:
+        def announce(host: Host) -> None:
+            host.has_come = True
             # What is there now stays: a full collection that walked through it would stall every stream.
             gc.unfreeze()  # of an engine before this one
             gc.collect()
             gc.freeze()
             metrics.engine_starts.inc()
-            on_ready(served)
+            if all(host.is_settled for host in hosts):
+                on_ready(served)
 
-        supervisor = Supervisor(
-            lambda: _build_engine(settings),
-            prepare=reconciler.attach,
-            on_ready=announce,
-            on_death=reconciler.detach,
-        )
+        one_at_a_time = asyncio.Lock()
+        """Engines that start together take each other's memory for used, and each other's cores."""
+
+        async def build(base: BaseModelSettings) -> Engine:
+            async with one_at_a_time:
+                return await _build_engine(settings, base)
+
+        for host, base in zip(hosts, bases, strict=True):
+            host.supervisor = Supervisor(
+                functools.partial(build, base),
+                prepare=functools.partial(reconciler.attach, host),
+                on_ready=functools.partial(announce, host),
+                on_death=functools.partial(reconciler.detach, host),
+                stall_seconds=settings.stall_seconds,
+            )
+
+        async def keep(host: Host) -> None:
+            try:
+                await host.supervisor.run()
+            except Exception as error:
+                logger.exception("giving up: the engine of %s cannot be started", host.name)
+                host.failure = str(error)
+                if all(other.failure is not None for other in hosts):
+                    on_give_up()
+                elif all(other.is_settled for other in hosts):
+                    on_ready(served)
+
         imports = Imports(
             settings.data_dir,
             allowed=settings.sources,
@@ -120,7 +127,7 @@ def create_app(
             max_bytes=int(settings.max_adapter_gib * 2**30),
         )
         tasks = [
-            asyncio.create_task(_run_or_give_up(supervisor, on_give_up), name="supervisor"),
+            *(asyncio.create_task(keep(host), name=f"supervisor of {host.name}") for host in hosts),
             asyncio.create_task(reconciler.run(), name="reconciler"),
             asyncio.create_task(shadow.run(), name="shadow"),
         ]
@@ -133,16 +140,15 @@ def create_app(
             yield State(
                 access=Access(key, is_chat_open=settings.is_loopback),
                 admission=Admission(settings.max_concurrent_requests, metrics.in_flight),
+                hosts=hosts,
                 imports=imports,
                 metrics=metrics,
                 publish_roots=tuple(root.resolve() for root in (settings.data_dir, *settings.publish_roots)),
                 reconciler=reconciler,
-                residency=residency,
                 served_models=served,
                 shadow=shadow,
                 sources=settings.sources,
                 started_at=int(time.time()),
-                supervisor=supervisor,
             )
         finally:
             for task in tasks:
@@ -162,24 +168,49 @@ def create_app(
     return app
 
 
-async def _build_engine(settings: Settings) -> Engine:
+def _host(
+    settings: Settings, base: BaseModelSettings, store: AdapterStore, metrics: Metrics, served: ServedModels
+) -> Host:
+    loader = Loader(
+        store,
+        metrics,
+        recorded_dir=settings.data_dir / "recorded",
+        allow_unproven=settings.allow_unproven,
+    )
+    limits = Limits(
+        max_resident=base.max_resident,
+        max_resident_bytes=int(base.max_resident_gib * 2**30),
+        max_loras=base.max_loras,
+        wait_seconds=settings.adapter_wait_seconds,
+    )
+    residency = Residency(
+        store,
+        metrics,
+        limits,
+        loader,
+        is_wanted=lambda ref: settings.allow_revisions or served.is_wanted(ref),
+    )
+    return Host(str(base.served_model_name), residency)
+
+
+async def _build_engine(settings: Settings, base: BaseModelSettings) -> Engine:
     def build() -> "VllmEngine":
         # Imported late and here: it takes ten seconds, in which health can be asked already.
         from app.engine.vllm import EngineOptions, VllmEngine  # noqa: PLC0415
 
         options = EngineOptions(
-            model=settings.base_model,
-            name=settings.base_model_name,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_lora_rank=settings.max_lora_rank,
-            max_loras=settings.max_loras,
-            max_resident=settings.max_resident,
-            kv_cache_gib=settings.kv_cache_gib,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            tool_call_parser=settings.tool_call_parser,
-            reasoning_parser=settings.reasoning_parser,
+            model=str(base.model),
+            name=str(base.served_model_name),
+            dtype=base.dtype,
+            max_model_len=base.max_model_len,
+            max_num_seqs=base.max_num_seqs,
+            max_lora_rank=base.max_lora_rank,
+            max_loras=base.max_loras,
+            max_resident=base.max_resident,
+            kv_cache_gib=base.kv_cache_gib,
+            gpu_memory_utilization=base.gpu_memory_utilization,
+            tool_call_parser=base.tool_call_parser,
+            reasoning_parser=base.reasoning_parser,
             stored_responses=settings.stored_responses,
             truncates=settings.truncation == "auto",
         )
@@ -188,14 +219,6 @@ async def _build_engine(settings: Settings) -> Engine:
     engine = await in_daemon_thread(build)
     await engine.start()
     return engine
-
-
-async def _run_or_give_up(supervisor: Supervisor, on_give_up: Callable[[], None]) -> None:
-    try:
-        await supervisor.run()
-    except Exception:
-        logger.exception("giving up: the engine cannot be started")
-        on_give_up()
 
 
 def _error_response(request: Request, error: Exception) -> JSONResponse:

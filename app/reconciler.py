@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,15 +22,19 @@ from adapters import (
     AdapterNotFound,
     AdapterRef,
     AdapterStore,
+    BaseModelFacts,
     InvalidAdapter,
     InvalidRef,
     Manifest,
     Traffic,
+    validate,
 )
+from app.desired import Desired
 from app.engine.base import Engine
-from app.errors import AdapterRefused, ApiError, EngineUnavailable, row
+from app.errors import AdapterRefused, AdapterUnavailable, ApiError, EngineUnavailable, row
+from app.hosts import Host, Hosts
 from app.metrics import Metrics
-from app.residency import RETRY_SECONDS, Residency
+from app.residency import RETRY_SECONDS
 from app.served_models import ServedModels
 
 logger = logging.getLogger(__name__)
@@ -51,13 +55,13 @@ class AliasStatus:
 
 
 class Reconciler:
-    """One for each engine; `run` it as a task."""
+    """One for the store, whatever base models its adapters belong to; `run` it as a task."""
 
     def __init__(
         self,
         store: AdapterStore,
         served: ServedModels,
-        residency: Residency,
+        hosts: Hosts,
         metrics: Metrics,
         *,
         allow_revisions: bool,
@@ -67,33 +71,32 @@ class Reconciler:
         self.store = store
         self.status: dict[tuple[str, str], AliasStatus] = {}
         self._served = served
-        self._residency = residency
+        self._hosts = hosts
         self._metrics = metrics
         self._allow_revisions = allow_revisions
         self._interval = interval
         self._transition: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """One transition of an adapter at a time."""
-        self._manifests: dict[AdapterRef, Manifest] = {}
+        self._desired = Desired(store)
 
     # Following the store
 
-    async def attach(self, engine: Engine) -> None:
-        """Take a fresh engine and bring it to the desired state once; failures are in `status`.
+    async def attach(self, host: Host, engine: Engine) -> None:
+        """Take a fresh engine and bring its adapters to the desired state once; failures are in `status`.
 
         What does not fit is proved when it is loaded, at its first request.
         """
-        self._residency.attach(engine)
-        self._served.base_fingerprint = f"{engine.facts.name}@{engine.facts.fingerprint}"
+        host.residency.attach(engine)
+        host.facts = engine.facts
         for status in self.status.values():
             status.failed_at = 0.0
-        await self.reconcile(is_start=True)
+        await self.reconcile(fresh=host)
 
-    async def detach(self) -> None:
-        """The engine is gone, and all it held."""
-        await self._residency.detach()
-        self._served.clear()
-        for status in self.status.values():
-            status.actual, status.state = None, "waiting"
+    async def detach(self, host: Host) -> None:
+        """An engine is gone, and all it held."""
+        await host.residency.detach()
+        for key in self._served.drop(lambda manifest: self._find(manifest) is host):
+            self.status[key].actual, self.status[key].state = None, "waiting"
 
     async def run(self) -> None:
         """Follow the store until cancelled."""
@@ -101,53 +104,81 @@ class Reconciler:
             await asyncio.sleep(self._interval)
             try:
                 await self.reconcile()
-            except EngineUnavailable:
-                continue  # the supervisor sees to it
             except Exception:  # a full disk, a lost mount: what is loaded goes on answering
                 logger.exception("the adapter store could not be followed; trying again")
 
-    async def reconcile(self, *, is_start: bool = False) -> None:
-        """Bring every alias to its desired revision. One adapter that fails does not hold up the others."""
-        desired, traffic = await asyncio.to_thread(self._desired)
+    async def reconcile(self, *, fresh: Host | None = None) -> None:
+        """Bring every alias to its desired revision; only those of a `fresh` engine, if there is one.
+
+        One adapter that fails does not hold up the others, and neither does an engine that is gone.
+        """
+        desired, traffic = await asyncio.to_thread(self._desired.read)
         self._served.expected = set(desired)
         for (name, alias), manifest in desired.items():
             if isinstance(manifest, AdapterError):
                 self._record_unreadable(name, alias, manifest)
-            elif not self._is_settled(name, alias, manifest):
+            elif not self._must_wait(name, alias, manifest, fresh):
                 async with self._transition[name]:
-                    await self._follow(manifest, alias, is_start=is_start)
+                    try:
+                        await self._follow(manifest, alias, is_start=fresh is not None)
+                    except EngineUnavailable:
+                        if fresh:
+                            raise
+                        # The supervisor sees to it.
         for name, alias in [key for key in self.status if key not in desired]:
             async with self._transition[name]:
-                if not await asyncio.to_thread(self._is_served, name, alias):
+                if not await asyncio.to_thread(self._desired.is_chat, name, alias):
                     self._unpoint(name, alias)
         for name in {*traffic, *self._served.traffic}:
             if traffic.get(name) != self._served.traffic.get(name):
                 async with self._transition[name]:
                     await self._follow_traffic(name)
 
+    def _must_wait(self, name: str, alias: str, manifest: Manifest, fresh: Host | None) -> bool:
+        """Whether there is nothing to do yet, or any more."""
+        try:
+            host = self._hosts.of(manifest)
+            waits = not host.residency.is_attached or (fresh is not None and host is not fresh)
+        except AdapterUnavailable:
+            waits = True
+        except AdapterRefused:  # here is no base model for it: following it says so
+            return fresh is not None or self._is_settled(name, alias, manifest)
+        if waits:
+            self.status.setdefault((name, alias), AliasStatus(desired=manifest.revision))
+        return waits or self._is_settled(name, alias, manifest)
+
+    def _find(self, manifest: Manifest) -> Host | None:
+        try:
+            return self._hosts.of(manifest)
+        except ApiError:
+            return None
+
     def _is_settled(self, name: str, alias: str, manifest: Manifest) -> bool:
         """Whether there is nothing to do: it answers already, or failed a moment ago."""
         status = self.status.get((name, alias))
         if status is None or status.desired != manifest.revision:
             return False
-        answers = status.actual == manifest.revision and self._residency.failure(_ref(manifest)) is None
+        host = self._find(manifest)
+        failure = host.residency.failure(_ref(manifest)) if host else None
+        answers = status.actual == manifest.revision and failure is None
         return answers or time.monotonic() < status.failed_at + RETRY_SECONDS
 
     async def _follow(self, manifest: Manifest, alias: str, *, is_start: bool) -> None:
         # It may have moved again, by us or by somebody else, while we waited for our turn.
         name = manifest.name
-        moved_on = await asyncio.to_thread(self._aliased, name, alias) != manifest.revision
+        moved_on = await asyncio.to_thread(self._desired.aliased, name, alias) != manifest.revision
         if moved_on or self._is_settled(name, alias, manifest):
             return
         status = self.status.setdefault((name, alias), AliasStatus(desired=None))
         status.desired = manifest.revision
         try:
             self._check(manifest)
-            way_back = await asyncio.to_thread(self._way_back, name, alias)
-            if is_start and not self._residency.has_room:
+            residency = self._hosts.of(manifest).residency
+            way_back = await asyncio.to_thread(self._desired.way_back, name, alias)
+            if is_start and not residency.has_room:
                 self._point(manifest, alias, way_back)
                 return
-            _, held = await self._residency.hold(manifest)
+            _, held = await residency.hold(manifest)
             with held:
                 self._point(manifest, alias, way_back)
         except EngineUnavailable:
@@ -162,7 +193,7 @@ class Reconciler:
         try:
             revision = await asyncio.to_thread(self.store.rollback_target, name, alias)
             manifest = await asyncio.to_thread(self.store.get, AdapterRef(name, revision=revision))
-            _, held = await self._residency.hold(manifest)
+            _, held = await self._hosts.of(manifest).residency.hold(manifest)
         except EngineUnavailable:
             raise
         except Exception as error:
@@ -182,57 +213,15 @@ class Reconciler:
         else:
             self._served.traffic[name] = traffic
 
-    def _is_served(self, name: str, alias: str) -> bool:
-        """Whether the alias is there, and not moved to an adapter of another task."""
-        revision = self._aliased(name, alias)
-        try:
-            return revision is not None and self.store.get(AdapterRef(name, revision=revision)).task == "chat"
-        except AdapterError:
-            return True  # what answers goes on answering; the next round says what is wrong
-
-    def _way_back(self, name: str, alias: str) -> Manifest | None:
-        try:
-            revision = self.store.rollback_target(name, alias)
-            return self.store.get(AdapterRef(name, revision=revision))
-        except AdapterError:  # nothing before it, or pruned, or unreadable: who rolls back is told
-            return None
-
-    def _aliased(self, name: str, alias: str) -> str | None:
-        return self.store.aliases(name).get(alias)
-
-    def _desired(self) -> tuple[dict[tuple[str, str], Manifest | AdapterError], dict[str, Traffic]]:
-        """What every chat alias of the store points at, or why that cannot be read; and the shares."""
-        found: dict[tuple[str, str], Manifest | AdapterError] = {}
-        pointed = self.store.pointed()
-        manifests: dict[AdapterRef, Manifest] = {}
-        for (name, alias), revision in pointed.items():
-            ref = AdapterRef(name, revision=revision)
-            try:
-                manifest = self._manifests.get(ref) or self.store.get(ref)
-            except AdapterError as error:
-                found[name, alias] = error
-                continue
-            manifests[ref] = manifest
-            if manifest.task == "chat":
-                found[name, alias] = manifest
-        self._manifests = manifests
-        traffic: dict[str, Traffic] = {}
-        for name in {name for name, _ in pointed}:
-            try:
-                traffic[name] = self.store.traffic(name)
-            except AdapterError as error:
-                logger.warning("%s", error)
-        return found, {name: shares for name, shares in traffic.items() if shares != Traffic()}
-
     # What operators ask for
 
     async def publish(
         self, folder: Path, name: str, *, actor: str, why: str, source: str | None = None
     ) -> Manifest:
-        """Validate a folder against the live base model and put it into the store."""
+        """Validate a folder against the live base model that it was trained on, and put it into the store."""
         self._check_name(name)
-        facts = self._residency.engine.facts
         try:
+            facts = await self._facts_for(folder)
             return await asyncio.to_thread(
                 self.store.publish, folder, name, actor=actor, why=why, source=source, base=facts
             )
@@ -240,6 +229,13 @@ class Reconciler:
             # No label is what a client made up.
             self._metrics.refusals.labels("unpublished", row(error).code).inc()
             raise
+
+    async def _facts_for(self, folder: Path) -> BaseModelFacts:
+        if len(self._hosts.names) == 1:
+            (host,) = self._hosts
+        else:
+            host = self._hosts.of((await asyncio.to_thread(validate, folder)).provenance)
+        return host.residency.engine.facts
 
     async def point(self, name: str, alias: str, revision: str, *, actor: str, why: str) -> None:
         """Load and prove a revision, and only then move the alias, in the store and here.
@@ -275,7 +271,7 @@ class Reconciler:
         """Give `canary` or `shadow` its share, after pointing it at `revision` if that is new."""
         async with self._transition[name]:
             await asyncio.to_thread(self.store.get, AdapterRef(name, alias=DEFAULT_ALIAS))
-            present = await asyncio.to_thread(self._aliased, name, alias)
+            present = await asyncio.to_thread(self._desired.aliased, name, alias)
             if revision not in (None, present):
                 if present is not None:  # the old one's share is not the new one's, not for a moment
                     await asyncio.to_thread(self.store.split, name, alias, 0, actor=actor, why=why)
@@ -291,7 +287,7 @@ class Reconciler:
     async def promote(self, name: str, *, actor: str, why: str) -> str:
         """Point `default` at what `canary` points at, and end the canary."""
         async with self._transition[name]:
-            revision = await asyncio.to_thread(self._aliased, name, CANARY)
+            revision = await asyncio.to_thread(self._desired.aliased, name, CANARY)
             if revision is None:
                 raise AdapterNotFound(f"there is no adapter {name}@{CANARY}")
             await self._move(
@@ -319,21 +315,21 @@ class Reconciler:
         manifest = await asyncio.to_thread(self.store.get, AdapterRef(name, revision=revision))
         self._check(manifest)
         try:
-            _, held = await self._residency.hold(manifest)
+            _, held = await self._hosts.of(manifest).residency.hold(manifest)
         except (AdapterError, ApiError) as error:
             self._record_failure(name, alias, error)
             raise
 
         def moved() -> Manifest | None:
             move()
-            return self._way_back(name, alias)
+            return self._desired.way_back(name, alias)
 
         with held:
             self._point(manifest, alias, await asyncio.to_thread(moved))
 
     def _check_name(self, name: str) -> None:
-        if name == self._served.base_model_name:
-            raise AdapterRefused(f"{name} is the name of the base model: publish under another name")
+        if name in self._served.bases:
+            raise AdapterRefused(f"{name} is the name of a base model: publish under another name")
 
     def _check(self, manifest: Manifest) -> None:
         self._check_name(manifest.name)
@@ -353,16 +349,19 @@ class Reconciler:
             desired=revision, actual=revision, state="ready", is_proven=bool(manifest.golden_prompts)
         )
         logger.info("%s@%s is answered by %s", name, alias, revision)
-        for one in before:
-            self._residency.retire(one)
+        self._retire(before)
 
     def _unpoint(self, name: str, alias: str) -> None:
         before = self._kept_for(name, alias)
         self._served.unpoint(name, alias)
         self._served.expected.discard((name, alias))
         self.status.pop((name, alias), None)
-        for manifest in before:
-            self._residency.retire(manifest)
+        self._retire(before)
+
+    def _retire(self, manifests: Sequence[Manifest]) -> None:
+        for manifest in manifests:
+            if host := self._find(manifest):
+                host.residency.retire(manifest)
 
     def _kept_for(self, name: str, alias: str) -> list[Manifest]:
         both = self._served.find(AdapterRef(name, alias=alias)), self._served.way_back(name, alias)

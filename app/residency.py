@@ -122,6 +122,11 @@ class Residency:
         self._loader.forget()
 
     @property
+    def is_attached(self) -> bool:
+        """Whether there is an engine that lives."""
+        return self._engine is not None and not self._engine.is_dead
+
+    @property
     def engine(self) -> Engine:
         """The live engine. Raises EngineUnavailable."""
         if self._engine is None or self._engine.is_dead:

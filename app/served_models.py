@@ -1,6 +1,7 @@
 """Which revision answers to which name. Requests choose here; only the reconciler changes it."""
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from adapters import (
@@ -21,17 +22,19 @@ class Choice:
     """Who answers one request."""
 
     manifest: Manifest | None
-    """None for the base model."""
+    """None for a base model."""
     shadow: Manifest | None = None
     """Who gets a copy of it."""
+    base: str | None = None
+    """The name of the base model, if that answers itself."""
 
 
 class ServedModels:
-    """The names a client may send as `model`: the base model, and every alias that is pointed."""
+    """The names a client may send as `model`: the base models, and every alias that is pointed."""
 
-    def __init__(self, base_model_name: str) -> None:
-        self.base_model_name = base_model_name
-        self.base_fingerprint = base_model_name
+    def __init__(self, bases: Sequence[str]) -> None:
+        """`bases`: the names of the base models."""
+        self.bases = tuple(bases)
         self.expected: set[tuple[str, str]] = set()
         """Aliases in the store, so that a name not ready yet gets another answer than an unknown one."""
         self.traffic: dict[str, Traffic] = {}
@@ -44,8 +47,8 @@ class ServedModels:
 
         Raises ModelNotFound, AdapterUnavailable.
         """
-        if model == self.base_model_name:
-            return Choice(None)
+        if model in self.bases:
+            return Choice(None, base=model)
         try:
             ref = AdapterRef.parse(model)
         except InvalidRef as error:
@@ -79,7 +82,7 @@ class ServedModels:
 
     def not_found(self, model: str) -> ModelNotFound:
         """The error for a name that nothing answers to; it lists some that something does."""
-        names = [self.base_model_name, *(name for name, _ in self.named())]
+        names = [*self.bases, *(name for name, _ in self.named())]
         listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         shown = model if len(model) <= 80 else model[:77] + "..."
         return ModelNotFound(f"the model {shown!r} does not exist; served are: {listed}", param="model")
@@ -112,10 +115,12 @@ class ServedModels:
         kept = (*self._pointed.values(), *self._way_back.values())
         return any(f"{manifest.name}@{manifest.revision}" == ref for manifest in kept)
 
-    def clear(self) -> None:
-        """Point at nothing: the engine is gone."""
-        self._pointed.clear()
-        self._way_back.clear()
+    def drop(self, is_gone: Callable[[Manifest], bool]) -> list[tuple[str, str]]:
+        """Point at nothing of what is gone with its engine; the names and aliases that nothing answers to now."""
+        gone = [key for key, manifest in self._pointed.items() if is_gone(manifest)]
+        for name, alias in gone:
+            self.unpoint(name, alias)
+        return gone
 
 
 def _is_chosen(percent: float, manifest: Manifest, session: str | None) -> bool:

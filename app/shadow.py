@@ -20,8 +20,9 @@ from typing import Any, cast
 from adapters import Manifest
 from app.engine.base import Endpoint, Engine
 from app.errors import ApiError
+from app.hosts import Hosts
 from app.metrics import Metrics
-from app.residency import Lease, Residency
+from app.residency import Lease
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ class Original:
 class Shadow:
     """Answers copies in the background; `run` it as a task."""
 
-    def __init__(self, folder: Path, residency: Residency, metrics: Metrics, *, keep_texts: bool) -> None:
+    def __init__(self, folder: Path, hosts: Hosts, metrics: Metrics, *, keep_texts: bool) -> None:
         """Comparisons go to `<folder>/<name>.jsonl`; the answers themselves only with `keep_texts`."""
         self._folder = folder
-        self._residency = residency
+        self._hosts = hosts
         self._metrics = metrics
         self._keep_texts = keep_texts
         self._waiting: deque[Original] = deque()
@@ -88,14 +89,15 @@ class Shadow:
         self._metrics.shadow_answers.labels(original.shadow.name, outcome).inc()
 
     async def _answer(self, original: Original) -> str:
-        lease = self._residency.lease_if_free(original.shadow)
+        residency = self._hosts.of(original.shadow).residency
+        lease = residency.lease_if_free(original.shadow)
         if lease is None:
             return "dropped"
         started = time.perf_counter()
-        self._residency.has_line.clear()
+        residency.has_line.clear()
         with lease:
             answer = asyncio.create_task(_whole_answer(lease, original.body))
-            somebody_waits = asyncio.create_task(self._residency.has_line.wait())
+            somebody_waits = asyncio.create_task(residency.has_line.wait())
             try:
                 await asyncio.wait({answer, somebody_waits}, return_when=asyncio.FIRST_COMPLETED)
                 if not answer.done():

@@ -118,11 +118,11 @@ class Service:
             return status, text.decode()
 
     def adapters(self) -> dict[str, Any]:
-        """GET /v1/adapters: alias statuses by `name@alias`, and `engine`."""
+        """GET /v1/adapters: alias statuses by `name@alias`, and the first `engine`."""
         status, body = self.call("GET", "/v1/adapters")
         assert status == 200, body
         by_alias = {f"{entry['name']}@{entry['alias']}": entry for entry in body["data"]}
-        return {**by_alias, "engine": body["engine"]}
+        return {**by_alias, "engine": body["engines"][0]}
 
     def answer(self, model: str, question: str, **options: Any) -> str:
         """The greedy answer to one question."""

@@ -83,6 +83,11 @@ class Engine(Protocol):
         """True once it can answer no more."""
         ...
 
+    @property
+    def stalled_seconds(self) -> float:
+        """How long it has written nothing though it has requests; 0 when it has none."""
+        ...
+
     async def load(
         self, name: str, folder: Path, *, template: str | None = None, stop: Sequence[str] = ()
     ) -> LoadedAdapter:

@@ -93,12 +93,28 @@ class Deltas:
 
 
 class FastOutputProcessor(OutputProcessor):
-    """vLLM's, with a short way for answers that somebody reads from Deltas."""
+    """vLLM's, with a short way for answers that somebody reads from Deltas; it knows when the engine last wrote."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._progress_at = time.monotonic()
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Since the engine last wrote, or got something to do."""
+        return time.monotonic() - self._progress_at if self.request_states else 0.0
+
+    def add_request(self, *arguments: Any, **options: Any) -> None:
+        """See vLLM's."""
+        if not self.request_states:
+            self._progress_at = time.monotonic()
+        super().add_request(*arguments, **options)
 
     def process_outputs(
         self, engine_core_outputs: list[EngineCoreOutput], *arguments: Any, **options: Any
     ) -> OutputProcessorOutput:
         """See vLLM's; called for every step of the engine."""
+        self._progress_at = time.monotonic()
         others, to_abort = [], []
         for output in engine_core_outputs:
             state = self.request_states.get(output.request_id)

@@ -30,13 +30,16 @@ class Supervisor:
         prepare: Callable[[Engine], Awaitable[None]],
         on_ready: Callable[[], None],
         on_death: Callable[[], Awaitable[None]],
+        stall_seconds: float,
     ) -> None:
+        """`stall_seconds`: an engine that has requests and has written nothing for so long is taken for dead."""
         self.waiting_for = _ENGINE
         self._engine: Engine | None = None
         self._build = build
         self._prepare = prepare
         self._on_ready = on_ready
         self._on_death = on_death
+        self._stall_seconds = stall_seconds
 
     @property
     def engine(self) -> Engine:
@@ -67,7 +70,6 @@ class Supervisor:
                 try:
                     await self._live_once()
                     failures, has_been_ready = 0, True
-                    logger.error("the engine died; building another")
                 except Exception:
                     failures += 1
                     if not has_been_ready or failures == _MAX_FAILURES:
@@ -77,7 +79,7 @@ class Supervisor:
             saying.cancel()
 
     async def _live_once(self) -> None:
-        """Build an engine and return when it has died."""
+        """Build an engine and return when it has died, or makes no progress any more."""
         self.waiting_for = _ENGINE
         engine = await self._build()
         try:
@@ -85,8 +87,11 @@ class Supervisor:
             await self._prepare(engine)
             self._engine = engine
             self._on_ready()
-            while not engine.is_dead:  # noqa: ASYNC110 - vLLM has no event for it
+            # vLLM has no event for either.
+            while not engine.is_dead and engine.stalled_seconds < self._stall_seconds:  # noqa: ASYNC110
                 await asyncio.sleep(_WATCH_SECONDS)
+            why = "died" if engine.is_dead else f"has written nothing for {self._stall_seconds:g} s"
+            logger.error("the engine %s; building another", why)
         finally:
             self._engine = None
             self.waiting_for = "the engine to stop"

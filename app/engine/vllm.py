@@ -191,6 +191,12 @@ class VllmEngine:
         """True once the engine core has ended; nothing revives it."""
         return bool(self._llm.errored)
 
+    @property
+    def stalled_seconds(self) -> float:
+        """See Engine.stalled_seconds."""
+        processor = self._llm.output_processor
+        return processor.stalled_seconds if isinstance(processor, FastOutputProcessor) else 0.0
+
     async def load(
         self, name: str, folder: Path, *, template: str | None = None, stop: Sequence[str] = ()
     ) -> LoadedAdapter:
@@ -353,6 +359,7 @@ class VllmEngine:
     async def close(self) -> None:
         """See Engine.close."""
         await self._templates.close_all()
+        self._llm.output_processor.propagate_error(EngineDeadError())  # who waits still waits for nothing
         await asyncio.to_thread(self._llm.shutdown)
 
 

@@ -11,6 +11,7 @@ from adapters import DEFAULT_ALIAS, AdapterRef, Manifest, diff
 from app.access import admin
 from app.access import chat as may_look
 from app.errors import EngineUnavailable, PathNotAllowed
+from app.hosts import Hosts
 from app.reconciler import Reconciler
 from app.residency import Residency
 
@@ -49,9 +50,9 @@ class PruneRequest(BaseModel):
 
 @router.get("/v1/adapters", dependencies=[Depends(may_look)])
 async def list_adapters(request: Request) -> dict[str, Any]:
-    """Every alias with its desired and actual revision, and what the engine holds and who waits for it."""
+    """Every alias with its desired and actual revision, and what each engine holds and who waits for it."""
     reconciler: Reconciler = request.state.reconciler
-    residency: Residency = request.state.residency
+    hosts: Hosts = request.state.hosts
     aliases = [
         {
             "name": name,
@@ -60,14 +61,15 @@ async def list_adapters(request: Request) -> dict[str, Any]:
             "actual": status.actual,
             "status": status.state,
             "proven": status.is_proven,
-            "resident": residency.is_resident(f"{name}@{status.actual}"),
+            "resident": any(host.residency.is_resident(f"{name}@{status.actual}") for host in hosts),
             "percent": _percent(request, name, alias),
             "rollback_to": _rollback_to(request, name, alias),
             "last_error": status.last_error,
         }
         for (name, alias), status in sorted(reconciler.status.items())
     ]
-    return {"object": "list", "data": aliases, "engine": await _engine(residency)}
+    engines = [{"base_model": host.name, **await _engine(host.residency)} for host in hosts]
+    return {"object": "list", "data": aliases, "engines": engines}
 
 
 def _percent(request: Request, name: str, alias: str) -> float | None:

@@ -19,6 +19,7 @@ from adapters import AdapterError
 from app.access import chat as may_chat
 from app.engine.base import Answer, Endpoint
 from app.errors import ApiError, BadRequest, ModelNotFound, row
+from app.hosts import Host
 from app.metrics import Meter
 from app.residency import Lease
 from app.routes.connection import ClientLeft, WhileConnected, request_id_headers
@@ -64,15 +65,17 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
         with ExitStack() as held:
             held.enter_context(state.admission.place())
             body = await _body_in_time(request)
-            state.supervisor.check_ready()
+            state.hosts.check_ready()
             choice = await _choose(request, body)
+            host = state.hosts.of(choice.manifest) if choice.manifest else state.hosts.named(choice.base)
+            host.check_ready()
             meter = _meter(request, choice, started)
             headers = request_id_headers(request)
             request_id = headers["x-request-id"]
             if choice.manifest:
                 headers["x-adapter-revision"] = choice.manifest.revision
             async with WhileConnected(request.receive):
-                answer = await _answer(request, endpoint, body, choice, request_id, meter, held)
+                answer = await _answer(host, endpoint, body, choice, request_id, meter, held)
             if answer.cut:
                 headers["x-truncated"] = f"messages={answer.cut.messages}; tokens={answer.cut.tokens}"
             if answer.rest is not None:
@@ -121,12 +124,12 @@ async def _choose(request: Request, body: dict[str, Any]) -> Choice:
 
 def _meter(request: Request, choice: Choice, started: float) -> Meter:
     if choice.manifest is None:
-        return Meter(request.state.metrics, request.state.served_models.base_model_name, "base", started)
+        return Meter(request.state.metrics, str(choice.base), "base", started)
     return Meter(request.state.metrics, choice.manifest.name, choice.manifest.revision, started)
 
 
 async def _answer(
-    request: Request,
+    host: Host,
     endpoint: Endpoint,
     body: dict[str, Any],
     choice: Choice,
@@ -135,14 +138,14 @@ async def _answer(
     held: ExitStack,
 ) -> Answer:
     """Lease what was chosen, which may take a turn in a queue and a load, and ask it."""
-    lease: Lease = held.enter_context(await request.state.residency.lease(choice.manifest))
-    manifest, served = lease.manifest, request.state.served_models
+    lease: Lease = held.enter_context(await host.residency.lease(choice.manifest))
+    manifest = lease.manifest
     return await lease.engine.answer(
         endpoint,
         body,
         request_id=request_id,
         adapter=lease.adapter,
-        fingerprint=f"{manifest.name}@{manifest.revision}" if manifest else served.base_fingerprint,
+        fingerprint=f"{manifest.name}@{manifest.revision}" if manifest else host.fingerprint,
         on_tokens=meter.on_tokens,
     )
 

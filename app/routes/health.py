@@ -6,6 +6,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from app.hosts import Host, Hosts
+
 router = APIRouter()
 
 
@@ -17,12 +19,24 @@ async def livez() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
-    """200 once requests can be answered; 503 with what is waited for until then, and while rebuilding."""
-    supervisor = request.state.supervisor
-    if supervisor.is_ready:
-        return JSONResponse({"status": "ready"})
-    content: dict[str, Any] = {"status": "waiting", "waiting_for": supervisor.waiting_for}
+    """200 once every base model answers that can, and while one does; until then 503 with what is waited for."""
+    hosts: Hosts = request.state.hosts
+    models = {host.name: _standing(host) for host in hosts}
+    is_ready = any(host.supervisor.is_ready for host in hosts)
+    has_come = all(host.has_come or host.failure is not None for host in hosts)
+    if is_ready and has_come:
+        return JSONResponse({"status": "ready", "models": models})
+    waiting = next((host.supervisor.waiting_for for host in hosts if not host.is_settled), "nothing")
+    content: dict[str, Any] = {"status": "waiting", "waiting_for": waiting, "models": models}
     return JSONResponse(content, status_code=503, headers={"retry-after": "1"})
+
+
+def _standing(host: Host) -> dict[str, str]:
+    if host.failure is not None:
+        return {"status": "failed"}  # why may name host paths: the log says it
+    if host.supervisor.is_ready:
+        return {"status": "ready"}
+    return {"status": "waiting", "waiting_for": host.supervisor.waiting_for}
 
 
 @router.get("/metrics")

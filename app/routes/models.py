@@ -4,15 +4,17 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
+from adapters import Manifest
 from app.access import chat as may_chat
 from app.errors import EngineUnavailable, ModelNotFound
+from app.hosts import Host
 
 router = APIRouter(dependencies=[Depends(may_chat)])
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """The base model first, then every adapter that is pointed at."""
+    """The base models first, then every adapter that is pointed at."""
     return {"object": "list", "data": _cards(request)}
 
 
@@ -33,25 +35,23 @@ async def show_model(request: Request, model: str) -> dict[str, Any]:
 
 
 def _cards(request: Request) -> list[dict[str, Any]]:
-    served = request.state.served_models
-    cards = [_card(request, served.base_model_name, None)]
-    return cards + [_card(request, name, manifest) for name, manifest in served.named()]
+    cards = [_card(request, host.name, None, host) for host in request.state.hosts]
+    return cards + [_card(request, name, manifest) for name, manifest in request.state.served_models.named()]
 
 
-def _card(request: Request, id_: str, manifest: Any) -> dict[str, Any]:
-    state = request.state
+def _card(request: Request, id_: str, manifest: Manifest | None, host: Host | None = None) -> dict[str, Any]:
+    host = host or request.state.hosts.of(manifest)
     try:
-        max_model_len = state.supervisor.engine.max_model_len
+        max_model_len = host.engine.max_model_len
     except EngineUnavailable:
         max_model_len = None
-    base = state.served_models.base_model_name
     return {
         "id": id_,
         "object": "model",
-        "created": int(manifest.created_at.timestamp()) if manifest else state.started_at,
+        "created": int(manifest.created_at.timestamp()) if manifest else request.state.started_at,
         "owned_by": "xinglin",
         "root": f"{manifest.name}@{manifest.revision}" if manifest else id_,
-        "parent": base if manifest else None,
+        "parent": host.name if manifest else None,
         "max_model_len": max_model_len,
         "permission": [],
     }

@@ -1,15 +1,20 @@
 """Stored responses of POST /v1/responses: look at them, stop them, delete them."""
 
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from app.access import chat as may_chat
 from app.engine.base import Engine
+from app.errors import EngineUnavailable, ResponseNotFound
+from app.hosts import Hosts
 from app.routes.connection import request_id_headers
 from app.routes.event_stream import EventStream
+
+T = TypeVar("T")
 
 router = APIRouter(prefix="/v1/responses", dependencies=[Depends(may_chat)])
 
@@ -19,8 +24,9 @@ async def retrieve_response(
     request: Request, response_id: str, stream: bool = False, starting_after: int | None = None
 ) -> Response:
     """A stored response; with `stream` the events of one made in the background, those after a sequence number."""
-    engine: Engine = request.state.supervisor.engine
-    found = await engine.retrieve(response_id, stream=stream, starting_after=starting_after)
+    found = await _of_one(
+        request, lambda engine: engine.retrieve(response_id, stream=stream, starting_after=starting_after)
+    )
     if isinstance(found, dict):
         return JSONResponse(found)
     return EventStream(found, ExitStack(), request_id_headers(request), on_end=lambda _: None, keep=None)
@@ -29,13 +35,25 @@ async def retrieve_response(
 @router.post("/{response_id}/cancel")
 async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
     """End a response that is being made in the background."""
-    engine: Engine = request.state.supervisor.engine
-    return await engine.cancel(response_id)
+    return await _of_one(request, lambda engine: engine.cancel(response_id))
 
 
 @router.delete("/{response_id}")
 async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
     """Forget a stored response."""
-    engine: Engine = request.state.supervisor.engine
-    await engine.delete(response_id)
+    await _of_one(request, lambda engine: engine.delete(response_id))
     return {"id": response_id, "object": "response", "deleted": True}
+
+
+async def _of_one(request: Request, ask: Callable[[Engine], Awaitable[T]]) -> T:
+    """What the engine says that has it; each keeps its own."""
+    hosts: Hosts = request.state.hosts
+    hosts.check_ready()
+    missing: ResponseNotFound | None = None
+    for host in hosts:
+        if host.supervisor.is_ready:
+            try:
+                return await ask(host.engine)
+            except ResponseNotFound as error:
+                missing = error
+    raise missing or EngineUnavailable("the engine stopped and is being restarted; try again in a moment")

@@ -103,7 +103,7 @@ async def build(
         for adapter, of in zip([*made[1:], gone], itertools.cycle(range(len(originals))), strict=False):
             await operator.publish(adapter, made_of=of)
         names = []
-        limit = (await client.call("GET", "/v1/adapters"))["engine"]["max_resident"]
+        limit = (await client.call("GET", "/v1/adapters"))["engines"][0]["max_resident"]
         size = max(file.stat().st_size for original in originals for file in original.folder.iterdir())
         if limit > _MOST_CROWD or limit * size > _MOST_CROWD_BYTES:
             ledger.notes.append(
@@ -157,12 +157,12 @@ async def _prune_all(client: Client, name: str) -> None:
 
 def _unpointed(listed: dict[str, Any]) -> list[str] | None:
     """What the engine holds and no alias is answered by, nor would be after a rollback."""
-    if listed["engine"]["held"] is None:
+    if listed["engines"][0]["held"] is None:
         return None
     wanted = {
         f"{entry['name']}@{entry[which]}" for entry in listed["data"] for which in ("actual", "rollback_to")
     }
-    return [ref for ref in listed["engine"]["held"] if ref not in wanted]
+    return [ref for ref in listed["engines"][0]["held"] if ref not in wanted]
 
 
 async def _remove_aliases(client: Client) -> set[str]:

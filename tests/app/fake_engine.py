@@ -26,6 +26,7 @@ class FakeEngine:
         self.max_model_len = 1000
         self.seconds = seconds
         self.is_dead = False
+        self.stalled_seconds = 0.0
         self.drift = 0.0
         """Added to the scores of prompts that are nobody's golden ones: as another engine would score."""
         self.held: dict[int, LoadedAdapter] = {}

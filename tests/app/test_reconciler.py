@@ -13,6 +13,7 @@ import pytest
 from adapters import CANARY, AdapterError, AdapterRef, AdapterStore, Traffic, write_golden
 from app.engine.base import Endpoint
 from app.errors import AdapterRefused, AdapterUnavailable, ApiError, ModelNotFound
+from app.hosts import Host, Hosts
 from app.loader import Loader
 from app.metrics import Metrics
 from app.reconciler import Reconciler
@@ -35,7 +36,7 @@ class Rig:
             write_golden(path / "golden.jsonl", [GOLDEN])
             self.revisions.append(self.store.publish(path, "doctor", actor="test").revision)
         metrics = Metrics()
-        self.served = ServedModels("tiny")
+        self.served = ServedModels(["tiny"])
         loader = Loader(self.store, metrics, recorded_dir=folder / "recorded", allow_unproven=False)
         limits = Limits(
             max_resident=max_resident, max_resident_bytes=2**30, max_loras=max_resident - 1, wait_seconds=10
@@ -44,15 +45,16 @@ class Rig:
             self.store, metrics, limits, loader,
             is_wanted=lambda ref: allow_revisions or self.served.is_wanted(ref),
         )  # fmt: skip
+        self.host = Host("tiny", self.residency)
         self.reconciler = Reconciler(
-            self.store, self.served, self.residency, metrics,
+            self.store, self.served, Hosts([self.host]), metrics,
             allow_revisions=allow_revisions, interval=0.01,
         )  # fmt: skip
         self.engine = FakeEngine()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Rig"]:
-        await self.reconciler.attach(self.engine)
+        await self.reconciler.attach(self.host, self.engine)
         task = asyncio.create_task(self.reconciler.run())
         try:
             yield self

@@ -22,7 +22,7 @@ A, B, C = _manifest("a" * 12), _manifest("b" * 12), _manifest("c" * 12)
 
 @pytest.fixture
 def served() -> ServedModels:
-    served = ServedModels("base")
+    served = ServedModels(["base", "other"])
     served.point("doctor", "default", A)
     return served
 
@@ -30,7 +30,8 @@ def served() -> ServedModels:
 @pytest.mark.parametrize("name", ["doctor", "doctor@default", f"doctor@{A.revision}"])
 def test_name_alias_and_revision_lead_to_the_same(served: ServedModels, name: str) -> None:
     assert served.choose(name) == Choice(A)
-    assert served.choose("base") == Choice(None)
+    assert served.choose("base") == Choice(None, base="base")
+    assert served.choose("other") == Choice(None, base="other")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ class FakeService:
         if self.fault == "leak":
             held |= self.left
         engine = {"held": sorted(held), "max_resident": self.max_resident}
-        return web.json_response({"data": data, "engine": engine})
+        return web.json_response({"data": data, "engines": [engine]})
 
     async def _show(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]

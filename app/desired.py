@@ -1,0 +1,61 @@
+"""What the store says shall answer. All of it reads files: call it in a thread."""
+
+import logging
+
+from adapters import AdapterError, AdapterRef, AdapterStore, Manifest, Traffic
+
+logger = logging.getLogger(__name__)
+
+
+class Desired:
+    """Reads the aliases of a store, again and again; a revision's manifest only once."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+        self._manifests: dict[AdapterRef, Manifest] = {}
+
+    def read(self) -> tuple[dict[tuple[str, str], Manifest | AdapterError], dict[str, Traffic]]:
+        """What every chat alias points at, by name and alias, or why that cannot be read; and the shares."""
+        found: dict[tuple[str, str], Manifest | AdapterError] = {}
+        pointed = self._store.pointed()
+        manifests: dict[AdapterRef, Manifest] = {}
+        for (name, alias), revision in pointed.items():
+            ref = AdapterRef(name, revision=revision)
+            try:
+                manifest = self._manifests.get(ref) or self._store.get(ref)
+            except AdapterError as error:
+                found[name, alias] = error
+                continue
+            manifests[ref] = manifest
+            if manifest.task == "chat":
+                found[name, alias] = manifest
+        self._manifests = manifests
+        traffic: dict[str, Traffic] = {}
+        for name in {name for name, _ in pointed}:
+            try:
+                traffic[name] = self._store.traffic(name)
+            except AdapterError as error:
+                logger.warning("%s", error)
+        return found, {name: shares for name, shares in traffic.items() if shares != Traffic()}
+
+    def aliased(self, name: str, alias: str) -> str | None:
+        """The revision that an alias points at."""
+        return self._store.aliases(name).get(alias)
+
+    def is_chat(self, name: str, alias: str) -> bool:
+        """Whether the alias is there, and not moved to an adapter of another task."""
+        revision = self.aliased(name, alias)
+        try:
+            return (
+                revision is not None and self._store.get(AdapterRef(name, revision=revision)).task == "chat"
+            )
+        except AdapterError:
+            return True  # what answers goes on answering; the next round says what is wrong
+
+    def way_back(self, name: str, alias: str) -> Manifest | None:
+        """What a rollback would point the alias at; None where nothing, or nothing readable, is before it."""
+        try:
+            revision = self._store.rollback_target(name, alias)
+            return self._store.get(AdapterRef(name, revision=revision))
+        except AdapterError:  # who rolls back is told
+            return None
