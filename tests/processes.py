@@ -3,10 +3,19 @@
 import psutil
 
 
+def children(pid: int, what: str = "") -> list[int]:
+    """The processes that `pid` started, with `what` in their command."""
+    return _with(what, psutil.Process(pid).children())
+
+
 def descendants(pid: int, what: str = "") -> list[int]:
     """The processes that `pid` started, and those that they started, with `what` in their command."""
+    return _with(what, psutil.Process(pid).children(recursive=True))
+
+
+def _with(what: str, processes: list[psutil.Process]) -> list[int]:
     found = []
-    for process in psutil.Process(pid).children(recursive=True):
+    for process in processes:
         try:
             command = " ".join(process.cmdline())
         except psutil.NoSuchProcess:  # a zombie is one too

@@ -15,7 +15,7 @@ from app.engine import template as template_module
 from app.engine.template import Template, Templates
 from app.engine.template_process import CPU_SECONDS, compiled, rendered
 from app.errors import AdapterUnavailable, BadRequest
-from tests.processes import descendants
+from tests.processes import children
 from tests.service import ROOT
 
 MESSAGES = [
@@ -252,5 +252,5 @@ def test_messages_are_not_json_by_accident() -> None:
 
 
 def _children() -> list[int]:
-    """The template processes of this one."""
-    return descendants(os.getpid(), "template_process")
+    """The template processes of this one: a service that runs beside the tests has its own."""
+    return children(os.getpid(), "template_process")
