@@ -33,6 +33,16 @@ CONVERSATIONS = (Endpoint.CHAT, Endpoint.RESPONSES, Endpoint.MESSAGES)
 _ROOM = 4
 """The part of the context, one in so many, that is left for an answer of which nobody said how long it may be."""
 
+_REQUESTS = {
+    Endpoint.CHAT: ChatCompletionRequest,
+    Endpoint.COMPLETIONS: CompletionRequest,
+    Endpoint.RESPONSES: ResponsesRequest,
+    Endpoint.MESSAGES: AnthropicMessagesRequest,
+    Endpoint.COUNT_TOKENS: AnthropicCountTokensRequest,
+    Endpoint.TOKENIZE: TokenizeChatRequest,  # or TokenizeCompletionRequest
+    Endpoint.DETOKENIZE: DetokenizeRequest,
+}
+
 MAX_SEQUENCES = 1024
 """Of one request: prompts times `n`. The engine keeps state for each."""
 
@@ -67,6 +77,9 @@ class Endpoints:
             reasoning_parser=reasoning_parser,
         )
         self.quick_renderer = at_once(self.renderer)
+        eos = llm.renderer.get_eos_token_id()
+        of_requests: Any = llm.renderer
+        of_requests.get_eos_token_id = lambda: eos  # transformers looks it up by its text, for each request
         models = OpenAIServingModels(llm, [BaseModelPath(name, name)])
         common: dict[str, Any] = {"online_renderer": self.renderer, "request_logger": None}
         rendered = {**common, "chat_template": None, "chat_template_content_format": "auto"}
@@ -87,6 +100,15 @@ class Endpoints:
         self.responses = Responses(llm, models, **parsed)
         self.responses.keep(stored_responses)
         self.tokenization = Tokenization(models, **rendered)
+        self._ways: dict[Endpoint, tuple[Any, Callable[..., Any]]] = {
+            Endpoint.CHAT: (self.chat, Chat.create_chat_completion),
+            Endpoint.COMPLETIONS: (self.completion, Completion.create_completion),
+            Endpoint.RESPONSES: (self.responses, Responses.create_responses),
+            Endpoint.MESSAGES: (self.messages, Messages.create_messages),
+            Endpoint.COUNT_TOKENS: (self.messages, Messages.count_tokens),
+            Endpoint.TOKENIZE: (self.tokenization, Tokenization.create_tokenize),
+            Endpoint.DETOKENIZE: (self.tokenization, Tokenization.create_detokenize),
+        }
 
     async def answer(self, endpoint: Endpoint, body: Mapping[str, Any], asked: Asked) -> Answer:
         """See Engine.answer."""
@@ -106,7 +128,7 @@ class Endpoints:
         return Answer(reply, cut, rest)
 
     async def _reply(self, endpoint: Endpoint, request: Any, asked: Asked) -> dict[str, Any] | Events:
-        serving, method = self._for(endpoint)
+        serving, method = self._ways[endpoint]
         one = serving.for_one(self._llm, asked)
         try:
             reply = await method(one, request, None)
@@ -165,17 +187,6 @@ class Endpoints:
         kept, cut = await within(body[key], limit, count)
         return {**body, key: kept}, cut
 
-    def _for(self, endpoint: Endpoint) -> tuple[Any, Callable[..., Any]]:
-        return {
-            Endpoint.CHAT: (self.chat, Chat.create_chat_completion),
-            Endpoint.COMPLETIONS: (self.completion, Completion.create_completion),
-            Endpoint.RESPONSES: (self.responses, Responses.create_responses),
-            Endpoint.MESSAGES: (self.messages, Messages.create_messages),
-            Endpoint.COUNT_TOKENS: (self.messages, Messages.count_tokens),
-            Endpoint.TOKENIZE: (self.tokenization, Tokenization.create_tokenize),
-            Endpoint.DETOKENIZE: (self.tokenization, Tokenization.create_detokenize),
-        }[endpoint]
-
 
 def _truncation(body: Mapping[str, Any]) -> Any:
     """What a conversation says of being cut (OpenAI's parameter of Responses). Raises BadRequest."""
@@ -190,17 +201,9 @@ def _truncation(body: Mapping[str, Any]) -> Any:
 def _parsed(endpoint: Endpoint, body: Mapping[str, Any], request_id: str) -> Any:
     """vLLM's model of the request. Raises BadRequest."""
     prefix = "resp_" if endpoint is Endpoint.RESPONSES else ""
-    kind: Any = {
-        Endpoint.CHAT: ChatCompletionRequest,
-        Endpoint.COMPLETIONS: CompletionRequest,
-        Endpoint.RESPONSES: ResponsesRequest,
-        Endpoint.MESSAGES: AnthropicMessagesRequest,
-        Endpoint.COUNT_TOKENS: AnthropicCountTokensRequest,
-        Endpoint.TOKENIZE: TokenizeChatRequest
-        if body.get("messages") is not None
-        else TokenizeCompletionRequest,
-        Endpoint.DETOKENIZE: DetokenizeRequest,
-    }[endpoint]
+    kind: Any = _REQUESTS[endpoint]
+    if endpoint is Endpoint.TOKENIZE and body.get("messages") is None:
+        kind = TokenizeCompletionRequest
     given = {**body, "request_id": f"{prefix}{request_id}"} if "request_id" in kind.model_fields else body
     try:
         request = kind.model_validate(given)

@@ -6,10 +6,10 @@ endpoint; a shallow copy of it, with what is asked of whom, serves one request.
 
 import copy
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -22,6 +22,7 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.renderers import hf
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from app import errors
@@ -29,8 +30,6 @@ from app.engine.base import OnTokens
 from app.engine.fast_stream import Generation, chat_chunks, is_plain
 from app.engine.template import Template
 from app.engine.vllm_errors import api_error, translated
-
-T = TypeVar("T")
 
 _STAND_IN = "{{ messages }}"
 """What vLLM is told in place of an adapter's chat template, which it would compile here. It finds that contents are
@@ -224,21 +223,20 @@ class Messages(Ours, AnthropicServingMessages):
 
 
 def at_once(online: OnlineRenderer) -> OnlineRenderer:
-    """A copy of vLLM's renderer for short prompts: handing one to a thread takes longer than to render it."""
+    """A copy of vLLM's renderer for short prompts of text, which renders them where it is called.
+
+    To hand a short one to a thread, by way of tasks and a pool of tokenizers, takes longer than to render it.
+    """
     renderer = copy.copy(online.renderer)
-    renderer._tokenize_prompt_async = _immediate(renderer._tokenize_prompt)
-    if isinstance(renderer, hf.HfRenderer):
-        renderer._apply_chat_template_async = _immediate(hf.safe_apply_chat_template)
+    renderer.tokenizer = cached_tokenizer_from_config(online.model_config)  # the pool is made of copies of it
+
+    async def render_chat(*arguments: Any, **options: Any) -> Any:
+        return renderer.render_chat(*arguments, **options)
+
+    renderer.render_chat_async = render_chat
     one = copy.copy(online)
     one.renderer = renderer
     return one
-
-
-def _immediate(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
-    async def call(*arguments: Any, **options: Any) -> T:
-        return function(*arguments, **options)
-
-    return call
 
 
 def rendering_with(online: OnlineRenderer, template: Template) -> OnlineRenderer:

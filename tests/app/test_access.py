@@ -1,13 +1,20 @@
 """The admin key: where it comes from, and what it guards."""
 
+import asyncio
 import stat
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.requests import Request
+from starlette.routing import Route
 
 from app.access import KEY_FILE, Access, stored_admin_key
 from app.errors import Unauthorized
+from app.main import create_app
+from app.settings import Settings
 
 
 def _request(authorization: str | None) -> Request:
@@ -59,3 +66,42 @@ def test_anthropics_clients_send_it_in_a_header_of_their_own(
         return
     with pytest.raises(Unauthorized):
         Access("secret", is_chat_open=False).require_chat(request)
+
+
+OPEN = {"/livez", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+
+
+def test_beyond_loopback_every_route_asks_for_the_key_before_all_else(tmp_path: Path) -> None:
+    app = create_app(Settings(data_dir=tmp_path))
+    routes = [
+        (method, route.path.replace("{", "").replace("}", ""))
+        for route in app.routes
+        if isinstance(route, Route)
+        for method in route.methods or ()
+    ]
+    open_ = {path for method, path in routes if asyncio.run(_status(app, method, path)) != 401}
+    assert open_ == OPEN
+    assert len(routes) > len(OPEN) + 20
+
+
+async def _status(app: FastAPI, method: str, path: str) -> int:
+    """Of a request without a key to a service of which nothing but the access is there."""
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "query_string": b"",
+        "headers": [],
+        "state": {"access": Access("secret", is_chat_open=False)},
+    }
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    with suppress(AttributeError):  # of the open ones: what they show is not there
+        await app(scope, receive, send)
+    return int(sent[0]["status"])
