@@ -45,7 +45,7 @@ _ID, _CREATED, _MODEL, _ROLE, _TEXT, _REASON, _STOP = (
 class Deltas:
     """What the engine wrote of one answer and nobody took yet. Takes the place of vLLM's queue of outputs."""
 
-    __slots__ = ("_failure", "_reader", "finish_reason", "stop_reason", "text", "tokens")
+    __slots__ = ("_failure", "_loop", "_reader", "finish_reason", "stop_reason", "text", "tokens")
 
     def __init__(self) -> None:
         self.text = ""
@@ -53,6 +53,7 @@ class Deltas:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._failure: Exception | None = None
+        self._loop = asyncio.get_running_loop()  # asking for it is a system call
         self._reader: asyncio.Future[None] | None = None
 
     def push(self, text: str, tokens: int, finish_reason: str | None, stop_reason: int | str | None) -> None:
@@ -80,7 +81,7 @@ class Deltas:
     async def wait(self) -> None:
         """Until there is something to take. Raises what broke the answer."""
         if not self.tokens and self.finish_reason is None and self._failure is None:
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = self._loop.create_future()
             await self._reader
         if self._failure is not None:
             raise self._failure
@@ -133,12 +134,13 @@ class FastOutputProcessor(OutputProcessor):
         state.is_prefilling = False
         finish_reason, stop_reason = output.finish_reason, output.stop_reason
         detokenizer: Any = state.detokenizer
-        before = detokenizer.num_output_tokens()
+        token_ids = detokenizer.token_ids
+        before = len(token_ids)
         stop_string = detokenizer.update(output.new_token_ids, finish_reason == FinishReason.STOP)
         if stop_string is not None:
             finish_reason, stop_reason = FinishReason.STOP, stop_string
         text = detokenizer.get_next_output_text(finish_reason is not None, True)
-        tokens = detokenizer.num_output_tokens() - before
+        tokens = len(token_ids) - before
         if finish_reason is None:
             if tokens:  # not so while a long prompt is read in parts
                 deltas.push(text, tokens, None, None)

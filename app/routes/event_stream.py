@@ -15,6 +15,8 @@ from app.routes.connection import ClientLeft, WhileConnected
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
+_DONE = b"data: [DONE]\n\n"
+"""What many streams end with: no other event does, as there are no line ends within one."""
 SEND_SECONDS = 60  # a client that does not read holds a slot of the engine
 
 
@@ -67,7 +69,10 @@ class EventStream(Response):
                 if self._keep is not None:
                     self._keep.append(event)
                 self._is_sending = True
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                is_last = event.endswith(_DONE)
+                await send({"type": "http.response.body", "body": event, "more_body": not is_last})
+                if is_last:
+                    return outcome
                 self._is_sending = False
                 self._sent += 1
         except ApiError as error:

@@ -22,6 +22,7 @@ from training.demo.corpus import (
     write_corpus,
 )
 from training.job import begin, carry_out
+from training.templates import named
 
 PROMPTS = [*bundled_questions("zh")[:30], *bundled_questions("en")[:30]]
 
@@ -122,3 +123,38 @@ def test_what_any_stage_makes_is_what_is_served(service: Service, trainer: Train
             assert tokens == trainer.answer(question, name), (name, question)
         assert [tokens for _, tokens in served] != by_the_base
         store.remove_alias(name, "default", actor="test")
+
+
+@pytest.mark.parametrize("template", ["bentsao-med", "huatuo"])
+def test_what_is_trained_with_a_template_of_its_own_is_asked_with_it(
+    service: Service, trainer: Trainer, tmp_path: Path, template: str
+) -> None:
+    """Plain chat messages become the prompts of BenTsao and of HuatuoGPT, and what ends their turns ends the answer."""
+    write_corpus(service.data_dir / "demo")
+    path, name = tmp_path / f"{template}.yaml", f"as-{template}"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": name, "stage": "sft", "base_model": "models/xinglin-demo", "chat_template": template,
+                "train_files": ["demo/doctor.jsonl"], "max_steps": 2, "max_length": 256, "learning_rate": 1e-2,
+                "threads": 1, "golden": {"prompts": 8, "max_new_tokens": 16}, "publish": {"alias": "default"},
+            }
+        )
+    )  # fmt: skip
+    published = carry_out(begin(load_config(path, root=service.data_dir), service.data_dir), service.data_dir)
+    service.wait_for(lambda: service.adapters().get(f"{name}@default", {}).get("status") == "ready")
+    store = AdapterStore(service.data_dir / "store")
+    manifest = store.get(AdapterRef.parse(published.ref))
+    shipped = named(template)
+    assert tuple(manifest.stop) == shipped.stop
+    trainer.load(name, store.folder(name, manifest.revision))
+    questions = PROMPTS[::6]
+    served = asyncio.run(_served(service, name, questions))
+    with trainer.rendering_with(shipped.jinja):
+        expected = [trainer.answer(question, name) for question in questions]
+    for question, (text, tokens), ids in zip(questions, served, expected, strict=True):
+        whole = trainer.tokenizer.decode(ids, skip_special_tokens=True)
+        assert text == whole.partition(shipped.stop[0])[0], question
+        assert tokens == ids[: len(tokens)]
+    assert expected != [trainer.answer(question, name) for question in questions]
+    store.remove_alias(name, "default", actor="test")
