@@ -24,8 +24,9 @@ demo: install ## Build a small base model, train its adapters, serve them on htt
 	@XINGLIN_DATA_DIR=$(DATA) exec $(BIN)/python -m app serve --show-admin-key
 
 test: $(VENV)/dev.done ## Run all tests: real training steps, and the real vLLM engine on CPU
-	@$(BIN)/python -m training demo --data-dir .cache/demo # the models that the services of the tests serve
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder # by size, long single tests would come last
+	@mkdir -p .cache # for the models that the services of the tests serve: made while tests run that do without
+	@$(BIN)/python -m training demo --data-dir .cache/demo >.cache/demo.log 2>&1 & \
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-clients: $(CLIENTS) ## Test with older and other client libraries as well: openai 1.x and 2.x, LangChain, LlamaIndex
 	@$(BIN)/python -m pytest tests/clients

@@ -19,18 +19,29 @@ if TYPE_CHECKING:
 MAX_UPLOAD_BYTES = 16 << 20
 
 
+_CHAINS = ("service, all else", "service, routes")
+"""Groups of tests of the shared service, which take about as long."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: what tests share is made as seldom as can be.
+    """For `pytest -n 2 --dist loadgroup`: what tests share is made seldom, and what takes long comes early.
 
-    Tests of the shared service are two groups that take about as long, and each other file is a group.
+    A group is run by one process: either chain, or another file. Those that do without the demo's products are first,
+    while these are being made; then come the chains, since nothing can be done beside the end of one.
     """
+    groups = {item: _group(item) for item in items}
+    of_demo = {groups[item] for item in items if "demo_dir" in item.fixturenames}
+    order = {name: place for place, name in enumerate(_CHAINS, start=1)}
+    items.sort(key=lambda item: order.get(groups[item], 3) if groups[item] in of_demo else 0)
     for item in items:
-        has_own = hasattr(item.module, "service")
-        is_shared = "service" in item.fixturenames and not has_own
-        of_service = "service, routes" if item.path.parent.name == "routes" else "service, all else"
-        group = of_service if is_shared else str(item.path.relative_to(ROOT))
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+
+
+def _group(item: pytest.Item) -> str:
+    if "service" in item.fixturenames and not hasattr(item.module, "service"):
+        return _CHAINS[item.path.parent.name == "routes"]
+    return str(item.path.relative_to(ROOT))
 
 
 @pytest.fixture(scope="session")
