@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from adapters import AdapterError, AdapterStore
 from app import errors
@@ -27,7 +28,7 @@ from app.loader import Loader
 from app.metrics import Metrics
 from app.reconciler import Reconciler
 from app.residency import Limits, Residency
-from app.routes import adapters, answers, health, models, publish, responses, traffic, vllm_compat
+from app.routes import adapters, answers, health, models, openapi, publish, responses, traffic, vllm_compat
 from app.routes.connection import request_id_headers
 from app.served_models import ServedModels
 from app.settings import BaseModelSettings, Settings
@@ -157,7 +158,8 @@ def create_app(
             shadow.close()
             await imports.close()
 
-    app = FastAPI(title="Xinglin 杏林", version="0.1.0", lifespan=lifespan)
+    page = Route("/openapi.json", openapi.openapi, include_in_schema=False)  # found before FastAPI's own
+    app = FastAPI(title="Xinglin 杏林", version="0.1.0", lifespan=lifespan, routes=[page])
     for module in (answers, responses, models, publish, adapters, traffic, vllm_compat, health):
         app.include_router(module.router)
     for kind in (errors.ApiError, AdapterError):

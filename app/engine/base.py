@@ -71,6 +71,15 @@ class Endpoint(StrEnum):
     DETOKENIZE = "/detokenize"
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """What bodies may hold, as JSON schemas (https://json-schema.org)."""
+
+    bodies: Mapping[Endpoint, Mapping[str, Any]]
+    parts: Mapping[str, Any]
+    """What the bodies' schemas refer to as `#/components/schemas/NAME`."""
+
+
 class Engine(Protocol):
     """One base model, ready to answer. Methods raise EngineUnavailable once it is dead."""
 
@@ -116,6 +125,10 @@ class Engine(Protocol):
 
     async def render(self, messages: Sequence[Mapping[str, Any]], adapter: LoadedAdapter | None) -> list[int]:
         """The token ids of a chat prompt, as a request would have them. Raises BadRequest."""
+        ...
+
+    def parameters(self) -> Parameters:
+        """Of all endpoints. The first call takes a second: make it in a thread."""
         ...
 
     async def answer(

@@ -36,12 +36,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from adapters import BaseModelFacts, fingerprint
 from app import errors
 from app.engine import launch
-from app.engine.base import Answer, Endpoint, Events, LoadedAdapter, OnTokens, TokenScore
+from app.engine.base import Answer, Endpoint, Events, LoadedAdapter, OnTokens, Parameters, TokenScore
 from app.engine.fast_stream import FastOutputProcessor
 from app.engine.template import Template, Templates
-from app.engine.vllm_endpoints import Endpoints
+from app.engine.vllm_endpoints import Endpoints, parameters
 from app.engine.vllm_errors import api_error, translated, unavailable
-from app.engine.vllm_serving import Asked, rendering_with
+from app.engine.vllm_serving import Asked, is_short, rendering_with
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,6 @@ CUDA_WORKER_EXTENSION = "app.engine.worker.WorkerExtension"
 T = TypeVar("T")
 
 _WATCH_SECONDS = 0.25
-_SHORT_MESSAGES = 32
-_SHORT_CHARACTERS = 4096
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _HEAD_DIMS_ON_CPU = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
 
@@ -317,6 +315,10 @@ class VllmEngine:
         _, (prompt,) = rendered
         return list(prompt["prompt_token_ids"])
 
+    def parameters(self) -> Parameters:
+        """See Engine.parameters."""
+        return parameters()
+
     async def answer(
         self,
         endpoint: Endpoint,
@@ -332,7 +334,7 @@ class VllmEngine:
             id=request_id,
             model=str(body["model"]),
             lora=None if adapter is None else _lora_request(adapter),
-            renderer=self._renderer(adapter, is_short=_is_short(body)),
+            renderer=self._renderer(adapter, is_short=is_short(body)),
             has_own_template=adapter is not None and adapter.engine_id in self._own_templates,
             stop=adapter.stop if adapter else (),
             fingerprint=fingerprint,
@@ -376,16 +378,6 @@ class _AsyncLLM(AsyncLLM):
 
     def __del__(self) -> None:
         """VllmEngine.close shuts it down; at interpreter exit vLLM's own finalizer finds its modules gone."""
-
-
-def _is_short(body: Mapping[str, Any]) -> bool:
-    """Whether the prompt takes less time to render than others may wait, a fraction of a millisecond."""
-    messages = body.get("messages")
-    if not isinstance(messages, list) or len(messages) > _SHORT_MESSAGES or "tools" in body:
-        return False
-    contents = [message.get("content") if isinstance(message, dict) else None for message in messages]
-    texts = [content for content in contents if isinstance(content, str)]
-    return len(texts) == len(contents) and sum(map(len, texts)) <= _SHORT_CHARACTERS
 
 
 def _saved_dtype(folder: Path) -> str:

@@ -1,11 +1,13 @@
 """Every endpoint that an engine answers: a body in, a reply or a stream of events out."""
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Self
 
 import vllm.envs
+from pydantic.json_schema import models_json_schema
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -22,7 +24,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from app import errors
-from app.engine.base import Answer, Endpoint, Events
+from app.engine.base import Answer, Endpoint, Events, Parameters
 from app.engine.history import Cut, Message, within
 from app.engine.vllm_errors import api_error, bad_request, no_tool_parser
 from app.engine.vllm_responses import Responses
@@ -41,6 +43,16 @@ _REQUESTS = {
     Endpoint.COUNT_TOKENS: AnthropicCountTokensRequest,
     Endpoint.TOKENIZE: TokenizeChatRequest,  # or TokenizeCompletionRequest
     Endpoint.DETOKENIZE: DetokenizeRequest,
+}
+
+_TRUNCATION = {
+    "properties": {
+        "truncation": {
+            "enum": ["auto", "disabled"],
+            "description": "Of a conversation longer than the context: leave out its oldest turns, or refuse it. Left "
+            "out: as the service is set up.",
+        }
+    }
 }
 
 MAX_SEQUENCES = 1024
@@ -186,6 +198,25 @@ class Endpoints:
 
         kept, cut = await within(body[key], limit, count)
         return {**body, key: kept}, cut
+
+
+@functools.cache
+def parameters() -> Parameters:
+    """See Engine.parameters."""
+    kinds: Any = {*_REQUESTS.values(), TokenizeCompletionRequest}
+    schemas, parts = models_json_schema(
+        sorted(((kind, "validation") for kind in kinds), key=lambda pair: pair[0].__name__),
+        ref_template="#/components/schemas/{model}",
+    )
+    bodies: dict[Endpoint, dict[str, Any]] = {}
+    for endpoint, kind in _REQUESTS.items():
+        one: Any = schemas[kind, "validation"]
+        if endpoint is Endpoint.TOKENIZE:
+            one = {"anyOf": [one, schemas[TokenizeCompletionRequest, "validation"]]}
+        elif endpoint in CONVERSATIONS:
+            one = {"allOf": [one, _TRUNCATION]}
+        bodies[endpoint] = one
+    return Parameters(bodies, parts["$defs"])
 
 
 def _truncation(body: Mapping[str, Any]) -> Any:

@@ -84,7 +84,7 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
     started = time.perf_counter()
     meter = Meter(state.metrics, "unknown", "unknown", started)  # a label is never what a client made up
     status = CLIENT_LEFT
-    is_stream = False
+    goes_on = False  # and is counted when it has ended
     try:
         with ExitStack() as held:
             held.enter_context(state.admission.place())
@@ -102,10 +102,12 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
                 answer = await _answer(host, endpoint, body, choice, request_id, meter, held)
             if answer.cut:
                 headers["x-truncated"] = f"messages={answer.cut.messages}; tokens={answer.cut.tokens}"
-            if answer.rest is not None:
+            reply, rest = answer.reply, answer.rest
+            if rest is not None:
+                goes_on = True
                 until_then = held.pop_all()
-                answer.rest.add_done_callback(lambda _: until_then.close())
-            reply = answer.reply
+                until_then.callback(meter.end, 200, is_stream=not isinstance(reply, dict))
+                rest.add_done_callback(lambda _: until_then.close())
             copy = _copy_for_shadow(endpoint, request_id, body, choice, started)
             if isinstance(reply, dict):
                 status = 200
@@ -113,10 +115,11 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
                     copy.reply = reply
                     state.shadow.offer(copy)
                 return JSONResponse(reply, headers=headers)
-            is_stream = True
+            goes_on = True
 
             def finish(status: int) -> None:
-                meter.end(status, is_stream=True)
+                if rest is None:
+                    meter.end(status, is_stream=True)
                 if copy and status == 200:
                     state.shadow.offer(copy)
 
@@ -129,7 +132,7 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
         status = row(error).status if isinstance(error, ApiError | AdapterError) else 500
         raise
     finally:
-        if not is_stream:
+        if not goes_on:
             meter.end(status, is_stream=False)
 
 

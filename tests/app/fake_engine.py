@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import BaseModelFacts, read_golden
-from app.engine.base import Answer, Endpoint, LoadedAdapter, OnTokens, TokenScore
+from app.engine.base import Answer, Endpoint, LoadedAdapter, OnTokens, Parameters, TokenScore
 from app.errors import AdapterRefused, BadRequest, EngineUnavailable, ResponseNotFound
 from tests.adapters.folders import BASE
 
@@ -91,6 +91,10 @@ class FakeEngine:
         if adapter is None or adapter.template is None:
             return [1, 2]
         return [ord(letter) for letter in adapter.template]
+
+    def parameters(self) -> Parameters:
+        schema = {"type": "object", "properties": {"model": {"$ref": "#/components/schemas/Name"}}}
+        return Parameters(dict.fromkeys(Endpoint, schema), {"Name": {"type": "string"}})
 
     async def answer(
         self,

@@ -1,7 +1,9 @@
 """What the service counts on of an engine. `python -m tests.app.engine.contract DATA_DIR` holds vLLM to it."""
 
 import asyncio
+import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +80,12 @@ async def hold_to(rig: Rig) -> None:
             Endpoint.CHAT, {"model": "doctor", "messages": 5}, request_id="r2", adapter=None, fingerprint="",
             on_tokens=lambda *_: None,
         )  # fmt: skip
+    parameters = engine.parameters()
+    assert parameters.bodies.keys() == {*Endpoint}
+    text = json.dumps([parameters.bodies, parameters.parts])
+    referred = re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', text)
+    assert referred
+    assert {*referred} <= parameters.parts.keys()
     assert not engine.is_dead
     await engine.close()
     # What asks a dead engine learns so; see test_restart.py for one that dies with requests under way.

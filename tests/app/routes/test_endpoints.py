@@ -1,5 +1,7 @@
 """The endpoints besides chat: what each is for, with base and adapters alike."""
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -89,12 +91,15 @@ def test_a_response_is_stored_continued_and_deleted(service: Service) -> None:
 
 
 def test_a_response_in_the_background_holds_its_adapter_until_it_is_done(service: Service) -> None:
+    before = written(service)
     one = created(service, background=True)
     path = f"/v1/responses/{one['id']}"
     assert one["status"] == "queued"
     service.wait_for(lambda: service.call("GET", path)[1]["status"] == "completed")
-    assert service.call("GET", path)[1]["output"][0]["content"] == created(service)["output"][0]["content"]
     service.wait_for(lambda: in_flight(service) == 0)
+    done = service.call("GET", path)[1]
+    assert written(service) - before == done["usage"]["output_tokens"]
+    assert done["output"][0]["content"] == created(service)["output"][0]["content"]
     status, reply = service.call("POST", f"{path}/cancel")
     assert (status, reply["error"]["param"]) == (400, "response_id")
 
@@ -126,9 +131,17 @@ def test_the_events_of_a_response_in_the_background_can_be_read_again(service: S
 
 
 def in_flight(service: Service) -> float:
-    metrics = str(service.call("GET", "/metrics")[1])
-    line = next(line for line in metrics.splitlines() if line.startswith("xinglin_requests_in_flight "))
-    return float(line.split()[1])
+    return metric(service, "xinglin_requests_in_flight ")
+
+
+def written(service: Service) -> float:
+    return metric(service, 'xinglin_completion_tokens_total{adapter="doctor"')
+
+
+def metric(service: Service, beginning: str) -> float:
+    """The sum of all that begins so."""
+    lines = str(service.call("GET", "/metrics")[1]).splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(beginning))
 
 
 def test_a_stream_of_many_is_whole(service: Service) -> None:
@@ -143,3 +156,33 @@ def test_a_stream_of_many_is_whole(service: Service) -> None:
     )
     ends = [choice.index for chunk in stream for choice in chunk.choices if choice.finish_reason]
     assert sorted(ends) == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_openapi_page_names_every_parameter(service: Service) -> None:
+    status, page = service.call("GET", "/openapi.json", key=None)
+    assert status == 200
+    text = json.dumps(page)
+    assert {*re.findall(r'"#/components/schemas/([^"]+)"', text)} <= page["components"]["schemas"].keys()
+    expected = {
+        "/v1/chat/completions": (
+            "messages n seed stop logprobs top_logprobs logit_bias presence_penalty repetition_penalty min_p top_k "
+            "tools tool_choice response_format structured_outputs stream_options priority prompt_logprobs echo "
+            "continue_final_message chat_template_kwargs truncation"
+        ),
+        "/v1/completions": "prompt n seed stop logprobs logit_bias suffix echo min_p top_k prompt_logprobs",
+        "/v1/responses": "input instructions tools previous_response_id background store stream truncation",
+        "/v1/messages": "messages max_tokens system stop_sequences temperature tools truncation",
+        "/v1/messages/count_tokens": "messages system tools",
+        "/tokenize": "prompt messages add_special_tokens return_token_strs",
+        "/detokenize": "tokens",
+    }
+    for path, names in expected.items():
+        content = page["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        assert content["examples"]
+        assert not {*names.split()} - _properties(content["schema"], page["components"]["schemas"]), path
+
+
+def _properties(schema: Any, parts: Any) -> set[str]:
+    name = schema.get("$ref", "").removeprefix("#/components/schemas/")
+    below = [*schema.get("anyOf", []), *schema.get("allOf", []), *([parts[name]] if name else [])]
+    return {*schema.get("properties", {})}.union(*(_properties(one, parts) for one in below))
