@@ -59,7 +59,7 @@ async def _in_turns(data_dir: Path, service: Side, rounds: int, answers: int) ->
     # After the environment is prepared: it imports vLLM.
     from app.main import _build_engine  # noqa: PLC0415
 
-    engine: Any = await _build_engine(settings)
+    engine: Any = await _build_engine(settings, *settings.bases())
     try:
         gc.collect()
         gc.freeze()  # as the service does
