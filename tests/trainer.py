@@ -1,6 +1,6 @@
 """The trainer's side of the demo's models, to compare with and to make further revisions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,31 @@ class Trainer:
 
     def answer(self, question: str, adapter: str | None) -> list[int]:
         """Greedy token ids by transformers' own `generate`; `adapter` is default (doctor), another loaded, or None."""
-        messages = [{"role": "user", "content": question}]
-        prompt = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        (tokens,) = self.answers([question], adapter)
+        return tokens
+
+    def answers(self, questions: Sequence[str], adapter: str | None) -> list[list[int]]:
+        """Of several questions in one batch."""
+        conversations = [[{"role": "user", "content": question}] for question in questions]
+        prompts = self.tokenizer.apply_chat_template(
+            conversations, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True,
+            tokenizer_kwargs={"padding_side": "left"},
+        )  # fmt: skip
         if adapter:
             self.model.set_adapter(adapter)
         with torch.inference_mode(), nullcontext() if adapter else self.model.disable_adapter():
-            output = self.model.generate(**prompt, max_new_tokens=200, do_sample=False)
+            outputs = self.model.generate(**prompts, max_new_tokens=200, do_sample=False)
         self.model.set_adapter("default")
-        return output[0, prompt["input_ids"].shape[1] :].tolist()
+        return [self._until_its_end(row[prompts["input_ids"].shape[1] :].tolist()) for row in outputs]
+
+    def _until_its_end(self, tokens: list[int]) -> list[int]:
+        end = self.model.generation_config.eos_token_id
+        ends = [
+            place
+            for place, token in enumerate(tokens, start=1)
+            if token in (end if isinstance(end, list) else [end])
+        ]
+        return tokens[: ends[0]] if ends else tokens
 
     def variant(self, folder: Path, *, seed: int, noise: float = 0.05) -> Path:
         """Another revision of `doctor`, as if trained on: its weights moved a little, with its own golden set."""

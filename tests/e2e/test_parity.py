@@ -57,8 +57,10 @@ def test_trainer_and_engine_agree_on_60_prompts(
     service: Service, trainer: Trainer, model: str, adapter: str | None
 ) -> None:
     served = asyncio.run(_served(service, model, PROMPTS))
-    for question, (_, tokens) in zip(PROMPTS, served, strict=True):
-        assert tokens == trainer.answer(question, adapter), question
+    for question, (_, tokens), expected in zip(
+        PROMPTS, served, trainer.answers(PROMPTS, adapter), strict=True
+    ):
+        assert tokens == expected, question
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
@@ -105,7 +107,8 @@ def test_what_any_stage_makes_is_what_is_served(service: Service, trainer: Train
         **{f"e2e-{stage}": {"stage": stage, **pairs} for stage in ("dpo", "kto", "orpo")},
         **{f"e2e-{algorithm}": {"algorithm": algorithm, **online} for algorithm in ("grpo", "rloo")},
     }
-    by_the_base = [trainer.answer(question, None) for question in PROMPTS[::6]]
+    questions = PROMPTS[::6]
+    by_the_base = trainer.answers(questions, None)
     for name, job in jobs.items():
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump({"name": name, **shared, **job}))
@@ -118,9 +121,11 @@ def test_what_any_stage_makes_is_what_is_served(service: Service, trainer: Train
         )
         assert service.adapters()[f"{name}@default"]["proven"]
         trainer.load(name, store.folder(name, manifest.revision))
-        served = asyncio.run(_served(service, name, PROMPTS[::6]))
-        for question, (_, tokens) in zip(PROMPTS[::6], served, strict=True):
-            assert tokens == trainer.answer(question, name), (name, question)
+        served = asyncio.run(_served(service, name, questions))
+        for question, (_, tokens), expected in zip(
+            questions, served, trainer.answers(questions, name), strict=True
+        ):
+            assert tokens == expected, (name, question)
         assert [tokens for _, tokens in served] != by_the_base
         store.remove_alias(name, "default", actor="test")
 
@@ -151,10 +156,10 @@ def test_what_is_trained_with_a_template_of_its_own_is_asked_with_it(
     questions = PROMPTS[::6]
     served = asyncio.run(_served(service, name, questions))
     with trainer.rendering_with(shipped.jinja):
-        expected = [trainer.answer(question, name) for question in questions]
+        expected = trainer.answers(questions, name)
     for question, (text, tokens), ids in zip(questions, served, expected, strict=True):
         whole = trainer.tokenizer.decode(ids, skip_special_tokens=True)
         assert text == whole.partition(shipped.stop[0])[0], question
         assert tokens == ids[: len(tokens)]
-    assert expected != [trainer.answer(question, name) for question in questions]
+    assert expected != trainer.answers(questions, name)
     store.remove_alias(name, "default", actor="test")
