@@ -26,6 +26,7 @@ demo: install ## Build a small base model, train its adapters, serve them on htt
 test: $(VENV)/dev.done ## Run all tests: real training steps, and the real vLLM engine on CPU
 	@mkdir -p .cache # for the models that the services of the tests serve: made while tests run that do without
 	@$(BIN)/python -m training demo --data-dir .cache/demo >.cache/demo.log 2>&1 & \
+	trap "kill $$! 2>/dev/null" EXIT; \
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-clients: $(CLIENTS) ## Test with older and other client libraries as well: openai 1.x and 2.x, LangChain, LlamaIndex

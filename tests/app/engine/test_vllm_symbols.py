@@ -68,12 +68,15 @@ CHECK = textwrap.dedent(
         *fast_stream.RequestState.__init__.__code__.co_names
     }
     assert fast_stream._shapes().delta[0] == '[{"index":0,"delta":{"content":', fast_stream._shapes()
+    detokenizers = inspect.getsource(inspect.getmodule(fast_stream.RequestState).IncrementalDetokenizer)
+    assert "self.token_ids: list[int]" in detokenizers
     # What is short is rendered at once.
     has(serving.hf.BaseRenderer, "render_chat", "conversations", "chat_params", "tok_params")
     parameters = [inspect.signature(getattr(serving.hf.BaseRenderer, f"render_chat{of}")) for of in ("", "_async")]
     assert parameters[0].parameters.keys() == parameters[1].parameters.keys()
     assert "tokenizer = copy.copy(tokenizer)" in inspect.getsource(serving.hf.HfRenderer.__init__)
     has(serving, "cached_tokenizer_from_config", "model_config")
+    has(serving.hf.BaseRenderer, "get_eos_token_id")
     assert "_merge_inline_system" in inspect.getsource(serving.AnthropicServingMessages)
     responses = inspect.getsource(vllm_responses.OpenAIServingResponses)
     for name in ("response_store", "msg_store", "event_store", "background_tasks", "enable_store"):
