@@ -92,7 +92,6 @@ def serve(settings: Settings, *, show_admin_key: bool) -> int:
             http="httptools",
             access_log=False,
             log_config=None,
-            proxy_headers=False,  # nothing here asks where a client is
             # Running streams may finish; a stop must not take for ever.
             timeout_graceful_shutdown=20,
         )

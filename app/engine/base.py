@@ -39,6 +39,10 @@ OnTokens = Callable[[int, int], None]
 """Called whenever an answer grows: with the number of prompt tokens the first time and then 0, and of new tokens."""
 
 
+DONE = b"data: [DONE]\n\n"
+"""What many streams end with: no other event does, as there are no line ends within one."""
+
+
 class Events(Protocol):
     """Server-sent events, ready to send; `aclose` it when nobody reads on. Raises ApiError after an error event."""
 
@@ -128,7 +132,7 @@ class Engine(Protocol):
         ...
 
     def parameters(self) -> Parameters:
-        """Of all endpoints. The first call takes a second: make it in a thread."""
+        """Of all endpoints. The first call takes half a second: make it in a thread."""
         ...
 
     async def answer(

@@ -29,9 +29,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 
 from app import errors
-from app.engine.base import OnTokens
-
-DONE = b"data: [DONE]\n\n"
+from app.engine.base import DONE, OnTokens
 
 _OBJECT: Final = "chat.completion.chunk"
 _json = msgspec.json.Encoder().encode

@@ -8,15 +8,13 @@ from contextlib import ExitStack
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.engine.base import Events
+from app.engine.base import DONE, Events
 from app.errors import ApiError, row
 from app.routes.connection import ClientLeft, WhileConnected
 
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
-_DONE = b"data: [DONE]\n\n"
-"""What many streams end with: no other event does, as there are no line ends within one."""
 SEND_SECONDS = 60  # a client that does not read holds a slot of the engine
 
 
@@ -69,7 +67,7 @@ class EventStream(Response):
                 if self._keep is not None:
                     self._keep.append(event)
                 self._is_sending = True
-                is_last = event.endswith(_DONE)
+                is_last = event.endswith(DONE)
                 await send({"type": "http.response.body", "body": event, "more_body": not is_last})
                 if is_last:
                     return outcome
