@@ -67,6 +67,7 @@ class Base:
         `plain`: as a server loads it, without quantisation.
         """
         model = AutoModelForCausalLM.from_pretrained(self.folder, **self._loading(plain, dtype))
+        _let_gradients_pass(model)
         if self.stop:
             model.generation_config.eos_token_id = self.stop_ids(model.generation_config)
         return model
@@ -75,7 +76,9 @@ class Base:
         """The model with a new head of one number in the place of its vocabulary."""
         loading = self._loading(plain=False, dtype=None)
         loading["config"].num_labels = 1
-        return load_scorer(self.folder, **loading)
+        model = load_scorer(self.folder, **loading)
+        _let_gradients_pass(model)
+        return model
 
     def stop_ids(self, generation: Any) -> list[int]:
         """The stop tokens of the model's generation config, and those among the stop texts that are one token."""
@@ -118,6 +121,16 @@ def _quantized(bits: str) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=_dtype(),
         llm_int8_skip_modules=heads,
     )
+
+
+def _let_gradients_pass(model: Any) -> None:
+    """Keep bitsandbytes (0.50) from packing 4-bit weights for inference, which it does where the CPU has AVX512-BF16.
+
+    It does so when a model is first evaluated, and for good: from then on no gradient passes them.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def stretch(config: Any, asked: RopeScaling, name: str) -> None:

@@ -127,6 +127,24 @@ def test_a_quantised_base_learns(find: Callable[..., Base], bits: str) -> None:
     assert next(model.parameters(), None) is None
 
 
+def test_a_quantised_base_that_was_evaluated_learns_as_before(find: Callable[..., Base]) -> None:
+    """Where a CPU has AVX512-BF16, bitsandbytes by itself lets no gradient pass from then on."""
+    base = find(quantization="4bit")
+    ids = torch.tensor([base.tokenizer("感冒有什么症状？").input_ids])
+    for model, ask in (
+        (base.causal_lm(), lambda model: model(input_ids=ids, labels=ids).loss),
+        (base.scorer(), lambda model: model(inputs_embeds=model.get_input_embeddings()(ids)).logits.sum()),
+    ):
+        model.enable_input_require_grads()
+        low = model.model.layers[0].input_layernorm.weight.requires_grad_()
+        (before,) = torch.autograd.grad(ask(model), low)
+        with torch.no_grad():
+            ask(model.eval())
+        (after,) = torch.autograd.grad(ask(model.train()), low)
+        assert before.any()
+        assert torch.equal(before, after)
+
+
 def test_a_plain_base_is_as_a_server_loads_it(find: Callable[..., Base]) -> None:
     base = find(quantization="4bit")
     expected = AutoModelForCausalLM.from_pretrained(base.folder).state_dict()
