@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from adapters import AdapterError
-from training import commands, ranks
+from training import commands, progress, ranks
 from training.config import ConfigError, load_config
 from training.data import DataError
 from training.demo.build import build_demo
@@ -58,8 +58,7 @@ After 1, 75, 130 or a kill, `resume` goes on from the run's last checkpoint, and
 def main() -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("training").setLevel(logging.INFO if ranks.leads() else logging.ERROR)
+    progress.show_lines(logging.INFO if ranks.leads() else logging.ERROR)
     # A run that is told to stop says so in its events; a shell that starts it in the background has SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

@@ -291,8 +291,7 @@ def _stop(running: dict[BaseProcess, _Job]) -> None:
 
 
 def _in_process(job: _Job, place: int) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("training").setLevel(logging.INFO)
+    progress.show_lines()
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -13,6 +13,14 @@ place = 0
 """On which line of the terminal this process draws, when several train side by side."""
 
 
+def show_lines(level: int = logging.INFO) -> None:
+    """Write this package's lines from `level` on to stderr, and of other packages' the warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("training").setLevel(level)
+    # On a CPU with AVX512-BF16 it asks for a package that only answers faster, and that training has no use for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 class Meter:
     """Shows steps, speed, loss and time left of one training loop."""
 

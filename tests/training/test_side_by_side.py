@@ -52,10 +52,10 @@ def are_training(data_dir: Path, *names: str) -> bool:
 
 
 def test_interrupted_side_by_side_all_stop_at_a_checkpoint_and_make_the_same_as_in_turn(
-    data_dir: Path, in_turn: list[str]
+    data_dir: Path, in_turn: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     path = ask_for(data_dir)
+    monkeypatch.setattr(pipeline, "_PROCESSES", processes.Together())
 
     def interrupt() -> None:
         while not are_training(data_dir, "doctor", "leaflet"):
