@@ -162,7 +162,11 @@ class Generation:
 
     async def begin(self) -> Deltas:
         """Hand it to the engine. Raises what vLLM's own method raises."""
-        queue = await self._llm.add_request(*self._arguments, **self._options)
+        try:
+            queue = await self._llm.add_request(*self._arguments, **self._options)
+        except asyncio.CancelledError:  # the client left, and nobody here knows vLLM's own id yet
+            await self._llm.abort(self._arguments[0])
+            raise
         deltas = Deltas()
         self._internal_id = queue.request_id
         early = queue.get_nowait()

@@ -18,6 +18,8 @@ from adapters import AdapterStore, read_golden
 from app.engine.base import Endpoint, Engine, LoadedAdapter
 from app.errors import AdapterRefused, BadRequest, EngineUnavailable
 
+_HAND_OVER_SECONDS = 0.02
+
 
 @dataclass
 class Rig:
@@ -74,6 +76,7 @@ async def hold_to(rig: Rig) -> None:
     assert sum(new for _, new in seen) >= 1
     await engine.remove(again)
     await _hold_to_templates(rig)
+    await _hold_to_leaving(engine)
 
     with pytest.raises(BadRequest):
         await engine.answer(
@@ -134,6 +137,31 @@ async def _hold_to_templates(rig: Rig) -> None:
     assert await engine.resident() == held
 
 
+async def _hold_to_leaving(engine: Engine) -> None:
+    """Of an answer that nobody waits for any more nothing is left, whenever that is."""
+    body = {
+        "model": "doctor", "messages": [{"role": "user", "content": "头痛怎么办?"}], "stream": True, "max_tokens": 200,
+        "ignore_eos": True,
+    }  # fmt: skip
+    for moment in range(10):
+        answer = asyncio.create_task(
+            engine.answer(
+                Endpoint.CHAT,
+                body,
+                request_id=f"leaves-{moment}",
+                adapter=None,
+                fingerprint="",
+                on_tokens=lambda *_: None,
+            )
+        )
+        await asyncio.sleep(moment * _HAND_OVER_SECONDS / 4)
+        answer.cancel()
+        await asyncio.wait({answer})
+        if not answer.cancelled() and not isinstance(reply := answer.result().reply, dict):
+            await reply.aclose()
+        assert engine.stalled_seconds == 0, f"it is still being answered: {moment}"
+
+
 async def _hold_vllm_to(data_dir: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -156,6 +184,13 @@ async def _hold_vllm_to(data_dir: Path) -> None:
             )
         )  # fmt: skip
         await engine.start()
+        hand_over = engine._llm.engine_core.add_request_async
+
+        async def hand_over_slowly(request: object) -> None:
+            await asyncio.sleep(_HAND_OVER_SECONDS)  # so that a client may leave meanwhile
+            await hand_over(request)
+
+        engine._llm.engine_core.add_request_async = hand_over_slowly
         await hold_to(Rig(engine, good, refused, tolerance=2e-3))
 
 
