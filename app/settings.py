@@ -1,6 +1,7 @@
 """How the service is set up: environment variables named XINGLIN_*, read once by app.main."""
 
 import ipaddress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -231,6 +232,11 @@ def _entry(number: int, fields: dict[str, Any]) -> BaseModelSettings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            near = get_close_matches(name, BaseModelSettings.model_fields, n=1)
+            raise ValueError(
+                f"{place}: {name}: no such setting" + (f"; did you mean `{near[0]}`?" if near else "")
+            ) from error
         raise ValueError(
             f"{place}: {name}: {first['msg']}" if name else f"{place}: {first['msg']}"
         ) from error
