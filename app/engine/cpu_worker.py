@@ -2,12 +2,12 @@
 
 Stock PunicaWrapperCPU marks rows without an adapter by index -1 and then indexes the stacked weights with
 it, so that a base-model row in a mixed batch gets the adapter of the *last* slot. It also copies A and B
-once for every token. Here each adapter's rows are gathered once a step and get one product per module;
-rows without an adapter are left alone.
+once for every token. Here each adapter's rows are found once a step and get one product per module; rows that
+lie side by side, as a prompt's do, are changed where they are. Rows without an adapter are left alone.
 
-Stock also applies an adapter of the output head in every step, though none is ever loaded (validation admits
-linear layers only), and a request with prompt_logprobs in a mixed batch ends the engine there: the rows of
-the prompt outnumber the indices of the samples. Here that step is left out.
+Stock also applies adapters of the embedding and of the output head in every step, though none is ever loaded
+(validation admits linear layers only), and a request with prompt_logprobs in a mixed batch ends the engine there:
+the rows of the prompt outnumber the indices of the samples. Here those steps are left out.
 
 Drop this when vLLM releases the repair (vllm-project/vllm, pull requests 48421 and 49656).
 """
@@ -24,12 +24,15 @@ _update_metadata = PunicaWrapperCPU.update_metadata
 
 def _group_rows(wrapper: Any, *arguments: Any, **keywords: Any) -> None:
     _update_metadata(wrapper, *arguments, **keywords)
-    rows_of_slot: dict[int, list[int]] = {}
-    slots = wrapper.token_lora_indices.tolist()
-    for row, slot in enumerate(slots):
-        if slot >= 0:
-            rows_of_slot.setdefault(slot, []).append(row)
-    wrapper.rows_of_slot = [(slot, torch.tensor(rows)) for slot, rows in rows_of_slot.items()]
+    slots = wrapper.token_lora_indices
+    wrapper.rows_of_slot = [(slot, _rows(slots == slot)) for slot in slots.unique().tolist() if slot >= 0]
+
+
+def _rows(chosen: torch.Tensor) -> torch.Tensor | slice:
+    """The places of what is True: a slice if they are side by side."""
+    rows = chosen.nonzero().flatten()
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first < len(rows) else rows
 
 
 def _add_lora_linear(
@@ -50,21 +53,27 @@ def _add_lora_linear(
     y = y.view(-1, y.shape[-1])
     x = x.view(-1, x.shape[-1])
     for slot, rows in wrapper.rows_of_slot:
-        inputs = x.index_select(0, rows)
-        begin = 0
-        for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            delta = inputs @ a[slot, 0].t() @ b[slot, 0].t()
-            y[:, begin : begin + width].index_add_(0, rows, delta.to(y.dtype), alpha=scale)
-            begin += width
+        weights = [
+            (a[slot, 0].t(), b[slot, 0].t()) for a, b in zip(lora_a_stacked, lora_b_stacked, strict=True)
+        ]
+        if isinstance(rows, slice):
+            inputs, outputs = x[rows], y[rows].split(output_slices, dim=1)
+            for output, (a, b) in zip(outputs, weights, strict=True):
+                output.addmm_(inputs @ a, b, alpha=scale)
+        else:
+            inputs = x.index_select(0, rows)
+            deltas = torch.cat([inputs @ a @ b for a, b in weights], dim=1)
+            y.index_add_(0, rows, deltas, alpha=scale)
 
 
-def _add_no_lora_logits(wrapper: Any, *_: Any, **__: Any) -> None:
-    """The logits are right as they are."""
+def _add_nothing(wrapper: Any, *_: Any, **__: Any) -> None:
+    """What embedding and output head give is right as it is."""
 
 
 PunicaWrapperCPU.rows_of_slot = []  # until the first step with adapters
 PunicaWrapperCPU.update_metadata = _group_rows
 PunicaWrapperCPU.add_lora_linear = _add_lora_linear
-PunicaWrapperCPU.add_lora_logits = _add_no_lora_logits
+PunicaWrapperCPU.add_lora_embedding = _add_nothing
+PunicaWrapperCPU.add_lora_logits = _add_nothing
 
 __all__ = ["WorkerExtension"]

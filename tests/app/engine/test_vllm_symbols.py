@@ -106,8 +106,9 @@ CHECK = textwrap.dedent(
     assert all(importlib.util.find_spec(name) for name in launch._IMPORTED)
     # The repair on CPU replaces these, with the parameters the layers pass.
     assert PunicaWrapperCPU.add_lora_linear is cpu_worker._add_lora_linear
-    assert PunicaWrapperCPU.add_lora_logits is cpu_worker._add_no_lora_logits
+    assert PunicaWrapperCPU.add_lora_embedding is PunicaWrapperCPU.add_lora_logits is cpu_worker._add_nothing
     has(PunicaWrapperBase, "add_lora_logits", "y", "x")
+    has(PunicaWrapperBase, "add_lora_embedding", "y", "x")
     has(PunicaWrapperBase, "add_lora_linear", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices")
     assert isinstance(PunicaWrapperBase.token_lora_indices, property)
     # The worker extension is mixed in: its names must be free.
