@@ -10,7 +10,7 @@ import asyncio
 import functools
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -152,9 +152,17 @@ class Generation:
     """One call of `AsyncLLM.generate` that has not begun: as vLLM's outputs, or as deltas."""
 
     def __init__(
-        self, llm: AsyncLLM, prompt: Any, sampling_params: Any, request_id: str, options: dict[str, Any]
+        self,
+        llm: AsyncLLM,
+        prompt: Any,
+        sampling_params: Any,
+        request_id: str,
+        options: dict[str, Any],
+        stop: Collection[str] = (),
     ) -> None:
+        """`stop`: what ends the answer as the model's own last token does, and is no client's stop string."""
         self.prompt_tokens = 0
+        self._stop = stop
         self._llm = llm
         self._arguments = (request_id, prompt, sampling_params)
         self._options = options
@@ -186,7 +194,13 @@ class Generation:
             new_tokens = sum(len(one.token_ids) for one in output.outputs)
             on_tokens(len(output.prompt_token_ids or ()) if is_first else 0, new_tokens)
             is_first = False
+            for one in output.outputs:
+                one.stop_reason = self.stop_reason(one.stop_reason)
             yield output
+
+    def stop_reason(self, found: int | str | None) -> int | str | None:
+        """What the client is told of what ended the answer."""
+        return None if found in self._stop else found
 
     async def abort(self) -> None:
         """Nobody reads it any more."""
@@ -288,7 +302,7 @@ async def chat_chunks(
             total += tokens
         is_over = True
         last = head + shapes.last.replace(_REASON, _text(deltas.finish_reason)).replace(
-            _STOP, _text(deltas.stop_reason)
+            _STOP, _text(generation.stop_reason(deltas.stop_reason))
         ).replace(_TEXT, _text(text))
         of_last = f',"system_fingerprint":{_text(fingerprint)}'
         if request.stream_options and request.stream_options.include_usage:

@@ -85,9 +85,12 @@ class _Client:
         return getattr(self._llm, name)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> "_Outputs":
-        if self._stop and sampling_params.detokenize:
-            sampling_params.stop = [*(sampling_params.stop or ()), *self._stop]
-        return _Outputs(Generation(self._llm, prompt, sampling_params, request_id, options), self._on_tokens)
+        theirs = sampling_params.stop or ()
+        own = [stop for stop in self._stop if stop not in theirs] if sampling_params.detokenize else []
+        if own:
+            sampling_params.stop = [*theirs, *own]
+        generation = Generation(self._llm, prompt, sampling_params, request_id, options, own)
+        return _Outputs(generation, self._on_tokens)
 
 
 class _Outputs:

@@ -126,10 +126,27 @@ def test_stop_strings_end_its_answers(service: Service, bring: Bring, alpaca: st
         _, reply = asked(service, "alpaca@canary", stop=theirs)
         (choice,) = reply["choices"]
         assert (choice["message"]["content"], choice["finish_reason"]) == (cut, "stop")
-    stream = service.client().chat.completions.create(
-        model="alpaca@canary", messages=[{"role": "user", "content": QUESTION}], temperature=0, stream=True
+        assert choice["stop_reason"] is None, "as at the model's own end: the client asked for no such stop"
+    assert asked(service, "alpaca@canary", stop=stop)[1]["choices"][0]["stop_reason"] == stop
+    for theirs, told in (None, None), (stop, stop):
+        stream = service.client().chat.completions.create(
+            model="alpaca@canary", messages=[{"role": "user", "content": QUESTION}], temperature=0, stream=True,
+            stop=theirs,
+        )  # fmt: skip
+        choices = [chunk.choices[0] for chunk in stream]
+        assert "".join(choice.delta.content or "" for choice in choices) == cut
+        assert (choices[-1].finish_reason, choices[-1].stop_reason) == ("stop", told)
+    _, message = service.call(
+        "POST",
+        "/v1/messages",
+        {
+            "model": "alpaca@canary",
+            "messages": [{"role": "user", "content": QUESTION}],
+            "temperature": 0,
+            "max_tokens": 200,
+        },
     )
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == cut
+    assert (message["stop_reason"], message.get("stop_sequence")) == ("end_turn", None)
     earlier = whole[2:4]
     assert service.answer("alpaca@canary", QUESTION, stop=earlier) == whole.partition(earlier)[0]
     assert asked(service, "alpaca@canary", stop=["1", "2", "3", "4", "5"])[0] == 400
