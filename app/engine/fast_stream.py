@@ -170,11 +170,7 @@ class Generation:
 
     async def begin(self) -> Deltas:
         """Hand it to the engine. Raises what vLLM's own method raises."""
-        try:
-            queue = await self._llm.add_request(*self._arguments, **self._options)
-        except asyncio.CancelledError:  # the client left, and nobody here knows vLLM's own id yet
-            await self._llm.abort(self._arguments[0])
-            raise
+        queue = await self._llm.add_request(*self._arguments, **self._options)
         deltas = Deltas()
         self._internal_id = queue.request_id
         early = queue.get_nowait()

@@ -376,6 +376,14 @@ class _AsyncLLM(AsyncLLM):
             )
         super()._run_output_handler()
 
+    async def add_request(self, request_id: str, *arguments: Any, **options: Any) -> Any:
+        """See vLLM's, which lets a request run on if its client leaves meanwhile."""
+        try:
+            return await super().add_request(request_id, *arguments, **options)
+        except asyncio.CancelledError:
+            await self.abort(request_id)
+            raise
+
     def __del__(self) -> None:
         """VllmEngine.close shuts it down; at interpreter exit vLLM's own finalizer finds its modules gone."""
 

@@ -1,6 +1,7 @@
 """What the service counts on of an engine. `python -m tests.app.engine.contract DATA_DIR` holds vLLM to it."""
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapters import AdapterStore, read_golden
-from app.engine.base import Endpoint, Engine, LoadedAdapter
+from app.engine.base import Answer, Endpoint, Engine, LoadedAdapter
 from app.errors import AdapterRefused, BadRequest, EngineUnavailable
 
 _HAND_OVER_SECONDS = 0.02
@@ -140,15 +141,14 @@ async def _hold_to_templates(rig: Rig) -> None:
 async def _hold_to_leaving(engine: Engine) -> None:
     """Of an answer that nobody waits for any more nothing is left, whenever that is."""
     body = {
-        "model": "doctor", "messages": [{"role": "user", "content": "头痛怎么办?"}], "stream": True, "max_tokens": 200,
-        "ignore_eos": True,
+        "model": "doctor", "messages": [{"role": "user", "content": "头痛怎么办?"}], "max_tokens": 200, "ignore_eos": True,
     }  # fmt: skip
-    for moment in range(10):
+    for stream, moment in itertools.product((True, False), range(10)):
         answer = asyncio.create_task(
             engine.answer(
                 Endpoint.CHAT,
-                body,
-                request_id=f"leaves-{moment}",
+                {**body, "stream": stream},
+                request_id=f"leaves-{stream}-{moment}",
                 adapter=None,
                 fingerprint="",
                 on_tokens=lambda *_: None,
@@ -156,10 +156,10 @@ async def _hold_to_leaving(engine: Engine) -> None:
         )
         await asyncio.sleep(moment * _HAND_OVER_SECONDS / 4)
         answer.cancel()
-        await asyncio.wait({answer})
-        if not answer.cancelled() and not isinstance(reply := answer.result().reply, dict):
-            await reply.aclose()
-        assert engine.stalled_seconds == 0, f"it is still being answered: {moment}"
+        (outcome,) = await asyncio.gather(answer, return_exceptions=True)
+        if isinstance(outcome, Answer) and not isinstance(outcome.reply, dict):
+            await outcome.reply.aclose()
+        assert engine.stalled_seconds == 0, f"it is still being answered: stream {stream}, moment {moment}"
 
 
 async def _hold_vllm_to(data_dir: Path) -> None:
