@@ -9,6 +9,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from training import __main__ as command
@@ -20,18 +21,17 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["training.stages.sft"])
 
 
-class Together:
+def together() -> Any:
     """In place of a context of multiprocessing: what is to be trained in two processes begins in both at once.
 
     By itself one may be through before the other begins.
     """
+    both = FORKED.Barrier(2)
 
-    def __init__(self) -> None:
-        self._both = FORKED.Barrier(2)
+    def process(target: Callable[..., None], args: tuple[Any, ...], **options: Any) -> BaseProcess:
+        return FORKED.Process(target=_together, args=(both, target, args), **options)
 
-    def Process(self, target: Callable[..., None], args: tuple[Any, ...], **options: Any) -> BaseProcess:  # noqa: N802
-        """See multiprocessing's."""
-        return FORKED.Process(target=_together, args=(self._both, target, args), **options)
+    return SimpleNamespace(Process=process)
 
 
 def _together(both: Barrier, target: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -127,8 +127,11 @@ def test_a_quantised_base_learns(find: Callable[..., Base], bits: str) -> None:
     assert next(model.parameters(), None) is None
 
 
-def test_a_quantised_base_that_was_evaluated_learns_as_before(find: Callable[..., Base]) -> None:
+def test_a_quantised_base_that_was_evaluated_learns_as_before(
+    find: Callable[..., Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a CPU has AVX512-BF16, bitsandbytes by itself lets no gradient pass from then on."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     base = find(quantization="4bit")
     ids = torch.tensor([base.tokenizer("感冒有什么症状？").input_ids])
     for model, ask in (

@@ -55,7 +55,7 @@ def test_interrupted_side_by_side_all_stop_at_a_checkpoint_and_make_the_same_as_
     data_dir: Path, in_turn: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = ask_for(data_dir)
-    monkeypatch.setattr(pipeline, "_PROCESSES", processes.Together())
+    monkeypatch.setattr(pipeline, "_PROCESSES", processes.together())
 
     def interrupt() -> None:
         while not are_training(data_dir, "doctor", "leaflet"):

@@ -140,9 +140,8 @@ async def _hold_to_templates(rig: Rig) -> None:
 
 async def _hold_to_leaving(engine: Engine) -> None:
     """Of an answer that nobody waits for any more nothing is left, whenever that is."""
-    body = {
-        "model": "doctor", "messages": [{"role": "user", "content": "头痛怎么办?"}], "max_tokens": 200, "ignore_eos": True,
-    }  # fmt: skip
+    messages = [{"role": "user", "content": "头痛怎么办?"}]
+    body = {"model": "doctor", "messages": messages, "max_tokens": 200, "ignore_eos": True}
     for stream, moment in itertools.product((True, False), range(10)):
         answer = asyncio.create_task(
             engine.answer(
