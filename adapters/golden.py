@@ -3,17 +3,16 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adapters.errors import InvalidAdapter, shown
+from adapters.manifest import TokenId
 
 GOLDEN_FILE = "golden.jsonl"
 MAX_GOLDEN_PROMPTS = 64
 _MAX_BYTES = 4 << 20
-
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class GoldenPrompt(BaseModel):

@@ -10,6 +10,7 @@ MANIFEST_FILE = "manifest.json"
 
 Task = Literal["chat", "reward"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
@@ -34,6 +35,11 @@ class Provenance(BaseModel):
         max_length=16,
         description="Texts of its chat template that end an answer, where no token of their own does",
     )
+    stop_token_ids: list[TokenId] = Field(
+        default=[],
+        max_length=64,
+        description="Tokens that end an answer: the base model's own, and those its chat template ends one with",
+    )
     parent: str | None = Field(
         default=None, description="Ref of the adapter it was continued from: lineage only"
     )
@@ -48,7 +54,9 @@ class Manifest(Provenance):
     """The facts of one revision, written last: where there is a manifest there is a whole revision."""
 
     name: str
-    revision: str = Field(description="First 12 hexadecimal digits of the digest of `files` and `stop`")
+    revision: str = Field(
+        description="First 12 hexadecimal digits of the digest of `files` and of both stops"
+    )
     r: int
     lora_alpha: float
     target_modules: list[str]

@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from adapters.durable import flock, fsync, remove_if_abandoned, replace_text, settle, sha256
 from adapters.errors import AdapterNotFound, AliasMoved, InvalidRef, NothingToRollBack, StoreDamaged
 from adapters.log import Action, LogEntry, append, read_log, way_back
-from adapters.manifest import MANIFEST_FILE, PROVENANCE_FILE, Manifest
+from adapters.manifest import MANIFEST_FILE, PROVENANCE_FILE, Manifest, Provenance
 from adapters.ref import DEFAULT_ALIAS, AdapterRef, check_alias, check_name, check_revision
 from adapters.traffic import CANARY, SHADOW, Traffic
 from adapters.validate import CONFIG_FILE, BaseModelFacts, validate
@@ -85,7 +85,7 @@ class AdapterStore:
             raise AdapterNotFound(f"there is no revision {ref.name}@{revision}") from error
         except (ValidationError, OSError) as error:
             raise StoreDamaged(f"the manifest of {ref.name}@{revision} cannot be read") from error
-        said = manifest.name, manifest.revision, _revision(manifest.files, manifest.stop)
+        said = manifest.name, manifest.revision, _revision(manifest.files, manifest)
         if said != (ref.name, revision, revision):
             raise StoreDamaged(f"the manifest of {ref.name}@{revision} is that of something else")
         return manifest
@@ -157,7 +157,7 @@ class AdapterStore:
             manifest = Manifest(
                 **facts.provenance.model_dump(),
                 name=name,
-                revision=_revision(files, facts.provenance.stop),
+                revision=_revision(files, facts.provenance),
                 r=facts.r,
                 lora_alpha=facts.lora_alpha,
                 target_modules=facts.target_modules,
@@ -382,7 +382,8 @@ class AdapterStore:
             yield folder
 
 
-def _revision(files: Mapping[str, str], stop: Sequence[str]) -> str:
-    """Of all that makes an answer what it is."""
-    content = {**files, "stop": list(stop)} if stop else files
+def _revision(files: Mapping[str, str], facts: Provenance) -> str:
+    """Of all that makes an answer what it is. What is empty is left out: an older revision keeps its name."""
+    stops = {"stop": facts.stop, "stop_token_ids": facts.stop_token_ids}
+    content = {**files, **{name: value for name, value in stops.items() if value}}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

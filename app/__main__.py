@@ -124,6 +124,8 @@ def _prepare_process(settings: Settings) -> None:
         os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     # One core is left to this process; more threads than cores make the engine crawl.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
+    # Threads with nothing to do sleep. Beside any other load, spinning ones take the core from those that have work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", "128")  # OpenAI's own limit of `n`

@@ -88,7 +88,11 @@ class Loader:
         """Load and prove. What fails leaves nothing in the engine. Raises AdapterRefused, EngineUnavailable."""
         started = time.perf_counter()
         loaded = await engine.load(
-            staged.ref, staged.folder, template=staged.template, stop=staged.manifest.stop
+            staged.ref,
+            staged.folder,
+            template=staged.template,
+            stop=staged.manifest.stop,
+            stop_token_ids=staged.manifest.stop_token_ids,
         )
         self._metrics.load_seconds.labels("load").observe(time.perf_counter() - started)
         try:

@@ -16,6 +16,9 @@ from tests.service import ROOT, Service, free_port
 if TYPE_CHECKING:
     from tests.trainer import Trainer
 
+# Before torch is imported, here and in what tests start: threads that spin for work take the core from the others'.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 MAX_UPLOAD_BYTES = 16 << 20
 
 

@@ -77,7 +77,10 @@ class Trainer:
             {"messages": [*prompt.messages, {"role": "assistant", "content": ""}]} for prompt in self.golden
         ]
         self.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-        write_golden(folder / "golden.jsonl", golden_prompts(self.model, self.tokenizer, rows, 8, 32))
+        write_golden(
+            folder / "golden.jsonl",
+            golden_prompts(self.model, self.tokenizer, rows, 8, 32, stops=[self.tokenizer.eos_token_id]),
+        )
         (folder / "provenance.json").write_text(self.provenance())
         with torch.no_grad():
             for name, value in self._parameters():

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from training.peft_folder import (
     read_adapter,
     read_template,
 )
+from training.stop_tokens import Stops, find_stops
 from training.templates import Template
 
 log = logging.getLogger(__name__)
@@ -78,12 +79,14 @@ def convert_adapter(
         if template := chat_template.jinja if chat_template else read_template(source):
             (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
         _write_json(folder / CONFIG_FILE, adapter.config)
+        stops = _stops(base, template, chat_template.stop if chat_template else ())
         provenance = Provenance(
             stage="external",
             task="reward" if adapter.is_reward else "chat",
             base_model=base_name(base_model) if base_model is not None else None,
             base_fingerprint=_fingerprint(base) if base else None,
-            stop=list(chat_template.stop) if chat_template else [],
+            stop=list(stops.texts),
+            stop_token_ids=list(stops.token_ids),
             notes=f"converted from {adapter.file.name} with SHA-256 {sha256(adapter.file)}",
         )
         _write_json(folder / PROVENANCE_FILE, provenance.model_dump())
@@ -102,7 +105,7 @@ def convert_adapter(
                 provenance.base_fingerprint or "",
                 _tokenizer(base, template),
                 template,
-                tuple(provenance.stop),
+                stops,
             )
             _write_golden(folder, named, golden_rows, provenance)
         _tell_what_stays(source, adapter.file, template)
@@ -198,6 +201,15 @@ def _fingerprint(base: Path) -> str | None:
     return fingerprint(base)
 
 
+def _stops(base: Path | None, template: str | None, texts: Sequence[str]) -> Stops:
+    """What ends an answer, as far as the base model's files are here to say so."""
+    if base is None or not (base / "tokenizer_config.json").is_file():
+        return Stops(texts=tuple(texts))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return find_stops(base, AutoConfig.from_pretrained(base), tokenizer, texts)
+
+
 def _tokenizer(base: Path, template: str | None) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = template or tokenizer.chat_template
@@ -209,7 +221,9 @@ def _tokenizer(base: Path, template: str | None) -> Any:
 def _write_golden(folder: Path, base: Base, rows: list[Row], provenance: Provenance) -> None:
     model = PeftModel.from_pretrained(base.causal_lm(), folder)
     asked = Golden()
-    prompts = golden_prompts(model, base.tokenizer, rows, asked.prompts, asked.max_new_tokens)
+    prompts = golden_prompts(
+        model, base.tokenizer, rows, asked.prompts, asked.max_new_tokens, stops=base.stops.token_ids
+    )
     write_golden(folder / GOLDEN_FILE, prompts)
     dtype = str(model.dtype).removeprefix("torch.")
     _write_json(folder / PROVENANCE_FILE, {**provenance.model_dump(), "dtype": dtype})

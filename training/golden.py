@@ -4,20 +4,29 @@ Each prompt is worked alone, without padding, so that no neighbour in a batch ca
 are scored teacher-forced: one forward pass over prompt and answer together, as the engine will do it.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from adapters import GoldenPrompt
 from training.data import Row
+from training.masks import encode_prompt
 
 
 def golden_prompts(
-    model: Any, tokenizer: Any, rows: list[Row], count: int, max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    count: int,
+    max_new_tokens: int,
+    *,
+    stops: Collection[int],
 ) -> list[GoldenPrompt]:
     """At most `count` different prompts taken evenly from `rows`, with the adapter's greedy answers.
 
-    `model` is a PeftModel with the adapter switched on; `rows` are `messages` rows. A log-probability is
+    `model` is a PeftModel with the adapter switched on; `rows` are `messages` rows; an answer ends with one of
+    `stops`, or after `max_new_tokens`. A log-probability is
     natural, computed in float32 from the logits of the model in its own dtype.
     """
     prompts = {repr(row["messages"][:-1]): row["messages"][:-1] for row in rows}
@@ -26,15 +35,15 @@ def golden_prompts(
         [distinct[at * len(distinct) // count] for at in range(count)] if len(distinct) > count else distinct
     )
     model.eval()
-    return [_golden_prompt(model, tokenizer, messages, max_new_tokens) for messages in chosen]
+    return [_golden_prompt(model, tokenizer, messages, max_new_tokens, stops) for messages in chosen]
 
 
 @torch.inference_mode()
 def _golden_prompt(
-    model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int
+    model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int, stops: Collection[int]
 ) -> GoldenPrompt:
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    answer = _greedy(model, prompt, max_new_tokens)
+    prompt = encode_prompt(tokenizer, messages)
+    answer = _greedy(model, prompt, max_new_tokens, stops)
     logprobs = _score(model, prompt, answer)
     with model.disable_adapter():
         base_logprobs = _score(model, prompt, answer)
@@ -47,27 +56,20 @@ def _golden_prompt(
     )
 
 
-def _greedy(model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
+def _greedy(model: Any, prompt: list[int], max_new_tokens: int, stops: Collection[int]) -> list[int]:
     """The likeliest token, again and again, up to and with a stop token.
 
     Not `generate`, which follows the penalties and biases of the base's generation_config.json.
     """
-    stops = stop_tokens(model)
     answer: list[int] = []
     given, cache = prompt, None
-    while len(answer) < max_new_tokens and answer[-1:] not in ([stop] for stop in stops):
+    while len(answer) < max_new_tokens and not (answer and answer[-1] in stops):
         out = model(
             input_ids=torch.tensor([given], device=model.device), past_key_values=cache, use_cache=True
         )
         answer.append(int(out.logits[0, -1].argmax()))
         given, cache = answer[-1:], out.past_key_values
     return answer
-
-
-def stop_tokens(model: Any) -> list[int]:
-    """The tokens that end an answer."""
-    stop = model.generation_config.eos_token_id
-    return list(stop) if isinstance(stop, list) else [stop]
 
 
 def _score(model: Any, prompt: list[int], answer: list[int]) -> list[float]:

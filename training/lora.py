@@ -27,6 +27,7 @@ from adapters import AdapterError, AdapterRef, AdapterStore, Manifest, fingerpri
 from adapters.validate import TEMPLATE_FILE
 from training.config import AdapterJob, ConfigError, Lora, RopeScaling
 from training.own_code import own_code_refused
+from training.stop_tokens import Stops, find_stops
 from training.templates import named
 
 _BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -54,8 +55,8 @@ class Base:
     tokenizer: Any
     template: str | None
     """The chat template that an adapter brings along; None where it is the base's own."""
-    stop: tuple[str, ...]
-    """Texts that end an answer, besides the base's own stop tokens."""
+    stops: Stops
+    """What ends an answer."""
     quantization: str | None = None
     """`4bit` or `8bit`: how it is held while an adapter is trained on it."""
     rope_scaling: RopeScaling | None = None
@@ -68,8 +69,7 @@ class Base:
         """
         model = AutoModelForCausalLM.from_pretrained(self.folder, **self._loading(plain, dtype))
         _let_gradients_pass(model)
-        if self.stop:
-            model.generation_config.eos_token_id = self.stop_ids(model.generation_config)
+        model.generation_config.eos_token_id = list(self.stops.token_ids) or None
         return model
 
     def scorer(self) -> Any:
@@ -79,13 +79,6 @@ class Base:
         model = load_scorer(self.folder, **loading)
         _let_gradients_pass(model)
         return model
-
-    def stop_ids(self, generation: Any) -> list[int]:
-        """The stop tokens of the model's generation config, and those among the stop texts that are one token."""
-        special = set(self.tokenizer.all_special_tokens)
-        ids = [self.tokenizer.convert_tokens_to_ids(text) for text in self.stop if text in special]
-        own = generation.eos_token_id
-        return list(dict.fromkeys([*(own if isinstance(own, list) else [own]), *ids]))
 
     def config(self) -> Any:
         """What config.json says, with the context stretched as the job asks. Raises ConfigError."""
@@ -159,9 +152,9 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
     folder = base_folder(config.base_model, trust_remote_code=trust)
     digest = fingerprint(folder)  # of no model, it fails with a better word than the loaders
     with own_code_refused(f"base_model: {base_name(config.base_model)}", "set `trust_remote_code: true`"):
-        AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    template, stop = _template(config, store)
+    template, asked = _template(config, store)
     if template is not None:
         tokenizer.chat_template = template
     if tokenizer.chat_template is None and must_chat:
@@ -175,23 +168,24 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
         digest,
         tokenizer,
         template,
-        stop,
+        find_stops(folder, model_config, tokenizer, asked.texts, asked.token_ids),
         config.quantization,
         config.rope_scaling,
         trust,
     )
 
 
-def _template(config: AdapterJob, store: AdapterStore) -> tuple[str | None, tuple[str, ...]]:
-    """The chat template that a job names, or that the adapter it goes on with has; and the stop strings."""
+def _template(config: AdapterJob, store: AdapterStore) -> tuple[str | None, Stops]:
+    """The chat template that a job names, or that the adapter it goes on with has; and what ends its answers."""
     if config.chat_template is not None:
         chosen = named(config.chat_template)
-        return chosen.jinja, chosen.stop
+        return chosen.jinja, Stops(texts=chosen.stop)
     if config.starts_from is None:
-        return None, ()
+        return None, Stops()
     manifest, folder = find_adapter(store, config.starts_from)
     path = folder / TEMPLATE_FILE
-    return path.read_text(encoding="utf-8") if path.exists() else None, tuple(manifest.stop)
+    template = path.read_text(encoding="utf-8") if path.exists() else None
+    return template, Stops(tuple(manifest.stop_token_ids), tuple(manifest.stop))
 
 
 def base_folder(base_model: str, *, trust_remote_code: bool = False) -> Path:

@@ -55,6 +55,8 @@ class _Answer:
     number: int
     """Of the message, from 1."""
     spans: list[tuple[int, int]]
+    end: int
+    """Where its content ends."""
     is_stopped: bool
     """Do the spans hold the stop token already?"""
     limit: int
@@ -92,6 +94,25 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     text = _render(tokenizer, list(messages), prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def template_stops(tokenizer: Any) -> list[int]:
+    """The tokens with which the chat template ends an answer, inside a chat and at its end: those that are learnt.
+
+    Empty where the template ends answers with no special token, or shows a chat so that none can be found.
+    """
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    found: list[int] = []
+    for messages in (turns, turns * 2):
+        try:
+            text = _render(tokenizer, messages)
+            tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            begins = _begins(tokenizer, tokens["input_ids"], tokens["offset_mapping"])
+            for answer in _answers(tokenizer, messages, text):
+                found.append(tokens["input_ids"][_stop(tokenizer, tokens["input_ids"], begins, answer)])
+        except MaskError:
+            continue
+    return list(dict.fromkeys(found))
 
 
 def is_served_alike(tokenizer: Any, messages: Sequence[Message]) -> bool:
@@ -150,7 +171,7 @@ def _answers(tokenizer: Any, messages: list[Message], text: str) -> list[_Answer
                 raise MaskError(
                     f"message {at + 1}: the chat template's generation marks do not enclose the answer"
                 )
-        answers.append(_Answer(at + 1, own, bool(text[end : own[-1][1]].strip()), limit))
+        answers.append(_Answer(at + 1, own, end, bool(text[end : own[-1][1]].strip()), limit))
     if not answers:
         raise MaskError("the chat template's generation marks leave out every answer")
     return answers
@@ -262,7 +283,7 @@ def _stop(tokenizer: Any, ids: list[int], begins: list[int], answer: _Answer) ->
     directly, as in `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`."""
     special, stops = _stop_tokens(tokenizer, tokenizer.get_chat_template(), tokenizer.eos_token_id)
     beyond = bisect_left(begins, answer.limit)
-    at = bisect_left(begins, answer.spans[-1][1])
+    at = bisect_left(begins, answer.end if answer.is_stopped else answer.spans[-1][1])
     while at < beyond and ids[at] not in special:
         at += 1
     if at == beyond or ids[at] not in stops:

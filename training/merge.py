@@ -20,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -49,6 +48,7 @@ from training.peft_folder import (
     read_adapter,
     read_template,
 )
+from training.stop_tokens import Stops, find_stops, model_stops
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ class _Given:
     digest: str
     """SHA-256 of the file of tensors."""
     template: str | None
-    stop: tuple[str, ...]
-    """Texts and tokens that end an answer, besides the base's own."""
+    stops: Stops
+    """What ends an answer, besides the base's own."""
     tokenizer: Path | None
     """The folder with its own tokenizer, if it brings one and the embeddings for it."""
 
@@ -176,7 +176,7 @@ def _given(ref: str, folder: Path, facts: Provenance) -> _Given:
         base_fingerprint=facts.base_fingerprint,
         digest=sha256(adapter.file),
         template=read_template(folder),
-        stop=tuple(facts.stop),
+        stops=Stops(tuple(facts.stop_token_ids), tuple(facts.stop)),
         tokenizer=None,
     )
 
@@ -306,26 +306,24 @@ def _save(model: Any, target: Path, base: Path, given: Sequence[_Given], trust: 
         raise InvalidAdapter(
             [f"the tokenizer has {len(tokenizer)} tokens, and the model rows for {rows} only"]
         )
-    _keep_stop(next((one.stop for one in reversed(given) if one.stop or one.template), ()), tokenizer, target)
+    asked = next((one.stops for one in reversed(given) if one.stops != Stops() or one.template), Stops())
+    stops = find_stops(target, model.config, tokenizer, asked.texts, asked.token_ids)
+    generation = target / GENERATION_CONFIG_NAME
+    more = set(stops.token_ids) - {*model_stops(target, model.config), tokenizer.eos_token_id}
+    if more and generation.is_file():  # as text: transformers refuses to save much of what it reads
+        settings = json.loads(generation.read_text(encoding="utf-8")) | {
+            "eos_token_id": list(stops.token_ids)
+        }
+        generation.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    warn_of_stop_texts(stops.texts)
     if model.config.pad_token_id is None:  # without one, a model that scores takes no batch
         model.config.pad_token_id = tokenizer.pad_token_id
         model.config.save_pretrained(target)
 
 
-def _keep_stop(stop: Sequence[str], tokenizer: Any, target: Path) -> None:
-    tokens = [text for text in stop if text in tokenizer.all_special_tokens]
-    if tokens and (target / GENERATION_CONFIG_NAME).is_file():
-        generation = GenerationConfig.from_pretrained(target)
-        own = generation.eos_token_id
-        ids = [*(own if isinstance(own, list) else [own]), *tokenizer.convert_tokens_to_ids(tokens)]
-        generation.eos_token_id = [token for token in dict.fromkeys(ids) if token is not None]
-        generation.save_pretrained(target)
-    warn_of_stop_texts(stop, tokenizer)
-
-
-def warn_of_stop_texts(stop: Sequence[str], tokenizer: Any) -> None:
+def warn_of_stop_texts(texts: Sequence[str]) -> None:
     """Say which stop strings a base model cannot bring along: engines read stop tokens from it, and no texts."""
-    if texts := [text for text in stop if text not in tokenizer.all_special_tokens]:
+    if texts:
         log.warning(
             "a base model has no place for stop strings, here %s: send them as `stop` with each request, and name "
             "the same `chat_template` in jobs that go on with it",

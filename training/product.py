@@ -48,7 +48,9 @@ def write_result(
     if ranks.leads():
         log.info("%s: writing %d golden prompts, by which a server proves it", config.name, golden.prompts)
     # By every process: where weights are sharded, a forward pass takes them all.
-    prompts = golden_prompts(model, base.tokenizer, rows, golden.prompts, golden.max_new_tokens)
+    prompts = golden_prompts(
+        model, base.tokenizer, rows, golden.prompts, golden.max_new_tokens, stops=base.stops.token_ids
+    )
     if ranks.leads():
         write_golden(result / GOLDEN_FILE, prompts)
     _write_provenance(model, base, config, run, metrics, task="chat")
@@ -70,7 +72,7 @@ def write_base(model: Any, base: Base, config: AdapterJob, run: Run, *, metrics:
         )
     if ranks.leads():
         base.tokenizer.save_pretrained(result)
-        warn_of_stop_texts(base.stop, base.tokenizer)
+        warn_of_stop_texts(base.stops.texts)
     _write_provenance(model, base, config, run, metrics, task="chat")
     return result
 
@@ -99,14 +101,22 @@ def write_reward_adapter(
 def write_for_rollouts(model: Any, base: Base, config: AdapterJob, run: Run, *, rows: list[Row]) -> Path:
     """Write the adapter `default` as it is now, for a service that proves it by a few of `rows` and samples by it."""
     folder = _write_weights(model, base, run, _ROLLOUTS)
-    prompts = golden_prompts(model, base.tokenizer, rows, _ROLLOUTS_PROVED_BY, config.golden.max_new_tokens)
+    prompts = golden_prompts(
+        model,
+        base.tokenizer,
+        rows,
+        _ROLLOUTS_PROVED_BY,
+        config.golden.max_new_tokens,
+        stops=base.stops.token_ids,
+    )
     write_golden(folder / GOLDEN_FILE, prompts)
     provenance = Provenance(
         stage=config.stage,  # type: ignore[attr-defined]
         base_model=base.name,
         base_fingerprint=base.fingerprint,
         dtype=_dtype(model),
-        run_id=run.id,  # no stop strings: in a rollout an answer ends with a token
+        stop_token_ids=list(base.stops.token_ids),  # and no texts: in a rollout an answer ends with a token
+        run_id=run.id,
     )
     text = provenance.model_dump_json(indent=2) + "\n"
     (folder / PROVENANCE_FILE).write_text(text, encoding="utf-8")
@@ -164,7 +174,8 @@ def _write_provenance(
         base_model=base.name,
         base_fingerprint=base.fingerprint,
         dtype=_dtype(model),
-        stop=list(base.stop),
+        stop=list(base.stops.texts),
+        stop_token_ids=list(base.stops.token_ids),
         parent=_parent(config, run),
         run_id=run.id,
         data_digests={file.name: sha256(file) for file in data_files(config)},

@@ -22,7 +22,9 @@ class LoadedAdapter:
     template: str | None = None
     """Its own chat template, in place of the base model's."""
     stop: tuple[str, ...] = ()
-    """What ends an answer, besides what the client says."""
+    """Texts that end an answer, besides what the client says."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end an answer, besides the base model's own."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,13 @@ class Engine(Protocol):
         ...
 
     async def load(
-        self, name: str, folder: Path, *, template: str | None = None, stop: Sequence[str] = ()
+        self,
+        name: str,
+        folder: Path,
+        *,
+        template: str | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> LoadedAdapter:
         """Load a validated adapter between two steps. Raises AdapterRefused; then nothing of it is left."""
         ...

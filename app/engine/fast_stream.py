@@ -158,7 +158,7 @@ class Generation:
         sampling_params: Any,
         request_id: str,
         options: dict[str, Any],
-        stop: Collection[str] = (),
+        stop: Collection[str | int] = (),
     ) -> None:
         """`stop`: what ends the answer as the model's own last token does, and is no client's stop string."""
         self.prompt_tokens = 0

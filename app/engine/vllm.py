@@ -38,6 +38,7 @@ from app import errors
 from app.engine import launch
 from app.engine.base import Answer, Endpoint, Events, LoadedAdapter, OnTokens, Parameters, TokenScore
 from app.engine.fast_stream import FastOutputProcessor
+from app.engine.stops import resolved
 from app.engine.template import Template, Templates
 from app.engine.vllm_endpoints import Endpoints, parameters
 from app.engine.vllm_errors import api_error, translated, unavailable
@@ -196,10 +197,19 @@ class VllmEngine:
         return processor.stalled_seconds if isinstance(processor, FastOutputProcessor) else 0.0
 
     async def load(
-        self, name: str, folder: Path, *, template: str | None = None, stop: Sequence[str] = ()
+        self,
+        name: str,
+        folder: Path,
+        *,
+        template: str | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> LoadedAdapter:
         """See Engine.load."""
-        adapter = LoadedAdapter(name, next(self._adapter_ids), folder, template, tuple(stop))
+        tokenizer = self._llm.renderer.tokenizer
+        known = tokenizer.get_added_vocab() if tokenizer else {}
+        stops = resolved(name, stop, stop_token_ids, known, self._llm.model_config.get_vocab_size())
+        adapter = LoadedAdapter(name, next(self._adapter_ids), folder, template, *stops)
         await self._open_template(adapter)
         try:
             await self._unless_dead(self._llm.add_lora(_lora_request(adapter)))
@@ -283,6 +293,7 @@ class VllmEngine:
     ) -> list[int]:
         """See Engine.greedy."""
         parameters = SamplingParams(max_tokens=max_tokens, temperature=0, detokenize=False)
+        parameters.stop_token_ids = list(adapter.stop_token_ids) if adapter else []
         output = await self._generate(list(prompt_token_ids), parameters, adapter)
         return list(output.outputs[0].token_ids)
 
@@ -336,7 +347,7 @@ class VllmEngine:
             lora=None if adapter is None else _lora_request(adapter),
             renderer=self._renderer(adapter, is_short=is_short(body)),
             has_own_template=adapter is not None and adapter.engine_id in self._own_templates,
-            stop=adapter.stop if adapter else (),
+            stop=(*adapter.stop, *adapter.stop_token_ids) if adapter else (),
             fingerprint=fingerprint,
             on_tokens=on_tokens,
         )

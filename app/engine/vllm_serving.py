@@ -6,7 +6,7 @@ endpoint; a shallow copy of it, with what is asked of whom, serves one request.
 
 import copy
 import json
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Self
@@ -50,7 +50,8 @@ class Asked:
     lora: LoRARequest | None
     renderer: OnlineRenderer
     has_own_template: bool
-    stop: tuple[str, ...]
+    stop: tuple[str | int, ...]
+    """Texts and tokens that end the adapter's answers."""
     fingerprint: str
     on_tokens: OnTokens
 
@@ -73,24 +74,34 @@ class _OneModel(OpenAIServingModels):
 class _Client:
     """The engine, as vLLM's serving code sees it while it answers one request.
 
-    What it generates is counted, and ends at the adapter's stop strings as well as at the client's.
+    What it generates is counted, and ends where the adapter was taught to end as well as where the client says.
     """
 
-    def __init__(self, llm: AsyncLLM, stop: Sequence[str], on_tokens: OnTokens) -> None:
+    def __init__(self, llm: AsyncLLM, asked: Asked) -> None:
         self._llm = llm
-        self._stop = stop
-        self._on_tokens = on_tokens
+        self._asked = asked
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> "_Outputs":
-        theirs = sampling_params.stop or ()
-        own = [stop for stop in self._stop if stop not in theirs] if sampling_params.detokenize else []
-        if own:
-            sampling_params.stop = [*theirs, *own]
+        own = self._end_as_taught(sampling_params)
         generation = Generation(self._llm, prompt, sampling_params, request_id, options, own)
-        return _Outputs(generation, self._on_tokens)
+        return _Outputs(generation, self._asked.on_tokens)
+
+    def _end_as_taught(self, parameters: Any) -> list[int | str]:
+        """Add what ends the adapter's answers; returns what of it the client did not ask for itself."""
+        if parameters.ignore_eos:
+            return []
+        own = [
+            stop for stop in self._asked.stop if stop not in (*parameters.stop, *parameters.stop_token_ids)
+        ]
+        tokens = [stop for stop in own if isinstance(stop, int)]
+        if parameters.detokenize:
+            parameters.stop = [*parameters.stop, *(stop for stop in own if isinstance(stop, str))]
+        parameters.stop_token_ids = [*parameters.stop_token_ids, *tokens]
+        parameters.all_stop_token_ids.update(tokens)  # none of them may come before min_tokens
+        return own
 
 
 class _Outputs:
@@ -125,7 +136,7 @@ class Ours:
         one.asked = asked
         one.models = _OneModel(asked.model, asked.lora)
         one.online_renderer = asked.renderer
-        one.engine_client = _Client(llm, asked.stop, asked.on_tokens)
+        one.engine_client = _Client(llm, asked)
         one.system_fingerprint = asked.fingerprint
         return one
 

@@ -42,10 +42,16 @@ class FakeEngine:
             raise EngineUnavailable("the engine stopped")
 
     async def load(
-        self, name: str, folder: Path, *, template: str | None = None, stop: Sequence[str] = ()
+        self,
+        name: str,
+        folder: Path,
+        *,
+        template: str | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> LoadedAdapter:
         self._alive()
-        adapter = LoadedAdapter(name, next(self._ids), folder, template, tuple(stop))
+        adapter = LoadedAdapter(name, next(self._ids), folder, template, tuple(stop), tuple(stop_token_ids))
         if template is not None and template.count("{% for ") != template.count("{% endfor %}"):
             raise AdapterRefused(f"the chat template of {name} cannot be compiled")
         await asyncio.sleep(self.seconds)

@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 
 from training.config import ConfigError
 from training.data import Row
-from training.golden import stop_tokens
 from training.lora import Base, continued
 
 Messages = list[dict[str, Any]]
@@ -60,7 +59,7 @@ class Policy:
         """`adapter`: the folder of the one to begin with."""
         model = base.causal_lm()
         self.tokenizer = tokenizer = base.tokenizer
-        self.stops = stop_tokens(model)
+        self.stops = list(base.stops.token_ids)
         # Pure sampling: any penalty or cut of the base's own would make the KL estimate wrong.
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stops[0]
         model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=self._pad)

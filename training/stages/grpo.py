@@ -15,7 +15,6 @@ with patch.object(import_utils, "is_vllm_available", lambda min_version=None: Fa
 
 from training.config import GrpoConfig
 from training.data import read_documents, read_prompts, report
-from training.golden import stop_tokens
 from training.lora import find_base, trainable
 from training.preferences import answerable, prompts_of
 from training.product import write_result
@@ -49,7 +48,6 @@ def run(config: GrpoConfig, run: Run) -> Path:
     )
 
     to_train = trainable(config, base, run.store)
-    stops = stop_tokens(to_train["model"])
 
     def reward(
         prompts: Any, completions: Any, completion_ids: Any, reference: Any, log_metric: Any, **_: Any
@@ -58,7 +56,7 @@ def run(config: GrpoConfig, run: Run) -> Path:
         total, parts = rewards(asked, reference)
         for name, mean in parts.items():
             log_metric(name, mean)
-        is_cut = [ids[-1] not in stops for ids in completion_ids]
+        is_cut = [ids[-1] not in base.stops.token_ids for ids in completion_ids]
         return (total - config.no_stop_penalty * torch.tensor(is_cut)).tolist()
 
     trainers = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
