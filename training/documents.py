@@ -4,10 +4,8 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
-
 from training.data import Row
-from training.masks import MaskError
+from training.masks import encode_chat
 
 # What ends a text, by the names that model families give it. The end token of a chat model is that of a turn.
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<eos>", "</s>")
@@ -19,11 +17,7 @@ def encode_document(row: Row, tokenizer: Any) -> list[int]:
     Raises MaskError for a chat that the template refuses.
     """
     if "messages" in row:
-        try:
-            rendered: list[int] = tokenizer.apply_chat_template(row["messages"], return_dict=False)
-        except (TemplateError, TypeError) as error:
-            raise MaskError(f"the chat template refuses this chat: {error}") from error
-        return rendered
+        return encode_chat(tokenizer, row["messages"])
     tokens: list[int] = tokenizer(row["text"])["input_ids"]
     end = _end_of_text(tokenizer)
     return tokens if tokens[-1:] == [end] else [*tokens, end]

@@ -14,10 +14,11 @@ from torch.nn.functional import cross_entropy
 
 from training import packing, ranks
 from training.boards import Boards
-from training.config import AdapterJob
+from training.config import AdapterJob, OnError
 from training.data import DataError, Row
 from training.documents import encode_document
 from training.events import Evaluation, read_events
+from training.examples import Tokens, encoded
 from training.masks import encode
 from training.progress import Meter
 from training.run import Run
@@ -38,8 +39,8 @@ class Forgetting:
     def __init__(
         self, rows: Sequence[Row], tokenizer: Any, config: AdapterJob, run: Run, boards: Boards
     ) -> None:
-        """Raises DataError if no row has a token to count, MaskError for a chat whose answers cannot be found."""
-        self._examples = _examples(rows, tokenizer, config.max_length)
+        """Raises DataError if no row has a token to count, or for a chat whose answers cannot be found."""
+        self._examples = _examples(rows, tokenizer, config.max_length, config.on_error)
         self._config = config
         self._run = run
         self._boards = boards
@@ -84,19 +85,22 @@ class Forgetting:
         return metrics[_METRIC]
 
 
-def _examples(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[packing.Row]:
+def _examples(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error: OnError) -> list[packing.Row]:
     """Token ids, cut at `max_length`, and labels; rows without a token to count are left out."""
-    examples = []
-    for row in rows:
+
+    def encode_row(row: Row) -> Tokens:
         if "messages" in row:
-            encoded = encode(tokenizer, row["messages"], max_length)
-            ids, mask = encoded.input_ids, encoded.loss_mask
+            found = encode(tokenizer, row["messages"], max_length)
+            ids, mask = found.input_ids, found.loss_mask
         else:
             ids = encode_document(row, tokenizer)[:max_length]
             mask = [1] * len(ids)
-        if any(mask[1:]):  # nothing foretells the first token
-            labels = [token if counts else packing.IGNORED for token, counts in zip(ids, mask, strict=True)]
-            examples.append({"input_ids": ids, "labels": labels})
+        labels = [token if counts else packing.IGNORED for token, counts in zip(ids, mask, strict=True)]
+        return {"input_ids": ids, "labels": labels}
+
+    found = [tokens for _, tokens in encoded(rows, on_error, encode_row)]
+    # Nothing foretells the first token.
+    examples = [tokens for tokens in found if any(label >= 0 for label in tokens["labels"][1:])]
     if len(examples) < len(rows):
         log.warning(
             "%d of %d rows of general_files have no token to count within max_length %d, and are left out",

@@ -4,14 +4,42 @@ Each prompt is worked alone, without padding, so that no neighbour in a batch ca
 are scored teacher-forced: one forward pass over prompt and answer together, as the engine will do it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from adapters import GoldenPrompt
-from training.data import Row
-from training.masks import encode_prompt
+from training.data import DataError, Row
+from training.masks import MaskError, encode_prompt
+
+
+def prompts_of(rows: Sequence[Row]) -> list[Row]:
+    """The prompts of any rows, as chats without an answer to learn."""
+    return [{"messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in rows]
+
+
+def provable(rows: Sequence[Row], tokenizer: Any, positions: int | None, max_new_tokens: int) -> list[Row]:
+    """The chats whose question, with an answer of `max_new_tokens`, fits into the `positions` of the model.
+
+    Others are no golden prompts: no server could replay them. Raises DataError if none is left.
+    """
+
+    def fits(row: Row) -> bool:
+        try:
+            prompt = encode_prompt(tokenizer, row["messages"][:-1])
+        except MaskError:  # a question that the template refuses alone
+            return False
+        return positions is None or len(prompt) + max_new_tokens < positions
+
+    found = [row for row in rows if fits(row)]
+    if not found:
+        raise DataError(
+            f"none of {len(rows)} rows can be a golden prompt, by which a server proves the adapter: with "
+            f"golden.max_new_tokens {max_new_tokens}, no question fits into the {positions} positions of the base "
+            "model; shorten golden.max_new_tokens, or add rows with short questions"
+        )
+    return found
 
 
 def golden_prompts(

@@ -1,6 +1,7 @@
 """The base model with its tokenizer, and the LoRA adapter to be trained on it, fresh or continued."""
 
 import gc
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -27,8 +28,11 @@ from adapters import AdapterError, AdapterRef, AdapterStore, Manifest, fingerpri
 from adapters.validate import TEMPLATE_FILE
 from training.config import AdapterJob, ConfigError, Lora, RopeScaling
 from training.own_code import own_code_refused
+from training.reward_head import read_by_mask
 from training.stop_tokens import Stops, find_stops
 from training.templates import named
+
+log = logging.getLogger(__name__)
 
 _BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _LINEAR = (torch.nn.Linear, Conv1D)  # what "all-linear" means to PEFT
@@ -78,6 +82,7 @@ class Base:
         loading["config"].num_labels = 1
         model = load_scorer(self.folder, **loading)
         _let_gradients_pass(model)
+        read_by_mask(model)
         return model
 
     def config(self) -> Any:
@@ -86,6 +91,33 @@ class Base:
         if self.rope_scaling is not None:
             stretch(config, self.rope_scaling, self.name)
         return config
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that a server gives prompt and answer together; None where the model sets no limit."""
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def longest(self, config: AdapterJob) -> int:
+        """The most tokens of a row: `max_length`, as far as the model has positions for it and for what it answers.
+
+        Raises ConfigError if none are left.
+        """
+        answer = getattr(config, "max_new_tokens", 0)
+        there = getattr(self.config().get_text_config(), "max_position_embeddings", None)
+        if there is not None and self.rope_scaling is not None:
+            there = int(there * self.rope_scaling.factor)
+        if there is None or config.max_length + answer <= there:
+            return config.max_length
+        if there <= answer:
+            raise ConfigError(
+                f"max_new_tokens: {self.name} has {there} positions, for prompt and answer together"
+            )
+        log.warning(
+            "%s has %d positions: rows of at most %d tokens are learnt from, not of max_length %d",
+            self.name, there, there - answer, config.max_length,
+        )  # fmt: skip
+        return there - answer
 
     def _loading(self, plain: bool, dtype: torch.dtype | None) -> dict[str, Any]:
         loading: dict[str, Any] = {
@@ -154,6 +186,7 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
     with own_code_refused(f"base_model: {base_name(config.base_model)}", "set `trust_remote_code: true`"):
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    _let_padding_be_known(tokenizer, model_config)
     template, asked = _template(config, store)
     if template is not None:
         tokenizer.chat_template = template
@@ -173,6 +206,17 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
         config.rope_scaling,
         trust,
     )
+
+
+def _let_padding_be_known(tokenizer: Any, config: Any) -> None:
+    """Some tokenizers have no padding token, or one past the embeddings, which the model cannot look up.
+
+    Any token does: whatever is filled up is masked.
+    """
+    pad, rows = tokenizer.pad_token_id, config.get_text_config().vocab_size
+    if pad is None or pad >= rows:
+        end = tokenizer.eos_token_id
+        tokenizer.pad_token_id = end if end is not None and end < rows else 0
 
 
 def _template(config: AdapterJob, store: AdapterStore) -> tuple[str | None, Stops]:

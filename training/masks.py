@@ -96,6 +96,12 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return ids
 
 
+def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The ids of a whole chat, with whatever the template puts after the last message."""
+    ids: list[int] = tokenizer(_render(tokenizer, list(messages)), add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def template_stops(tokenizer: Any) -> list[int]:
     """The tokens with which the chat template ends an answer, inside a chat and at its end: those that are learnt.
 

@@ -17,7 +17,7 @@ from adapters.validate import TEMPLATE_FILE
 from training import ranks
 from training.config import AdapterJob
 from training.data import Row
-from training.golden import golden_prompts
+from training.golden import golden_prompts, provable
 from training.lora import Base, adapted, find_adapter, release
 from training.merge import warn_of_stop_texts
 from training.new_base import merge_adapter
@@ -27,6 +27,16 @@ log = logging.getLogger(__name__)
 
 _RESULT, _UNMERGED, _ROLLOUTS = "result", "unmerged", "rollouts"
 _ROLLOUTS_PROVED_BY = 2
+
+
+def golden_rows(rows: list[Row], base: Base, config: AdapterJob) -> list[Row]:
+    """Those of `rows` that can become golden prompts; asked before training, which may take hours.
+
+    Raises DataError if there are none, and the product needs some.
+    """
+    if config.makes_base:
+        return []
+    return provable(rows, base.tokenizer, base.positions, config.golden.max_new_tokens)
 
 
 def write_result(

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
@@ -18,6 +19,25 @@ class SupervisedTrainer(SFTTrainer):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         score_learnt_only(self.model)
+
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None, None]:
+        """Counts what each evaluation row's learnt tokens cost, and which of them the model holds for likeliest."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            found = model(**inputs, use_cache=False, fused_lm_head=True)
+        of_rows = torch.stack([-found.log_probs.double(), found.is_top1.double(), found.label_mask.double()])
+        self._counted.append(self.accelerator.gather_for_metrics(of_rows.sum(-1).T.contiguous()).cpu())
+        return -found.log_probs.sum() / found.label_mask.sum().clamp(min=1), None, None
+
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        """TRL's, with means over all learnt tokens. A mean of batches depends on how rows share them."""
+        self._counted: list[torch.Tensor] = []
+        output = super().evaluation_loop(*arguments, **options)
+        nats, right, tokens = torch.cat(self._counted).sum(0).tolist()
+        (loss,) = [name for name in output.metrics if name.endswith("_loss")]
+        output.metrics[loss] = nats / tokens
+        output.metrics[loss.removesuffix("loss") + "mean_token_accuracy"] = right / tokens
+        return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows = train_dataset or self.train_dataset

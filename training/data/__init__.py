@@ -18,6 +18,8 @@ from training.data.chats import Row
 from training.data.errors import DataError
 from training.data.overlap import Report, report
 from training.data.reading import (
+    judge,
+    place,
     read_chats,
     read_documents,
     read_feedback,
@@ -29,6 +31,8 @@ __all__ = [
     "DataError",
     "Report",
     "Row",
+    "judge",
+    "place",
     "read_chats",
     "read_documents",
     "read_feedback",

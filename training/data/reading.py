@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from training.config import OnError, Source
 from training.data.chats import Row, to_chat, to_document
@@ -14,6 +15,19 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 20
 _STOP = OnError()
+
+
+class _Placed(dict[str, Any]):
+    """A row that knows where it was read, for errors that only its chat template brings to light."""
+
+    def __init__(self, row: Row, place: str) -> None:
+        super().__init__(row)
+        self.place = place
+
+
+def place(row: Row) -> str:
+    """File and line that a row was read at."""
+    return row.place if isinstance(row, _Placed) else "a row"
 
 
 def read_chats(sources: Sequence[Source], on_error: OnError = _STOP, seed: int = 0) -> list[Row]:
@@ -53,12 +67,12 @@ def _read(
     for source in sources:
         found.append([])
         for path in source.files:
-            for place, value in read_values(path):
+            for at, value in read_values(path):
                 try:
-                    found[-1] += canonical(_fields(value))
+                    found[-1] += [_Placed(row, f"{path.name}:{at}") for row in canonical(_fields(value))]
                 except BadRow as reason:
-                    problems.append(f"{path.name}:{place}: {reason}")
-    _judge(problems, on_error)
+                    problems.append(f"{path.name}:{at}: {reason}")
+    judge(problems, on_error)
     rows: list[Row] = []
     for number, (source, of_source) in enumerate(zip(sources, found, strict=True)):
         if not of_source:
@@ -87,7 +101,7 @@ def _fields(value: object) -> Row:
     return {key: item for key, item in value.items() if item is not None}
 
 
-def _judge(problems: list[str], on_error: OnError) -> None:
+def judge(problems: list[str], on_error: OnError) -> None:
     """Raises DataError if there are more bad rows than may be skipped, or else tells of those that are."""
     if not problems:
         return

@@ -15,6 +15,8 @@ from transformers import GenerationConfig
 from training.config import ConfigError
 from training.data import Row
 from training.lora import Base, continued
+from training.masks import encode_chat, encode_prompt
+from training.reward_head import at_last
 
 Messages = list[dict[str, Any]]
 
@@ -61,7 +63,7 @@ class Policy:
         self.tokenizer = tokenizer = base.tokenizer
         self.stops = list(base.stops.token_ids)
         # Pure sampling: any penalty or cut of the base's own would make the KL estimate wrong.
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stops[0]
+        self._pad = tokenizer.pad_token_id
         model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=self._pad)
         self.model = continued(model, base, adapter)
         self.model.load_adapter(adapter, _REFERENCE)
@@ -124,10 +126,7 @@ class Policy:
 
     def encoded(self, prompts: Sequence[Messages]) -> list[list[int]]:
         """Token ids of the prompts, ready to be answered."""
-        return [
-            self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-            for prompt in prompts
-        ]
+        return [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
 
     def _answers(self, token_ids: Tensor, attention: Tensor, generated: Tensor, there: Tensor) -> Answers:
         """`there` is 0 where `generated` is filled up; what follows a stop need not be marked."""
@@ -166,14 +165,11 @@ class Policy:
     @torch.no_grad()
     def scores(self, name: str, head: Tensor, conversations: Sequence[Messages]) -> Tensor:
         """What a reward adapter gives whole conversations, (n,): read where stage rm trained it to be read."""
-        encoded = [
-            self.tokenizer.apply_chat_template(messages, return_dict=False) for messages in conversations
-        ]
+        encoded = [encode_chat(self.tokenizer, messages) for messages in conversations]
         token_ids, attention = self._pad_to(max(map(len, encoded)), encoded, left=False)
         with self._using(name):
             hidden = self._forward(token_ids, attention, logits_to_keep=1).hidden_states[-1]
-        last = attention.sum(1) - 1
-        return hidden[torch.arange(len(encoded)), last].float() @ head
+        return at_last(hidden, attention).float() @ head
 
     def _forward(self, token_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Any:
         return self.model(

@@ -24,6 +24,7 @@ from adapters.validate import TEMPLATE_FILE
 from training.config import ConfigError
 from training.config import Reward as RewardConfig
 from training.lora import Base, base_folder, base_name, check_base, find_adapter
+from training.masks import encode_chat
 from training.own_code import own_code_refused
 from training.rl.policy import Messages, Policy
 
@@ -114,7 +115,9 @@ def standalone_scorer(adapter: str, base: Base, store: AdapterStore) -> Scorer:
     @torch.no_grad()
     def score(conversations: Sequence[Messages], references: Sequence[str]) -> list[float]:
         return [
-            float(model(**_rendered(base.tokenizer, messages, model.device)).logits[0, 0])
+            float(
+                model(torch.tensor([encode_chat(base.tokenizer, messages)], device=model.device)).logits[0, 0]
+            )
             for messages in conversations
         ]
 

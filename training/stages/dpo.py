@@ -1,15 +1,17 @@
 """Direct preference optimisation: pairs of answers in, an adapter that prefers the better ones out."""
 
 from pathlib import Path
+from typing import Any
 
 from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
 
 from training.config import DpoConfig
 from training.data import read_documents, read_preferences, report
+from training.examples import pairs
+from training.golden import prompts_of
 from training.lora import find_base, trainable
-from training.preferences import dataset, prompts_of
-from training.product import write_result
+from training.product import golden_rows, write_result
 from training.run import Run
 from training.trainer import arguments, fit, prepare
 
@@ -25,19 +27,29 @@ def run(config: DpoConfig, run: Run) -> Path:
     general_rows = read_documents(config.general_files, config.on_error)
     report(train_rows, evaluation_rows, general_rows).log()
     base = find_base(config, run.store)
-    trainer = DPOTrainer(
+    longest = base.longest(config)
+    train = pairs(train_rows, base.tokenizer, longest, config.on_error)
+    evaluation = pairs(evaluation_rows, base.tokenizer, longest, config.on_error)
+    golden = golden_rows(prompts_of(evaluation.rows or train.rows), base, config)
+    trainer = _Trainer(
         args=TrlConfig(
             **arguments(config, run),
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
-            max_length=config.max_length,
+            max_length=longest,
             beta=config.beta,
         ),
-        train_dataset=dataset(train_rows, base.tokenizer, config.max_length),
-        eval_dataset=dataset(evaluation_rows, base.tokenizer, config.max_length) if evaluation_rows else None,
+        train_dataset=train.dataset(),
+        eval_dataset=evaluation.dataset(),
         processing_class=base.tokenizer,
         **trainable(config, base, run.store),
     )
     metrics = fit(trainer, config, run, general_rows)
-    rows = prompts_of(evaluation_rows or train_rows)
-    return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)
+    return write_result(trainer.model, base, config, run, rows=golden, metrics=metrics)
+
+
+class _Trainer(DPOTrainer):
+    """Takes rows that are tokens already."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset

@@ -15,9 +15,10 @@ with patch.object(import_utils, "is_vllm_available", lambda min_version=None: Fa
 
 from training.config import GrpoConfig
 from training.data import read_documents, read_prompts, report
+from training.examples import prompts
+from training.golden import prompts_of
 from training.lora import find_base, trainable
-from training.preferences import answerable, prompts_of
-from training.product import write_result
+from training.product import golden_rows, write_result
 from training.rl.rewards import Rewards, names, plain_scorer, standalone_scorer
 from training.run import Run
 from training.trainer import arguments, fit, prepare
@@ -33,7 +34,8 @@ def run(config: GrpoConfig, run: Run) -> Path:
     general_rows = read_documents(config.general_files, config.on_error)
     report(rows, [], general_rows).log()
     base = find_base(config, run.store)
-    rows = answerable(rows, base.tokenizer, config.max_length)
+    rows = prompts(rows, base.tokenizer, base.longest(config), config.on_error).rows
+    golden = golden_rows(prompts_of(rows), base, config)
     rewards = Rewards(
         [
             (
@@ -50,9 +52,9 @@ def run(config: GrpoConfig, run: Run) -> Path:
     to_train = trainable(config, base, run.store)
 
     def reward(
-        prompts: Any, completions: Any, completion_ids: Any, reference: Any, log_metric: Any, **_: Any
+        completions: Any, completion_ids: Any, reference: Any, log_metric: Any, **given: Any
     ) -> list[float]:
-        asked = [[*prompt, *answer] for prompt, answer in zip(prompts, completions, strict=True)]
+        asked = [[*prompt, *answer] for prompt, answer in zip(given["prompts"], completions, strict=True)]
         total, parts = rewards(asked, reference)
         for name, mean in parts.items():
             log_metric(name, mean)
@@ -77,7 +79,7 @@ def run(config: GrpoConfig, run: Run) -> Path:
         **to_train,
     )
     metrics = fit(trainer, config, run, general_rows) | _earned(trainer.state.log_history)
-    return write_result(trainer.model, base, config, run, rows=prompts_of(rows), metrics=metrics)
+    return write_result(trainer.model, base, config, run, rows=golden, metrics=metrics)
 
 
 def _earned(logs: list[dict[str, float]]) -> dict[str, float]:

@@ -4,15 +4,17 @@ Pairs of answers are taken too: the chosen one is good, the rejected one bad.
 """
 
 from pathlib import Path
+from typing import Any
 
 from trl import KTOConfig as TrlConfig
 from trl import KTOTrainer
 
 from training.config import KtoConfig
 from training.data import read_documents, read_feedback, report
+from training.examples import feedback
+from training.golden import prompts_of
 from training.lora import find_base, trainable
-from training.preferences import dataset, prompts_of
-from training.product import write_result
+from training.product import golden_rows, write_result
 from training.run import Run
 from training.trainer import arguments, fit, prepare
 
@@ -28,24 +30,27 @@ def run(config: KtoConfig, run: Run) -> Path:
     general_rows = read_documents(config.general_files, config.on_error)
     report(train_rows, evaluation_rows, general_rows).log()
     base = find_base(config, run.store)
-    trainer = KTOTrainer(
+    longest = base.longest(config)
+    train = feedback(train_rows, base.tokenizer, longest, config.on_error)
+    evaluation = feedback(evaluation_rows, base.tokenizer, longest, config.on_error)
+    golden = golden_rows(prompts_of(evaluation.rows or train.rows), base, config)
+    trainer = _Trainer(
         args=TrlConfig(
             **arguments(config, run),
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
-            max_length=config.max_length,
+            max_length=longest,
             beta=config.beta,
             # Good and bad answers weigh alike, however many there are of each (arXiv:2402.01306, eq. 8).
             **_weights(train_rows),
         ),
-        train_dataset=dataset(train_rows, base.tokenizer, config.max_length),
-        eval_dataset=dataset(evaluation_rows, base.tokenizer, config.max_length) if evaluation_rows else None,
+        train_dataset=train.dataset(),
+        eval_dataset=evaluation.dataset(),
         processing_class=base.tokenizer,
         **trainable(config, base, run.store),
     )
     metrics = fit(trainer, config, run, general_rows)
-    rows = prompts_of(evaluation_rows or train_rows)
-    return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)
+    return write_result(trainer.model, base, config, run, rows=golden, metrics=metrics)
 
 
 def _weights(rows: list[dict[str, object]]) -> dict[str, float]:
@@ -54,3 +59,18 @@ def _weights(rows: list[dict[str, object]]) -> dict[str, float]:
     if not good or not bad:
         return {}
     return {"desirable_weight": max(1.0, bad / good), "undesirable_weight": max(1.0, good / bad)}
+
+
+class _Trainer(KTOTrainer):
+    """Takes rows that are tokens already."""
+
+    def _prepare_dataset(self, dataset: Any, _tokenizer: Any, args: Any, _name: str) -> Any:
+        """With the answers of each batch turned by one row, by which TRL estimates the KL term."""
+        if not self.calculate_KL:
+            return dataset
+
+        def turn(batch: Any) -> Any:
+            answers = batch["completion_ids"]
+            return {**batch, "KL_completion_ids": [answers[-1], *answers[:-1]]}
+
+        return dataset.map(turn, batched=True, batch_size=args.per_device_train_batch_size)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read when the module below is imported
 
@@ -10,11 +11,14 @@ from trl.experimental.orpo import ORPOTrainer
 
 from training.config import OrpoConfig
 from training.data import read_documents, read_preferences, report
+from training.examples import pairs
+from training.golden import prompts_of
 from training.lora import find_base, trainable
-from training.preferences import dataset, prompts_of
-from training.product import write_result
+from training.product import golden_rows, write_result
 from training.run import Run
 from training.trainer import arguments, fit, prepare
+
+_NOT_LEARNT = -100
 
 
 def run(config: OrpoConfig, run: Run) -> Path:
@@ -28,19 +32,36 @@ def run(config: OrpoConfig, run: Run) -> Path:
     general_rows = read_documents(config.general_files, config.on_error)
     report(train_rows, evaluation_rows, general_rows).log()
     base = find_base(config, run.store)
-    trainer = ORPOTrainer(
+    longest = base.longest(config)
+    train = pairs(train_rows, base.tokenizer, longest, config.on_error)
+    evaluation = pairs(evaluation_rows, base.tokenizer, longest, config.on_error)
+    golden = golden_rows(prompts_of(evaluation.rows or train.rows), base, config)
+    trainer = _Trainer(
         args=TrlConfig(
             **arguments(config, run),
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
-            max_length=config.max_length,
+            max_length=longest,
             beta=config.beta,
         ),
-        train_dataset=dataset(train_rows, base.tokenizer, config.max_length),
-        eval_dataset=dataset(evaluation_rows, base.tokenizer, config.max_length) if evaluation_rows else None,
+        train_dataset=train.dataset(),
+        eval_dataset=evaluation.dataset(),
         processing_class=base.tokenizer,
         **trainable(config, base, run.store),
     )
     metrics = fit(trainer, config, run, general_rows)
-    rows = prompts_of(evaluation_rows or train_rows)
-    return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)
+    return write_result(trainer.model, base, config, run, rows=golden, metrics=metrics)
+
+
+class _Trainer(ORPOTrainer):
+    """Takes rows that are tokens already; TRL's puts a bos token before each, and an end token behind."""
+
+    def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
+        prompt = feature["prompt_ids"]
+        found: dict[str, Any] = {}
+        for which in ("chosen", "rejected"):
+            ids = [*prompt, *feature[f"{which}_ids"]]
+            found[f"{which}_input_ids"] = ids
+            found[f"{which}_attention_mask"] = [1] * len(ids)
+            found[f"{which}_labels"] = [_NOT_LEARNT] * len(prompt) + ids[len(prompt) :]
+        return found

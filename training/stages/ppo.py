@@ -22,10 +22,11 @@ from training.config import PpoConfig
 from training.data import Row, read_documents, read_prompts, report
 from training.events import Evaluation, Progress
 from training.events import Stopped as StoppedEvent
+from training.examples import prompts
 from training.forgetting import Forgetting
+from training.golden import prompts_of
 from training.lora import Base, check_base, find_adapter, find_base
-from training.preferences import answerable, prompts_of
-from training.product import write_for_rollouts, write_result
+from training.product import golden_rows, write_for_rollouts, write_result
 from training.progress import Meter
 from training.rl.objective import (
     KlCoefficient,
@@ -67,21 +68,24 @@ def run(config: PpoConfig, run: Run) -> Path:
     Raises ConfigError (the base, the policy or a reward cannot be had), DataError, Stopped.
     """
     prepare(config)
-    prompts = read_prompts(config.train_files, config.on_error, config.seed)
-    held_out = read_prompts(config.evaluation_files, config.on_error)
+    train_rows = read_prompts(config.train_files, config.on_error, config.seed)
+    evaluation_rows = read_prompts(config.evaluation_files, config.on_error)
     general_rows = read_documents(config.general_files, config.on_error)
-    report(prompts, held_out, general_rows).log()
+    report(train_rows, evaluation_rows, general_rows).log()
     base = find_base(config, run.store)
-    prompts = answerable(prompts, base.tokenizer, config.max_length)
+    longest = base.longest(config)
+    train = prompts(train_rows, base.tokenizer, longest, config.on_error).rows
+    held_out = prompts(evaluation_rows, base.tokenizer, longest, config.on_error).rows
+    rows = golden_rows(prompts_of(held_out or train), base, config)
     manifest, folder = find_adapter(run.store, config.policy)
     check_base(manifest, base)
-    policy, rows = Policy(base, folder), prompts_of(held_out or prompts)
+    policy = Policy(base, folder)
     with sampler(
         config, policy, lambda: write_for_rollouts(policy.model, base, config, run, rows=rows)
     ) as rollouts:
         ppo = Ppo(config, policy, base, run, rollouts)
         few = held_out[:: max(1, len(held_out) // _EVALUATION_PROMPTS)]
-        metrics = ppo.train(prompts, few, general_rows)
+        metrics = ppo.train(train, few, general_rows)
     return write_result(policy.model, base, config, run, rows=rows, metrics=metrics)
 
 

@@ -12,11 +12,12 @@ from peft import TaskType
 from trl import SFTConfig as TrlConfig
 
 from training import packing
-from training.config import ConfigError, PtConfig
+from training.config import ConfigError, OnError, PtConfig
 from training.data import DataError, Row, read_documents, report
 from training.documents import encode_document, split
+from training.examples import encoded
 from training.lora import Base, find_base, lora_config, vocabulary_name
-from training.product import write_base, write_result
+from training.product import golden_rows, write_base, write_result
 from training.run import Run
 from training.supervised import SupervisedTrainer
 from training.trainer import arguments, fit, prepare
@@ -42,8 +43,14 @@ def run(config: PtConfig, run: Run) -> Path:
     has_chats = any("messages" in row for row in (*train_rows, *evaluation_rows, *general_rows))
     base = find_base(config, run.store, must_chat=has_chats or not config.makes_base)
     pieces = add_tokens(base.tokenizer, config.new_tokens)
-    examples = _examples(train_rows, base.tokenizer, config.max_length)
-    held_out = _examples(evaluation_rows, base.tokenizer, config.max_length)
+    longest = base.longest(config)
+    examples = _examples(train_rows, base.tokenizer, longest, config.on_error)
+    held_out = _examples(evaluation_rows, base.tokenizer, longest, config.on_error)
+    golden = (
+        []
+        if config.makes_base
+        else golden_rows(_questions(evaluation_rows or train_rows, config.golden.prompts), base, config)
+    )
     to_train = _trainable(config, base, pieces)
     is_packed = _is_packed(config, to_train["model"])
     trainer = SupervisedTrainer(
@@ -51,11 +58,11 @@ def run(config: PtConfig, run: Run) -> Path:
             **arguments(config, run),
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
-            max_length=config.max_length,
+            max_length=longest,
             train_sampling_strategy="group_by_length",  # of evaluation rows
         ),
         data_collator=packing.collate if is_packed else None,
-        train_dataset=Dataset.from_list(packing.pack(examples, config.max_length) if is_packed else examples),
+        train_dataset=Dataset.from_list(packing.pack(examples, longest) if is_packed else examples),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=base.tokenizer,
         **to_train,
@@ -63,8 +70,7 @@ def run(config: PtConfig, run: Run) -> Path:
     metrics = fit(trainer, config, run, general_rows)
     if config.full:
         return write_base(trainer.model, base, config, run, metrics=metrics)
-    rows = _questions(evaluation_rows or train_rows, config.golden.prompts)
-    return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)
+    return write_result(trainer.model, base, config, run, rows=golden, metrics=metrics)
 
 
 def _trainable(config: PtConfig, base: Base, pieces: Pieces) -> dict[str, Any]:
@@ -90,9 +96,10 @@ def _is_packed(config: PtConfig, model: Any) -> bool:
     return False
 
 
-def _examples(rows: list[Row], tokenizer: Any, max_length: int) -> list[packing.Row]:
+def _examples(rows: list[Row], tokenizer: Any, max_length: int, on_error: OnError) -> list[packing.Row]:
     """Documents with their end token, all of whose tokens are learnt; long ones in parts of equal length."""
-    parts = [part for row in rows for part in split(encode_document(row, tokenizer), max_length)]
+    documents = encoded(rows, on_error, lambda row: {"input_ids": encode_document(row, tokenizer)})
+    parts = [part for _, tokens in documents for part in split(tokens["input_ids"], max_length)]
     examples = [{"input_ids": part, "labels": list(part)} for part in parts if len(part) > 1]
     if rows and not examples:
         raise DataError("the documents are empty")

@@ -6,14 +6,13 @@ The reward of a conversation is read at the last token of its rendering by the c
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import TaskType
 from trl import RewardConfig as TrlConfig
 from trl import RewardTrainer
 
 from training.config import RmConfig
-from training.data import Row, read_preferences, report
-from training.lengths import within
+from training.data import read_preferences, report
+from training.examples import conversations
 from training.lora import find_base, lora_config
 from training.product import write_reward_adapter
 from training.run import Run
@@ -30,6 +29,7 @@ def run(config: RmConfig, run: Run) -> Path:
     evaluation_rows = read_preferences(config.evaluation_files, config.on_error)
     report(train_rows, evaluation_rows).log()
     base = find_base(config, run.store)
+    longest = base.longest(config)
     model = base.scorer()
     trainer = _Trainer(
         model=model,
@@ -37,27 +37,16 @@ def run(config: RmConfig, run: Run) -> Path:
             **arguments(config, run),
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
-            max_length=config.max_length,
+            max_length=longest,
             center_rewards_coefficient=config.center_rewards,
         ),
-        train_dataset=_dataset(train_rows, base.tokenizer, config.max_length),
-        eval_dataset=_dataset(evaluation_rows, base.tokenizer, config.max_length)
-        if evaluation_rows
-        else None,
+        train_dataset=conversations(train_rows, base.tokenizer, longest, config.on_error).dataset(),
+        eval_dataset=conversations(evaluation_rows, base.tokenizer, longest, config.on_error).dataset(),
         processing_class=base.tokenizer,
         peft_config=lora_config(config.lora, TaskType.SEQ_CLS, model, ["score"]),
     )
     metrics = fit(trainer, config, run)
     return write_reward_adapter(trainer.model, base, config, run, metrics=metrics)
-
-
-def _dataset(rows: list[Row], tokenizer: Any, max_length: int) -> Dataset:
-    def ids(row: Row, which: str) -> list[int]:
-        found: list[int] = tokenizer.apply_chat_template([*row["prompt"], *row[which]], return_dict=False)
-        return found
-
-    pairs = [{f"{which}_ids": ids(row, which) for which in ("chosen", "rejected")} for row in rows]
-    return Dataset.from_list(within(max_length, pairs, lambda pair: max(map(len, pair.values()))))
 
 
 class _Trainer(RewardTrainer):

@@ -4,15 +4,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from trl import SFTConfig as TrlConfig
 
 from training import packing
-from training.config import ConfigError, SftConfig
+from training.config import ConfigError, OnError, SftConfig
 from training.data import DataError, Row, read_chats, read_documents, report
+from training.examples import Examples, Tokens, encoded
 from training.lora import find_base, trainable
-from training.masks import encode
-from training.product import write_result
+from training.masks import Encoded, encode
+from training.product import golden_rows, write_result
 from training.run import Run
 from training.supervised import SupervisedTrainer
 from training.trainer import arguments, fit, prepare
@@ -32,52 +32,60 @@ def run(config: SftConfig, run: Run) -> Path:
     general_rows = read_documents(config.general_files, config.on_error)
     report(train_rows, evaluation_rows, general_rows).log()
     base = find_base(config, run.store)
-    examples = _examples(train_rows, base.tokenizer, config.max_length)
-    held_out = _examples(evaluation_rows, base.tokenizer, config.max_length) if evaluation_rows else None
+    longest = base.longest(config)
+    train = _examples(train_rows, base.tokenizer, longest, config.on_error)
+    evaluation = _examples(evaluation_rows, base.tokenizer, longest, config.on_error)
+    golden = golden_rows(evaluation.rows or train.rows, base, config)
     to_train = trainable(config, base, run.store)
     if config.packing:
         if not packing.is_exact(to_train["model"]):
             raise ConfigError(
                 f"packing: {base.name} is of an architecture that cannot keep packed rows apart: leave it out"
             )
-        examples = packing.pack(examples, config.max_length)
+        train = Examples(train.rows, packing.pack(train.tokens, longest))
     trainer = SupervisedTrainer(
         args=TrlConfig(
             **arguments(config, run),
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
-            max_length=config.max_length,
+            max_length=longest,
             train_sampling_strategy="group_by_length",  # of evaluation rows
             neftune_noise_alpha=config.neftune_noise_alpha,
         ),
         data_collator=packing.collate if config.packing else None,
-        train_dataset=Dataset.from_list(examples),
-        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        train_dataset=train.dataset(),
+        eval_dataset=evaluation.dataset(),
         processing_class=base.tokenizer,
         **to_train,
     )
     metrics = fit(trainer, config, run, general_rows)
-    rows = evaluation_rows or train_rows
-    return write_result(trainer.model, base, config, run, rows=rows, metrics=metrics)
+    return write_result(trainer.model, base, config, run, rows=golden, metrics=metrics)
 
 
-def _examples(rows: list[Row], tokenizer: Any, max_length: int) -> list[packing.Row]:
-    """Token ids, and labels that leave out all but the assistant's words."""
-    encoded = [encode(tokenizer, row["messages"], max_length) for row in rows]
-    learnable = [one for one in encoded if any(one.loss_mask)]
-    if cut := sum(one.is_cut for one in encoded):
+def _examples(rows: list[Row], tokenizer: Any, max_length: int, on_error: OnError) -> Examples:
+    """Token ids, and labels that leave out all but the assistant's words; long rows are cut."""
+    cut = 0
+
+    def encode_row(row: Row) -> Tokens:
+        nonlocal cut
+        found: Encoded = encode(tokenizer, row["messages"], max_length)
+        cut += found.is_cut
+        labels = [
+            token if learnt else packing.IGNORED
+            for token, learnt in zip(found.input_ids, found.loss_mask, strict=True)
+        ]
+        return {"input_ids": found.input_ids, "labels": labels}
+
+    found = encoded(rows, on_error, encode_row)
+    kept = [(row, tokens) for row, tokens in found if any(label >= 0 for label in tokens["labels"])]
+    if cut:
         log.warning("%d of %d rows are longer than max_length %d and are cut", cut, len(rows), max_length)
-    if left_out := len(encoded) - len(learnable):
-        log.warning("of %d of %d rows no answer is left to learn, and they are left out", left_out, len(rows))
-    if not learnable:
+    if len(kept) < len(found):
+        log.warning(
+            "of %d of %d rows no answer is left to learn, and they are left out",
+            len(found) - len(kept),
+            len(rows),
+        )
+    if rows and not kept:
         raise DataError(f"no row has an answer within max_length {max_length}: raise it")
-    return [
-        {
-            "input_ids": one.input_ids,
-            "labels": [
-                token if learnt else packing.IGNORED
-                for token, learnt in zip(one.input_ids, one.loss_mask, strict=True)
-            ],
-        }
-        for one in learnable
-    ]
+    return Examples([row for row, _ in kept], [tokens for _, tokens in kept])
