@@ -14,7 +14,7 @@ from adapters.errors import (
 from adapters.fingerprint import fingerprint
 from adapters.golden import GOLDEN_FILE, GoldenPrompt, read_golden, write_golden
 from adapters.log import LogEntry
-from adapters.manifest import PROVENANCE_FILE, Manifest, Provenance
+from adapters.manifest import PROVENANCE_FILE, Manifest, Provenance, Rounding
 from adapters.ref import DEFAULT_ALIAS, AdapterRef
 from adapters.store import AdapterStore
 from adapters.traffic import CANARY, SHADOW, Traffic, is_in_share
@@ -41,6 +41,7 @@ __all__ = [
     "NothingToRollBack",
     "Provenance",
     "RevisionDiff",
+    "Rounding",
     "StoreDamaged",
     "Traffic",
     "diff",

@@ -14,6 +14,15 @@ TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
+class Rounding(BaseModel):
+    """How far the scores of golden prompts move when they are computed in bfloat16: nats, the mean over all tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    base: float = Field(ge=0, description="Of the base model alone")
+    adapter: float = Field(ge=0, description="Of base and adapter")
+
+
 class Provenance(BaseModel):
     """What only the trainer knows. A run writes it beside the weights as provenance.json."""
 
@@ -30,6 +39,10 @@ class Provenance(BaseModel):
     )
     base_fingerprint: str | None = None
     dtype: Dtype = Field(default="float32", description="What the golden prompts were computed in")
+    rounding: Rounding | None = Field(
+        default=None,
+        description="What bfloat16 makes of the scores of the golden prompts, measured by the trainer",
+    )
     stop: list[Stop] = Field(
         default=[],
         max_length=16,

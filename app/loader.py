@@ -115,15 +115,17 @@ class Loader:
         dtype = engine.dtype if staged.recorded else staged.manifest.dtype
         proof = self._proofs.get(staged.ref)
         if proof and staged.golden:
-            await prove_again(engine, loaded, staged.golden, dtype, proof)
+            await prove_again(engine, loaded, staged.golden, proof)
             return
         golden = staged.golden or await record(engine, loaded)
-        proof = self._proofs[staged.ref] = await prove(engine, loaded, golden, dtype)
+        proof = self._proofs[staged.ref] = await prove(
+            engine, loaded, golden, dtype, staged.manifest.rounding
+        )
         if staged.recorded and not staged.golden:
             await asyncio.to_thread(_keep, staged.recorded, golden)
         logger.info(
-            "%s proved itself: %d tokens of %d golden prompts, largest difference %.1e",
-            staged.ref, proof.tokens, proof.prompts, max(proof.adapter_difference, proof.base_difference),
+            "%s proved itself: over %d tokens of %d golden prompts, log-probabilities differ by %.1e nats in the mean",
+            staged.ref, proof.evidence.tokens, proof.prompts, proof.evidence.adapter_difference,
         )  # fmt: skip
 
 

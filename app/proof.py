@@ -1,8 +1,8 @@
 """Proof of effect: the adapter that answers is the adapter that was trained.
 
-The trainer wrote down how likely it found each of its own greedy tokens, with the adapter and without.
-The live engine scores the same tokens both ways. It must agree with the trainer on both, and hold every
-token for the likeliest; and the two must differ, or the adapter has no effect.
+The trainer wrote down how likely it found each of its own greedy tokens, with the adapter and without. The live engine
+scores the same tokens both ways. Over all of them it must agree with the trainer on both, as far as rounding allows,
+and the adapter must move the base model as much as it did in training (`app.evidence`).
 """
 
 import asyncio
@@ -10,16 +10,10 @@ from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from adapters import GoldenPrompt
+from adapters import GoldenPrompt, Rounding
 from app.engine.base import Engine, LoadedAdapter, TokenScore
 from app.errors import BadRequest, ProofFailed
-
-# Largest difference in natural log-probability that rounding explains, by the coarser of the two dtypes.
-# float32 was measured at 5e-5 between transformers and vLLM on CPU; half precision keeps 8 (bfloat16) or
-# 11 (float16) bits, which grows to about these over the layers of an 8 B model.
-TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.3}
-_MIN_EFFECT = 3.0
-"""An adapter must move at least one token's log-probability by this many tolerances."""
+from app.evidence import Evidence, gather, likely_base, likely_cause, limits
 
 _AT_ONCE = 2
 """Golden prompts scored together: enough to keep the engine busy, and too few to stall a step."""
@@ -42,58 +36,85 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class Proof:
-    """What was seen. Differences are in natural log-probability, the largest over all tokens."""
+    """What was seen, and what a later look at one prompt is held to."""
 
     prompts: int
-    tokens: int
-    adapter_difference: float
-    base_difference: float
-    effect: float
+    evidence: Evidence
     most_telling: int
     """The index of the golden prompt on which the adapter differs most from the base model."""
-
-
-async def prove(
-    engine: Engine, adapter: LoadedAdapter, golden: Sequence[GoldenPrompt], trainer_dtype: str
-) -> Proof:
-    """Replay golden prompts on the live engine, a few at a time so that other streams hardly notice.
-
-    Raises ProofFailed saying what was expected and what was seen.
-    """
-    tolerance = _tolerance(engine, trainer_dtype)
-    seen: list[_Seen] = []
-    for begin in range(0, len(golden), _AT_ONCE):
-        replays = [
-            _replay(engine, adapter, prompt, tolerance, f"golden prompt {number} of {len(golden)}")
-            for number, prompt in enumerate(golden[begin : begin + _AT_ONCE], start=begin + 1)
-        ]
-        seen += await _all_ended(replays)
-    effect = max(one.effect for one in seen)
-    if effect < _MIN_EFFECT * tolerance:
-        raise ProofFailed(
-            f"{adapter.name} failed its proof: it has no effect (no token's log-probability differs from the base "
-            f"model's by more than {effect:.2g}, expected at least {_MIN_EFFECT * tolerance:.2g}): was it trained?"
-        )
-    return Proof(
-        prompts=len(golden),
-        tokens=sum(len(prompt.token_ids) for prompt in golden),
-        adapter_difference=max(one.adapter_difference for one in seen),
-        base_difference=max(one.base_difference for one in seen),
-        effect=effect,
-        most_telling=[one.effect for one in seen].index(effect),
-    )
+    still_right: float
+    """How far its scores for that prompt may be from the trainer's when it is loaded again: nats, their mean."""
 
 
 @dataclass(frozen=True)
-class _Seen:
-    adapter_difference: float
-    base_difference: float
-    effect: float
+class _Replay:
+    """The scores of one golden prompt."""
+
+    base: list[TokenScore]
+    adapter: list[TokenScore]
 
 
-async def _replay(
-    engine: Engine, adapter: LoadedAdapter, prompt: GoldenPrompt, tolerance: float, which: str
-) -> _Seen:
+async def prove(
+    engine: Engine,
+    adapter: LoadedAdapter,
+    golden: Sequence[GoldenPrompt],
+    trainer_dtype: str,
+    rounding: Rounding | None = None,
+) -> Proof:
+    """Replay golden prompts on the live engine, a few at a time so that other streams hardly notice.
+
+    `rounding` is what the trainer measured of bfloat16. Raises ProofFailed saying what was expected, what was seen,
+    what that is likely due to, and what an operator can do.
+    """
+    replays: list[_Replay] = []
+    for begin in range(0, len(golden), _AT_ONCE):
+        replays += await _all_ended(
+            _replay(engine, adapter, prompt, f"golden prompt {number} of {len(golden)}")
+            for number, prompt in enumerate(golden[begin : begin + _AT_ONCE], start=begin + 1)
+        )
+    evidence = gather(golden, [one.base for one in replays], [one.adapter for one in replays])
+    allowed = _judge(adapter.name, engine.dtype, evidence, rounding, trainer_dtype)
+    telling = [
+        gather([prompt], [one.base], [one.adapter]) for prompt, one in zip(golden, replays, strict=True)
+    ]
+    most = max(range(len(telling)), key=lambda at: telling[at].effect)
+    return Proof(len(golden), evidence, most, telling[most].adapter_difference + 2 * allowed)
+
+
+def _judge(
+    name: str, engine_dtype: str, evidence: Evidence, rounding: Rounding | None, trainer_dtype: str
+) -> float:
+    """The difference that is allowed to the adapter. Raises ProofFailed."""
+    where = f"{name} failed its proof"
+    if not evidence.is_number:
+        raise ProofFailed(
+            f"{where}: the engine's scores are no numbers: its weights hold NaN or infinity, or {engine_dtype} cannot "
+            "hold what it computes; try XINGLIN_DTYPE=float32, or train it again"
+        )
+    allowed = limits(evidence, rounding, trainer_dtype, engine_dtype)
+    on = f"over {evidence.tokens} golden tokens"
+    if evidence.base_difference > allowed.base:
+        raise ProofFailed(
+            f"{where}: the base model alone is not the one it was trained on ({on}, log-probabilities differ by "
+            f"{evidence.base_difference:.2g} nats in the mean; rounding explains {allowed.base:.2g}): "
+            f"{likely_base(evidence, engine_dtype)}"
+        )
+    if evidence.expected_effect < allowed.effect:
+        raise ProofFailed(
+            f"{where}: it has no effect ({on}, it moves log-probabilities by {evidence.expected_effect:.2g} nats in "
+            f"the mean, which in {engine_dtype} is not told from rounding, {allowed.effect:.2g}): was it trained? "
+            "Train it longer, or serve it in XINGLIN_DTYPE=float32"
+        )
+    if evidence.adapter_difference > allowed.adapter or abs(evidence.slope - 1) > allowed.slope:
+        raise ProofFailed(
+            f"{where}: it does not answer as it did in training ({on}, log-probabilities differ by "
+            f"{evidence.adapter_difference:.2g} nats in the mean, and rounding explains {allowed.adapter:.2g}; its "
+            f"effect is {evidence.slope:.2f} times that of training): {likely_cause(evidence)}"
+        )
+    return allowed.adapter
+
+
+async def _replay(engine: Engine, adapter: LoadedAdapter, prompt: GoldenPrompt, which: str) -> _Replay:
     where = f"{adapter.name} failed its proof at {which}"
     try:
         rendered = await engine.render(prompt.messages, adapter)
@@ -111,18 +132,7 @@ async def _replay(
             f"{len(prompt.prompt_token_ids)} tokens, saw {len(rendered)}): publish it with the chat_template.jinja it "
             "was trained with, and serve it on the base model and tokenizer"
         )
-    base_difference, at = _worst(base, prompt.base_logprobs)
-    if not base_difference <= tolerance:
-        raise ProofFailed(
-            f"{where}: the base model alone is not the one it was trained on (log-probability of token "
-            f"{at + 1}: expected {prompt.base_logprobs[at]:.4f}, saw {base[at].logprob:.4f}, tolerance "
-            f"{tolerance:g})"
-        )
-    return _Seen(
-        adapter_difference=_check(where, prompt, scores, tolerance),
-        base_difference=base_difference,
-        effect=max(abs(s.logprob - b.logprob) for s, b in zip(scores, base, strict=True)),
-    )
+    return _Replay(base, scores)
 
 
 async def _all_ended(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -135,7 +145,7 @@ async def _all_ended(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def prove_again(
-    engine: Engine, adapter: LoadedAdapter, golden: Sequence[GoldenPrompt], trainer_dtype: str, proof: Proof
+    engine: Engine, adapter: LoadedAdapter, golden: Sequence[GoldenPrompt], proof: Proof
 ) -> None:
     """After a reload into an engine in which it proved itself before: replay its most telling prompt.
 
@@ -144,8 +154,14 @@ async def prove_again(
     """
     prompt = golden[proof.most_telling]
     scores = await engine.score(prompt.prompt_token_ids, prompt.token_ids, adapter)
-    where = f"{adapter.name} failed its proof when it was loaded again"
-    _check(where, prompt, scores, _tolerance(engine, trainer_dtype))
+    difference = gather([prompt], [scores], [scores]).adapter_difference
+    if not difference <= proof.still_right:
+        raise ProofFailed(
+            f"{adapter.name} failed its proof when it was loaded again: over {len(scores)} golden tokens, "
+            f"log-probabilities differ by {difference:.2g} nats in the mean from training; when it proved itself here, "
+            f"rounding explained {proof.still_right:.2g}: its files or its place in the engine were damaged; restart "
+            "the service, and publish it again if that does not help"
+        )
 
 
 async def record(engine: Engine, adapter: LoadedAdapter) -> list[GoldenPrompt]:
@@ -167,35 +183,3 @@ async def record(engine: Engine, adapter: LoadedAdapter) -> list[GoldenPrompt]:
             )
         )
     return golden
-
-
-def _tolerance(engine: Engine, trainer_dtype: str) -> float:
-    return max(TOLERANCE[trainer_dtype], TOLERANCE[engine.dtype])
-
-
-def _check(where: str, prompt: GoldenPrompt, scores: Sequence[TokenScore], tolerance: float) -> float:
-    """The largest difference from the trainer's scores. Raises ProofFailed where it is too large."""
-    difference, at = _worst(scores, prompt.logprobs)
-    if not difference <= tolerance:
-        raise ProofFailed(
-            f"{where}: it does not answer as it did in training (log-probability of token {at + 1}: "
-            f"expected {prompt.logprobs[at]:.4f}, saw {scores[at].logprob:.4f}, tolerance {tolerance:g}): "
-            "its weights were changed, or the engine applies them differently"
-        )
-    doubted = next((i for i, s in enumerate(scores) if s.best - s.logprob > tolerance), None)
-    if doubted is not None:
-        raise ProofFailed(
-            f"{where}: token {doubted + 1} was its likeliest in training and is not here (log-probability "
-            f"{scores[doubted].logprob:.4f}, the likeliest has {scores[doubted].best:.4f})"
-        )
-    return difference
-
-
-def _worst(scores: Sequence[TokenScore], expected: Sequence[float]) -> tuple[float, int]:
-    """The largest difference and its index; a NaN counts as the largest."""
-    differences = [abs(score.logprob - logprob) for score, logprob in zip(scores, expected, strict=True)]
-    at = max(
-        range(len(differences)),
-        key=lambda i: float("inf") if differences[i] != differences[i] else differences[i],
-    )
-    return differences[at], at

@@ -31,7 +31,7 @@ from adapters.errors import shown
 from adapters.validate import CONFIG_FILE, TEMPLATE_FILE, TENSOR_FILE
 from training.config import ConfigError, Golden
 from training.data import Row
-from training.golden import golden_prompts
+from training.golden import golden_prompts, rounding
 from training.lora import Base, base_folder, base_name
 from training.peft_folder import (
     PREFIX,
@@ -226,7 +226,8 @@ def _write_golden(folder: Path, base: Base, rows: list[Row], provenance: Provena
     )
     write_golden(folder / GOLDEN_FILE, prompts)
     dtype = str(model.dtype).removeprefix("torch.")
-    _write_json(folder / PROVENANCE_FILE, {**provenance.model_dump(), "dtype": dtype})
+    told = Provenance(**provenance.model_dump() | {"dtype": dtype, "rounding": rounding(model, prompts)})
+    _write_json(folder / PROVENANCE_FILE, told.model_dump())
     log.info("wrote %d golden prompts", len(prompts))
 
 

@@ -4,12 +4,13 @@ Each prompt is worked alone, without padding, so that no neighbour in a batch ca
 are scored teacher-forced: one forward pass over prompt and answer together, as the engine will do it.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
-from adapters import GoldenPrompt
+from adapters import GoldenPrompt, Rounding
 from training.data import DataError, Row
 from training.masks import MaskError, encode_prompt
 
@@ -64,6 +65,34 @@ def golden_prompts(
     )
     model.eval()
     return [_golden_prompt(model, tokenizer, messages, max_new_tokens, stops) for messages in chosen]
+
+
+@torch.inference_mode()
+def rounding(model: Any, golden: Sequence[GoldenPrompt]) -> Rounding | None:
+    """How far bfloat16 moves the scores of golden prompts, by which a server tells rounding from wrong weights.
+
+    A model in float32 is scored in bfloat16; one in bfloat16 in float16, which rounds to an eighth of that. Its
+    weights stay so: ask when nothing else is to be done with it. None if the numbers are not finite, as of a model that
+    float16 cannot hold.
+    """
+    dtype = torch.bfloat16 if model.dtype == torch.float32 else torch.float16
+    for weight in model.parameters():  # not what it holds beside weights: positions are in float32 everywhere
+        weight.data = weight.data.to(dtype)
+    moved = _mean_difference(model, golden, [prompt.logprobs for prompt in golden])
+    with model.disable_adapter():
+        moved_base = _mean_difference(model, golden, [prompt.base_logprobs for prompt in golden])
+    if not math.isfinite(moved + moved_base):
+        return None
+    return Rounding(base=moved_base, adapter=moved)
+
+
+def _mean_difference(model: Any, golden: Sequence[GoldenPrompt], before: Sequence[list[float]]) -> float:
+    differences = [
+        abs(score - old)
+        for prompt, scores in zip(golden, before, strict=True)
+        for score, old in zip(_score(model, prompt.prompt_token_ids, prompt.token_ids), scores, strict=True)
+    ]
+    return sum(differences) / len(differences)
 
 
 @torch.inference_mode()

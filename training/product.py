@@ -12,12 +12,12 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from adapters import GOLDEN_FILE, PROVENANCE_FILE, Provenance, write_golden
+from adapters import GOLDEN_FILE, PROVENANCE_FILE, Provenance, Rounding, write_golden
 from adapters.validate import TEMPLATE_FILE
 from training import ranks
 from training.config import AdapterJob
 from training.data import Row
-from training.golden import golden_prompts, provable
+from training.golden import golden_prompts, provable, rounding
 from training.lora import Base, adapted, find_adapter, release
 from training.merge import warn_of_stop_texts
 from training.new_base import merge_adapter
@@ -63,7 +63,9 @@ def write_result(
     )
     if ranks.leads():
         write_golden(result / GOLDEN_FILE, prompts)
-    _write_provenance(model, base, config, run, metrics, task="chat")
+    dtype = _dtype(model)
+    moved = None if _is_sharded(model) else rounding(model, prompts)
+    _write_provenance(dtype, base, config, run, metrics, task="chat", moved=moved)
     return result
 
 
@@ -83,7 +85,7 @@ def write_base(model: Any, base: Base, config: AdapterJob, run: Run, *, metrics:
     if ranks.leads():
         base.tokenizer.save_pretrained(result)
         warn_of_stop_texts(base.stops.texts)
-    _write_provenance(model, base, config, run, metrics, task="chat")
+    _write_provenance(_dtype(model), base, config, run, metrics, task="chat")
     return result
 
 
@@ -91,7 +93,7 @@ def _write_merged(model: Any, base: Base, config: AdapterJob, run: Run, metrics:
     if ranks.leads():
         shutil.rmtree(run.folder / _UNMERGED, ignore_errors=True)  # perhaps of a run that was killed
     adapter = _write_weights(model, base, run, _UNMERGED)
-    _write_provenance(model, base, config, run, metrics, task="chat", folder=_UNMERGED)
+    _write_provenance(_dtype(model), base, config, run, metrics, task="chat", folder=_UNMERGED)
     if getattr(config, "new_tokens", ()) and ranks.leads():
         base.tokenizer.save_pretrained(adapter)
     release(model)
@@ -104,7 +106,7 @@ def write_reward_adapter(
 ) -> Path:
     """Write the adapter `default` of a PeftModel that scores, with its score head."""
     result = _write_weights(model, base, run)
-    _write_provenance(model, base, config, run, metrics, task="reward")
+    _write_provenance(_dtype(model), base, config, run, metrics, task="reward")
     return result
 
 
@@ -167,14 +169,20 @@ def _whole(model: Any, names: list[str]) -> Iterator[dict[str, Any]]:
         }
 
 
+def _is_sharded(model: Any) -> bool:
+    """Whether its weights lie in parts with several processes, which keep them as they are."""
+    return is_deepspeed_zero3_enabled() or any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
 def _write_provenance(
-    model: Any,
+    dtype: Any,
     base: Base,
     config: AdapterJob,
     run: Run,
     metrics: dict[str, float],
     task: Any,
     folder: str = _RESULT,
+    moved: Rounding | None = None,
 ) -> None:
     if not ranks.leads():
         return
@@ -183,7 +191,8 @@ def _write_provenance(
         task=task,
         base_model=base.name,
         base_fingerprint=base.fingerprint,
-        dtype=_dtype(model),
+        dtype=dtype,
+        rounding=moved,
         stop=list(base.stops.texts),
         stop_token_ids=list(base.stops.token_ids),
         parent=_parent(config, run),

@@ -6,12 +6,14 @@ from typing import Any
 import app.engine.vllm
 import app.loader
 from app.__main__ import main
+from app.evidence import Evidence
 from app.proof import Proof
 
 
 async def _no_proof(*_: Any) -> Proof:
     """A proof would notice, and nothing would be served."""
-    return Proof(prompts=0, tokens=0, adapter_difference=0, base_difference=0, effect=0, most_telling=0)
+    nothing = Evidence(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    return Proof(prompts=0, evidence=nothing, most_telling=0, still_right=0.0)
 
 
 if __name__ == "__main__":  # the engine's processes import this module too
