@@ -58,6 +58,9 @@ class Provenance(BaseModel):
     )
     run_id: str | None = None
     data_digests: dict[str, str] = Field(default={}, description="File name to SHA-256 of the training data")
+    changed_inputs: list[str] = Field(
+        default=[], description="What of a run's inputs changed while it was interrupted, and was accepted"
+    )
     metrics: dict[str, float] = {}
     licence: str | None = None
     notes: str | None = None

@@ -99,12 +99,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> None:
-    _carry_out(arguments.run, arguments.data_dir)
+    _carry_out(arguments.run, arguments.data_dir, accept_changes=arguments.accept_changes)
 
 
-def _carry_out(run_id: str, data_dir: Path) -> None:
+def _carry_out(run_id: str, data_dir: Path, *, accept_changes: bool = False) -> None:
     try:
-        published = carry_out(run_id, data_dir)
+        published = carry_out(run_id, data_dir, accept_changes=accept_changes)
     except RunStopped as stopped:
         raise RunStopped(f"{stopped}: `python -m training resume {run_id}` goes on from there") from None
     if not ranks.leads():
@@ -207,6 +207,12 @@ def _parser() -> argparse.ArgumentParser:
         "resume", parents=[shared], help="go on with a run from its last checkpoint"
     )
     resume.add_argument("run", metavar="RUN", help="a run id, as `list` gives it")
+    resume.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on although data files, adapters, the base model, reward functions or settings are not what they were "
+        "when the run began; the manifest names what has changed",
+    )
     resume.set_defaults(command=_resume)
 
     demo = subparsers.add_parser(

@@ -22,7 +22,7 @@ from typing import Any
 from adapters import AdapterStore
 from adapters.durable import flock, replace_text
 from training import ranks
-from training.config import AdapterJob, ConfigError, JobConfig, dump_config, load_config
+from training.config import AdapterJob, ConfigError, JobConfig, dump_config, load_config, read_yaml
 from training.events import (
     EVENTS_FILE,
     Cancelled,
@@ -35,6 +35,7 @@ from training.events import (
     read_events,
 )
 from training.events import Stopped as StoppedEvent
+from training.inputs import fixed
 from training.run import Run
 from training.stop import Stopped
 
@@ -73,16 +74,17 @@ def _make_folder(config: JobConfig, data_dir: Path) -> str:
     return folder.name
 
 
-def carry_out(run_id: str, data_dir: Path, *, join: bool = False) -> Published:
+def carry_out(run_id: str, data_dir: Path, *, join: bool = False, accept_changes: bool = False) -> Published:
     """Do the run, or what is left of it, and publish what it made.
 
     A run that was killed, stopped, interrupted or failed goes on from its last checkpoint, and makes what it
-    would have made undisturbed, bit for bit.
+    would have made undisturbed, bit for bit. What it is made from must be what it was at its first start, unless
+    it may `accept_changes`, which the manifest names then.
 
     Whatever ends the run ends its events too: an error as `failed`, KeyboardInterrupt as `cancelled`, a stop
     at a checkpoint as `stopped`; all are raised on. Nothing is half published, however it ends. Raises
-    ConfigError if there is no such run, nothing left to do, or another process at work on it; with `join` it
-    waits for that process, and takes what is made already.
+    ConfigError if there is no such run, nothing left to do, another input than at its start, or another process at
+    work on it; with `join` it waits for that process, and takes what is made already.
     """
     folder = (data_dir / "runs" / run_id).absolute()
     if not (folder / CONFIG_FILE).is_file():
@@ -100,7 +102,7 @@ def carry_out(run_id: str, data_dir: Path, *, join: bool = False) -> Published:
             events.write(Resumed(step=run.steps_done()))
         else:
             events.write(Started(run_id=run_id, stage=config.stage, name=config.name))
-        return _train_and_publish(config, run, data_dir)
+        return _train_and_publish(config, run, data_dir, accept_changes)
 
 
 def is_running(folder: Path) -> bool:
@@ -115,7 +117,7 @@ def is_running(folder: Path) -> bool:
     return False
 
 
-def _train_and_publish(config: JobConfig, run: Run, data_dir: Path) -> Published:
+def _train_and_publish(config: JobConfig, run: Run, data_dir: Path, accept_changes: bool) -> Published:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -123,7 +125,8 @@ def _train_and_publish(config: JobConfig, run: Run, data_dir: Path) -> Published
         if published is None:
             if ranks.leads():  # perhaps half written by a run that was killed
                 shutil.rmtree(run.folder / _RESULT, ignore_errors=True)
-            result = _load_stage(config.stage).run(config, run)
+            stage = _load_stage(config.stage)
+            result = stage.run(ranks.led(lambda: _with_inputs_fixed(config, run, accept_changes)), run)
             published = ranks.led(lambda: _publish(config, result, data_dir))
     except KeyboardInterrupt:
         if run.stop.is_asked or run.last_checkpoint() is None:
@@ -141,6 +144,18 @@ def _train_and_publish(config: JobConfig, run: Run, data_dir: Path) -> Published
     run.events.write(published)
     run.events.write(Succeeded())
     return published
+
+
+def _with_inputs_fixed(config: JobConfig, run: Run, accept_changes: bool) -> JobConfig:
+    base_folder = import_module("training.lora").base_folder
+    return fixed(
+        config,
+        run.folder,
+        read_yaml(run.folder / CONFIG_FILE),
+        run.store,
+        lambda name, trust: base_folder(name, trust_remote_code=trust),
+        accept_changes=accept_changes,
+    )
 
 
 def _load_stage(stage: str) -> Any:

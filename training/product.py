@@ -1,6 +1,5 @@
 """The result of a run: an adapter's folder, with its proof and where it comes from, ready to be published."""
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from training import ranks
 from training.config import AdapterJob
 from training.data import Row
 from training.golden import golden_prompts, provable, rounding
-from training.lora import Base, adapted, find_adapter, release
+from training.inputs import read_inputs
+from training.lora import Base, adapted, release
 from training.merge import warn_of_stop_texts
 from training.new_base import merge_adapter
 from training.run import Run
@@ -186,6 +186,7 @@ def _write_provenance(
 ) -> None:
     if not ranks.leads():
         return
+    inputs = read_inputs(run.folder)
     provenance = Provenance(
         stage=config.stage,  # type: ignore[attr-defined]
         task=task,
@@ -195,9 +196,10 @@ def _write_provenance(
         rounding=moved,
         stop=list(base.stops.texts),
         stop_token_ids=list(base.stops.token_ids),
-        parent=_parent(config, run),
+        parent=config.starts_from,  # by its revision, since the run began
         run_id=run.id,
-        data_digests={file.name: sha256(file) for file in data_files(config)},
+        data_digests=dict(inputs.files),
+        changed_inputs=inputs.changed,
         metrics=metrics,
         licence=config.licence,
         notes=config.notes,
@@ -208,22 +210,3 @@ def _write_provenance(
 
 def _dtype(model: Any) -> Any:
     return str(model.dtype).removeprefix("torch.")
-
-
-def _parent(config: AdapterJob, run: Run) -> str | None:
-    if config.starts_from is None:
-        return None
-    manifest, _ = find_adapter(run.store, config.starts_from)
-    return f"{manifest.name}@{manifest.revision}"
-
-
-def data_files(config: AdapterJob) -> list[Path]:
-    """Every data file a job reads."""
-    sources = [*config.train_files, *config.evaluation_files, *config.general_files]
-    return [file for source in sources for file in source.files]
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,186 @@
+"""What a run is made from, fixed when it starts: each ref as a revision, each file by its digest.
+
+<run>/inputs.json keeps it. Aliases move and files are written anew while a run is stopped, or still under way; a run
+that goes on must go on from the same, or say in the manifest what has changed.
+"""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapters import AdapterError, AdapterRef, AdapterStore
+from adapters.durable import replace_text, sha256
+from training.config import AdapterJob, ConfigError, JobConfig, Reward
+
+INPUTS_FILE = "inputs.json"
+_BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from."""
+
+    settings: Mapping[str, Any]
+    """Those of the job."""
+    files: Mapping[str, str]
+    """SHA-256 of each data file, by name."""
+    refs: Mapping[str, str]
+    """`name@revision` of each adapter, by the ref in the job."""
+    models: Mapping[str, Mapping[str, str]]
+    """SHA-256 of the files of each model that the job reads: the base model, and reward models."""
+    functions: Mapping[str, str]
+    """SHA-256 of the files that reward functions come from, by `module:function`."""
+    changed: list[str] = field(default_factory=list)
+    """What has changed since the run began, and was accepted."""
+
+
+def fixed(
+    config: JobConfig,
+    run: Path,
+    settings: Mapping[str, Any],
+    store: AdapterStore,
+    model_folder: Callable[[str, bool], Path],
+    *,
+    accept_changes: bool,
+) -> JobConfig:
+    """The job with its refs as revisions. `run` keeps what it is made from, from its first start on.
+
+    `settings` are those of the file that `config` was read from. `model_folder` gives the folder of a model, and
+    whether its code is trusted. Raises ConfigError for an input that cannot be had, and, unless told to accept
+    changes, for one that is not what it was when the run began.
+    """
+    now = _look(config, run, settings, store, model_folder)
+    path = run / INPUTS_FILE
+    if path.exists():
+        before = read_inputs(run)
+        changes = [*_changes(before, now)]
+        if changes and not accept_changes:
+            raise ConfigError(
+                f"{run.name} was begun with other inputs:\n  "
+                + "\n  ".join(changes)
+                + f"\nput them back, begin a new run, or go on all the same by `python -m training resume {run.name} "
+                "--accept-changes`, which the manifest will say"
+            )
+        for change in changes:
+            log.warning("goes on although %s", change)
+        now = replace(now, changed=[*before.changed, *changes])
+    replace_text(path, json.dumps(asdict(now), indent=2, ensure_ascii=False) + "\n")
+    return _pinned(config, now.refs)
+
+
+def read_inputs(run: Path) -> Inputs:
+    """What a run was begun with."""
+    return Inputs(**json.loads((run / INPUTS_FILE).read_text(encoding="utf-8")))
+
+
+def _look(
+    config: JobConfig,
+    run: Path,
+    settings: Mapping[str, Any],
+    store: AdapterStore,
+    model_folder: Callable[[str, bool], Path],
+) -> Inputs:
+    sources = [*config.train_files]
+    models: dict[str, dict[str, str]] = {}
+    rewards: list[Reward] = []
+    if isinstance(config, AdapterJob):
+        sources += [*config.evaluation_files, *config.general_files]
+        rewards = getattr(config, "reward", [])
+        asked = [(config.base_model, config.trust_remote_code)]
+        asked += [(reward.model, reward.trust_remote_code) for reward in rewards if reward.model]
+        models = {Path(name).name: _digests(model_folder(name, trust)) for name, trust in asked}
+    return Inputs(
+        settings=settings,
+        files={file.name: sha256(file) for source in sources for file in source.files},
+        refs={ref: _revision(ref, store, run) for ref in _refs(config)},
+        models=models,
+        functions={reward.function: _function(reward.function) for reward in rewards if reward.function},
+    )
+
+
+def _refs(config: JobConfig) -> Iterator[str]:
+    if isinstance(config, AdapterJob):
+        if config.starts_from is not None:
+            yield config.starts_from
+        yield from (reward.adapter for reward in getattr(config, "reward", []) if reward.adapter)
+
+
+def _revision(ref: str, store: AdapterStore, run: Path) -> str:
+    """The revision that a ref names; where it names what this very run has published, the one it named before."""
+    try:
+        manifest = store.get(AdapterRef.parse(ref))
+    except AdapterError as error:
+        raise ConfigError(f"{ref}: {error}; `python -m adapters list` shows what there is") from error
+    found = f"{manifest.name}@{manifest.revision}"
+    return read_inputs(run).refs.get(ref, found) if manifest.run_id == run.name else found
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted({file for pattern in _BASE_FILES for file in folder.glob(pattern)})
+    return {file.name: sha256(file) for file in files}
+
+
+def _function(path: str) -> str:
+    module = path.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError as error:
+        raise ConfigError(f"reward: there is no {path}: {error}") from error
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        raise ConfigError(f"reward: there is no {path}: no module of that name can be found")
+    return sha256(Path(found.origin))
+
+
+def _changes(before: Inputs, now: Inputs) -> Iterator[str]:
+    """What is different, each in a line."""
+    for name in _different(before.settings, now.settings):
+        yield f"setting {name} was {_short(before.settings.get(name))}, and is {_short(now.settings.get(name))}"
+    for name in _different(before.files, now.files):
+        yield f"file {name} {_how(before.files, now.files, name)}"
+    for ref in _different(before.refs, now.refs):
+        yield f"{ref} was {before.refs.get(ref)}, and is {now.refs.get(ref)}"
+    for model in dict.fromkeys([*before.models, *now.models]):
+        was, is_now = before.models.get(model, {}), now.models.get(model, {})
+        for name in _different(was, is_now):
+            yield f"model {model}: {name} {_how(was, is_now, name)}"
+    for function in _different(before.functions, now.functions):
+        yield f"reward function {function} {_how(before.functions, now.functions, function)}"
+
+
+def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = dict.fromkeys([*before, *now])
+    return [name for name in names if before.get(name) != now.get(name)]
+
+
+def _how(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
+    if name not in now:
+        return "is gone"
+    return "has other content" if name in before else "is new"
+
+
+def _short(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("\n...\n").strip()
+
+
+def _pinned(config: JobConfig, refs: Mapping[str, str]) -> JobConfig:
+    """The job with revisions in the place of its refs."""
+    if not refs:
+        return config
+    update: dict[str, Any] = {}
+    for name in ("adapter", "policy"):
+        if ref := getattr(config, name, None):
+            update[name] = refs[ref]
+    if rewards := getattr(config, "reward", None):
+        update["reward"] = [
+            reward.model_copy(update={"adapter": refs[reward.adapter]}) if reward.adapter else reward
+            for reward in rewards
+        ]
+    return config.model_copy(update=update)
