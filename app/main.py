@@ -198,7 +198,8 @@ def _host(
 async def _build_engine(settings: Settings, base: BaseModelSettings) -> Engine:
     def build() -> "VllmEngine":
         # Imported late and here: it takes ten seconds, in which health can be asked already.
-        from app.engine.vllm import EngineOptions, VllmEngine  # noqa: PLC0415
+        from app.engine.vllm import VllmEngine  # noqa: PLC0415
+        from app.engine.vllm_arguments import EngineOptions  # noqa: PLC0415
 
         options = EngineOptions(
             model=str(base.model),

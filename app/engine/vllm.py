@@ -10,17 +10,13 @@ vLLM's own OpenAI serving classes, which bring every feature of its server. Thre
 
 import asyncio
 import itertools
-import json
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import vllm.envs
 import vllm.v1.engine.utils
-from huggingface_hub import snapshot_download
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.inputs.engine import tokens_input
@@ -40,40 +36,16 @@ from app.engine.base import Answer, Endpoint, Events, LoadedAdapter, OnTokens, P
 from app.engine.fast_stream import FastOutputProcessor
 from app.engine.stops import resolved
 from app.engine.template import Template, Templates
+from app.engine.vllm_arguments import EngineOptions, engine_config, folder_of
 from app.engine.vllm_endpoints import Endpoints, parameters
 from app.engine.vllm_errors import api_error, translated, unavailable
 from app.engine.vllm_serving import Asked, is_short, rendering_with
 
 logger = logging.getLogger(__name__)
 
-CPU_WORKER_EXTENSION = "app.engine.cpu_worker.WorkerExtension"
-CUDA_WORKER_EXTENSION = "app.engine.worker.WorkerExtension"
-
 T = TypeVar("T")
 
 _WATCH_SECONDS = 0.25
-_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-_HEAD_DIMS_ON_CPU = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What one engine is built with; the same names and meanings as the settings."""
-
-    model: str
-    name: str
-    dtype: str
-    max_model_len: int | None
-    max_num_seqs: int
-    max_lora_rank: int
-    max_loras: int
-    max_resident: int
-    kv_cache_gib: int
-    gpu_memory_utilization: float
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
-    stored_responses: int = 0
-    truncates: bool = False
 
 
 class VllmEngine:
@@ -107,43 +79,11 @@ class VllmEngine:
 
         Raises ValueError when the model cannot be served.
         """
-        on_cpu = current_platform.is_cpu()
-        if on_cpu:
+        if current_platform.is_cpu():
             launch.prepare()
             vllm.v1.engine.utils.get_mp_context = launch.context
-        folder = Path(options.model)
-        if not folder.is_dir():
-            if options.model.startswith(("/", ".")):
-                raise ValueError(
-                    f"there is no base model folder {folder.name}: set XINGLIN_MODEL to one that exists"
-                )
-            folder = Path(snapshot_download(options.model, allow_patterns=_MODEL_FILES))
-        arguments = AsyncEngineArgs(
-            model=str(folder),
-            served_model_name=[options.name],
-            dtype=_saved_dtype(folder) if on_cpu and options.dtype == "auto" else options.dtype,
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-            kv_cache_memory_bytes=options.kv_cache_gib * 2**30 if on_cpu else None,
-            enable_lora=True,
-            max_lora_rank=options.max_lora_rank,
-            # One more, so that a revision under proof finds room while max_loras others are busy.
-            max_loras=options.max_loras + 1,
-            # One more than we ever hold: what vLLM evicts by itself, it would read from disk inside a step.
-            max_cpu_loras=max(options.max_resident, options.max_loras) + 1,
-            worker_extension_cls=CPU_WORKER_EXTENSION if on_cpu else CUDA_WORKER_EXTENSION,
-            disable_log_stats=True,
-        )
-        config = arguments.create_engine_config()
-        head_dim = config.model_config.get_head_size()
-        if on_cpu and head_dim not in _HEAD_DIMS_ON_CPU:
-            # vLLM finds out at the first request, and dies of it.
-            raise ValueError(
-                f"head_dim {head_dim} of {options.name} has no CPU attention kernel: a base model for CPU needs "
-                f"one of {sorted(_HEAD_DIMS_ON_CPU)}"
-            )
-        llm = _AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        folder = folder_of(options.model)
+        llm = _AsyncLLM.from_vllm_config(engine_config(options, folder), disable_log_stats=True)
         return cls(llm, options, folder)
 
     async def start(self) -> None:
@@ -397,12 +337,6 @@ class _AsyncLLM(AsyncLLM):
 
     def __del__(self) -> None:
         """VllmEngine.close shuts it down; at interpreter exit vLLM's own finalizer finds its modules gone."""
-
-
-def _saved_dtype(folder: Path) -> str:
-    """What the model was saved in. vLLM's own "auto" would round float32 to bfloat16, which no CPU needs."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def _lora_request(adapter: LoadedAdapter) -> LoRARequest:

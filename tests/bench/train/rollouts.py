@@ -20,8 +20,8 @@ from training.config import PpoConfig, load_config
 from training.data import read_prompts
 from training.demo.build import PIPELINE
 from training.events import EVENTS_FILE, EventLog
+from training.golden import prompts_of
 from training.lora import find_adapter, find_base
-from training.preferences import prompts_of
 from training.product import write_for_rollouts
 from training.rl.policy import Policy
 from training.rl.rollouts import Rollouts
