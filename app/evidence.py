@@ -144,8 +144,9 @@ def likely_cause(evidence: Evidence) -> str:
         )
     if evidence.correlation > 0.5:
         return (
-            "it is applied in part, or its weights were changed: layers or modules are missing, or it was trained in "
-            "another dtype than it says; publish it again as training wrote it"
+            "it is applied in part or otherwise than it was trained: layers or modules are missing, its weights or "
+            "their scale (lora_alpha, r, use_rslora, alpha_pattern) were changed, or it was trained in another dtype "
+            "than it says; publish it as training wrote it"
         )
     return (
         "it answers as another adapter would: these weights and these golden prompts do not belong together; publish "

@@ -96,7 +96,7 @@ def _judge(
     if evidence.base_difference > allowed.base:
         raise ProofFailed(
             f"{where}: the base model alone is not the one it was trained on ({on}, log-probabilities differ by "
-            f"{evidence.base_difference:.2g} nats in the mean; rounding explains {allowed.base:.2g}): "
+            f"{evidence.base_difference:.2g} nats in the mean; rounding explains at most {allowed.base:.2g}): "
             f"{likely_base(evidence, engine_dtype)}"
         )
     if evidence.expected_effect < allowed.effect:
@@ -108,8 +108,9 @@ def _judge(
     if evidence.adapter_difference > allowed.adapter or abs(evidence.slope - 1) > allowed.slope:
         raise ProofFailed(
             f"{where}: it does not answer as it did in training ({on}, log-probabilities differ by "
-            f"{evidence.adapter_difference:.2g} nats in the mean, and rounding explains {allowed.adapter:.2g}; its "
-            f"effect is {evidence.slope:.2f} times that of training): {likely_cause(evidence)}"
+            f"{evidence.adapter_difference:.2g} nats in the mean, and rounding explains at most "
+            f"{allowed.adapter:.2g}; its effect is {evidence.slope:.2f} times that of training): "
+            f"{likely_cause(evidence)}"
         )
     return allowed.adapter
 

@@ -22,9 +22,11 @@ def at_last(values: Tensor, attention_mask: Tensor) -> Tensor:
 def read_by_mask(model: Any) -> None:
     """Have a model with a score head of one number give it at the last token that counts."""
 
-    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+    def forward(
+        input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
+    ) -> SequenceClassifierOutput:
         hidden = model.base_model(input_ids, attention_mask=attention_mask, **options).last_hidden_state
-        counted = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        counted = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
         return SequenceClassifierOutput(logits=model.score(at_last(hidden, counted)))
 
     model.forward = forward

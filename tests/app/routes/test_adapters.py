@@ -102,13 +102,13 @@ def _without_proof(folder: Path, trainer: Trainer) -> None:
 
 
 BAD = [
-    (_scaled, ["does not answer as it did in training", "expected", "saw"]),
+    (_scaled, ["does not answer as it did in training", "nats", "lora_alpha"]),
     (_zeroed, ["all-zero", "change nothing"]),
     (_poisoned, ["NaN"]),
     (_huge, ["not those of a trained adapter"]),
     (_of_another_size, ["do not fit", "q_proj", "100"]),
     (_of_another_base, ["another-base", "0123456789abcdef", "xinglin-demo"]),
-    (_of_a_base_of_the_same_shape, ["base model alone is not the one", "expected", "saw"]),
+    (_of_a_base_of_the_same_shape, ["base model alone is not the one", "nats", "XINGLIN_DTYPE"]),
     (_of_another_template, ["chat template", "expected", "saw"]),
     (_beyond_the_vocabulary, ["failed its proof"]),
     (_too_long_for_the_context, ["failed its proof"]),

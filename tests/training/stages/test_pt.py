@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from adapters import AdapterRef, AdapterStore, fingerprint, read_golden
 from tests.training.jobs import load_job, run_job
 from training import packing
 from training.config import ConfigError
+from training.config.fields import OnError
 from training.demo.facts import conditions
 from training.job import begin
 from training.stages import pt
@@ -125,7 +126,7 @@ def test_not_packed_each_part_of_a_document_is_a_row(
 def test_long_documents_are_read_whole_in_parts_of_equal_length(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = "感冒的常见症状是鼻塞、流涕、咽痛。" * 30
-    parts = [each["input_ids"] for each in pt._examples([{"text": text}], tokenizer, 50)]
+    parts = [each["input_ids"] for each in pt._examples([{"text": text}], tokenizer, 50, OnError())]
     lengths = {len(part) for part in parts}
     assert max(lengths) <= 50
     assert max(lengths) - min(lengths) <= 1
@@ -150,10 +151,9 @@ def test_all_weights_make_a_new_base(
     assert after.keys() == before.keys()
     assert not any(torch.equal(weight, before[name]) for name, weight in after.items()), "all were trained"
     assert json.loads((run.made / "provenance.json").read_text())["stage"] == "pt"
-    assert (
-        json.loads((run.made / "generation_config.json").read_text())["eos_token_id"]
-        == (json.loads((base / "generation_config.json").read_text())["eos_token_id"])
-    )
+    assert GenerationConfig.from_pretrained(run.made).eos_token_id == [
+        GenerationConfig.from_pretrained(base).eos_token_id
+    ]
     with pytest.raises(ConfigError, match=r"there is a base model .*reader already"):
         begin(config, tmp_path)
 

@@ -9,8 +9,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters import AdapterRef, AdapterStore, Manifest, fingerprint, read_golden
+from adapters import AdapterRef, AdapterStore, GoldenPrompt, Manifest, Rounding, fingerprint, read_golden
 from tests.training.jobs import SFT, LoadJob, load_job, run_job
+from training import product
 from training.config import ConfigError
 from training.data import DataError
 from training.events import (
@@ -23,6 +24,7 @@ from training.events import (
     Succeeded,
     read_events,
 )
+from training.golden import rounding
 from training.job import begin
 from training.stages import sft
 
@@ -51,7 +53,13 @@ class Run:
             return self.trainer
 
         trl_trainer = sft.SupervisedTrainer
+
+        def look(model: Any, golden: list[GoldenPrompt]) -> Rounding | None:
+            self.weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+            return rounding(model, golden)  # which rounds them for good
+
         monkeypatch.setattr(sft, "SupervisedTrainer", spy)
+        monkeypatch.setattr(product, "rounding", look)
         self.published = run_job(config, data_dir)
         (self.folder,) = (data_dir / "runs").iterdir()
         self.events = read_events(self.folder / "events.jsonl")
@@ -117,7 +125,7 @@ def test_every_tensor_of_the_adapter_was_trained(run: Run) -> None:
 def test_the_base_inside_the_trainer_is_untouched(run: Run, base: Path) -> None:
     trained = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): value
-        for name, value in run.trainer.model.state_dict().items()
+        for name, value in run.weights.items()
         if "lora_" not in name
     }
     original = AutoModelForCausalLM.from_pretrained(base).state_dict()
@@ -139,7 +147,7 @@ def test_the_run_tells_its_story(run: Run) -> None:
 
 def test_a_run_keeps_its_config_and_its_board_in_its_own_folder(run: Run) -> None:
     assert {file.name for file in run.folder.iterdir()} == {
-        ".lock", "config.yaml", "events.jsonl", "tensorboard", "checkpoints", "result",
+        ".lock", "config.yaml", "inputs.json", "events.jsonl", "tensorboard", "checkpoints", "result",
     }  # fmt: skip
     assert not (run.folder / "checkpoints" / "runs").exists(), "a second board"
     assert len(list((run.folder / "tensorboard").iterdir())) == 1
