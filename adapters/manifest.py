@@ -43,6 +43,11 @@ class Provenance(BaseModel):
         default=None,
         description="What bfloat16 makes of the scores of the golden prompts, measured by the trainer",
     )
+    weights_digest: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of adapter_model.safetensors as training wrote it; others are refused",
+    )
     stop: list[Stop] = Field(
         default=[],
         max_length=16,

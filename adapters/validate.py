@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from adapters import strict_json
+from adapters.durable import sha256
 from adapters.errors import InvalidAdapter, shown
 from adapters.golden import GOLDEN_FILE, read_golden
 from adapters.manifest import MANIFEST_FILE, PROVENANCE_FILE, Manifest, Provenance
@@ -88,6 +89,7 @@ def validate(folder: Path, base: BaseModelFacts | None = None) -> AdapterFacts:
     if specs is not None:
         problems += _check_tensors(specs, config or {}, provenance, base)
         problems += _check_values(folder / TENSOR_FILE, specs)
+        problems += _check_digest(folder / TENSOR_FILE, provenance)
     if base is not None:
         problems += _check_base(provenance, base)
     if problems or config is None:
@@ -260,6 +262,16 @@ def _check_values(path: Path, specs: Mapping[str, TensorSpec]) -> list[str]:
     if effective and not any(len(halves) == 2 for halves in effective.values()):
         problems.append("every pair has an all-zero half: the adapter would change nothing; was it trained?")
     return problems
+
+
+def _check_digest(path: Path, provenance: Provenance) -> list[str]:
+    """A proof in half precision cannot tell a small change of weights from rounding; their digest can."""
+    if provenance.weights_digest in (None, sha256(path)):
+        return []
+    return [
+        f"{TENSOR_FILE} is not the file that training wrote, by its SHA-256 in {PROVENANCE_FILE}: it was changed "
+        "or cut since; publish it as it was written, or without that line if you changed it on purpose"
+    ]
 
 
 def _check_base(provenance: Provenance, base: BaseModelFacts) -> list[str]:

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from adapters import GOLDEN_FILE, PROVENANCE_FILE, Provenance, Rounding, write_golden
-from adapters.validate import TEMPLATE_FILE
+from adapters.durable import sha256
+from adapters.validate import TEMPLATE_FILE, TENSOR_FILE
 from training import ranks
 from training.config import AdapterJob
 from training.data import Row
@@ -187,6 +188,7 @@ def _write_provenance(
     if not ranks.leads():
         return
     inputs = read_inputs(run.folder)
+    weights = run.folder / folder / TENSOR_FILE
     provenance = Provenance(
         stage=config.stage,  # type: ignore[attr-defined]
         task=task,
@@ -194,6 +196,7 @@ def _write_provenance(
         base_fingerprint=base.fingerprint,
         dtype=dtype,
         rounding=moved,
+        weights_digest=sha256(weights) if weights.exists() else None,
         stop=list(base.stops.texts),
         stop_token_ids=list(base.stops.token_ids),
         parent=config.starts_from,  # by its revision, since the run began

@@ -42,6 +42,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "r of config above the tensors": (config(r=8), "with r 8"),
     "A and B of different ranks": (tensor(B, ones(8, 2)), r"A \[4, 8\] and B \[8, 2\]"),
     "rank_pattern says otherwise": (config(rank_pattern={"q_proj": 8}), "q_proj has A .* with r 8"),
+    "weights changed after training": (provenance(weights_digest="0" * 64), "not the file that training wrote"),
     "r missing": (without("r"), "r is None"),
     "r null": (config(r=None), "r is None"),
     "r 0": (config(r=0), "r is 0"),

@@ -16,10 +16,13 @@ QUESTION = "感冒有什么症状？"
 
 
 def demo_folder(path: Path, store: AdapterStore, name: str = "doctor", *, without_golden: int = 0) -> Folder:
-    """A folder of what `name` points at; without some of its golden prompts it is another revision."""
+    """A folder of what `name` points at; without some of its golden prompts it is another revision.
+
+    It does not say which weights training wrote, so that changed ones come as far as the proof.
+    """
     manifest = store.get(AdapterRef.parse(name))
     source = store.folder(name, manifest.revision)
-    facts = {key: getattr(manifest, key) for key in Provenance.model_fields}
+    facts = {key: getattr(manifest, key) for key in Provenance.model_fields if key != "weights_digest"}
     return Folder(
         path=path,
         config=json.loads((source / "adapter_config.json").read_text()),
