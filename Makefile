@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 CLIENTS := $(patsubst requirements/clients/%.txt,.cache/clients/%/.done,$(wildcard requirements/clients/*.txt))
 
-.PHONY: help install install-cuda demo test test-clients check format lock image clean
+.PHONY: help install install-cuda demo test test-clients test-matrix check format lock image clean
 
 help: ## Print this
 	@echo "Xinglin 杏林: train, version, prove and serve medical LoRA adapters"
@@ -31,6 +31,9 @@ test: $(VENV)/dev.done ## Run all tests: real training steps, and the real vLLM 
 
 test-clients: $(CLIENTS) ## Test with older and other client libraries as well: openai 1.x and 2.x, LangChain, LlamaIndex
 	@$(BIN)/python -m pytest tests/clients
+
+test-matrix: $(VENV)/dev.done ## Test that training and serving agree on every base model's end tokens and padding
+	@XINGLIN_TEST_ALL_CELLS=1 $(BIN)/python -m pytest tests/training/test_matrix.py
 
 check: $(VENV)/dev.done ## Check format, lint, types and import rules
 	@$(BIN)/ruff format --check .

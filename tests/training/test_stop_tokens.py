@@ -1,42 +1,22 @@
 """What ends an answer: one rule for whatever a base model's files say and its chat template shows."""
 
 import itertools
-import json
 from pathlib import Path
 from shutil import copytree
-from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from adapters import AdapterStore
+from tests.training.bases import END_OF_TEXT, IDS, IM_END, base, change
 from tests.training.jobs import LoadJob
 from training.lora import find_base
 from training.masks import encode, template_stops
 from training.stop_tokens import find_stops, model_stops
 from training.templates import NAMES, named
 
-END_OF_TEXT, IM_END = "<|endoftext|>", "<|im_end|>"
 CHATML = named("chatml").jinja
 CHAT = [{"role": "user", "content": "What helps?"}, {"role": "assistant", "content": "Rest."}]
-
-
-def base(tiny: Path, folder: Path, *, of_tokenizer: str, of_generation: str | None, template: str) -> Path:
-    """The tiny base with other end tokens; `of_generation` None: without generation_config.json."""
-    copytree(tiny, folder)
-    ids = {END_OF_TEXT: 0, IM_END: 2}
-    _change(folder / "tokenizer_config.json", eos_token=of_tokenizer)
-    _change(folder / "config.json", eos_token_id=None if of_generation is None else ids[of_generation])
-    if of_generation is None:
-        (folder / "generation_config.json").unlink()
-    else:
-        _change(folder / "generation_config.json", eos_token_id=ids[of_generation])
-    (folder / "chat_template.jinja").write_text(template)
-    return folder
-
-
-def _change(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def stops(folder: Path, *texts: str, token_ids: tuple[int, ...] = ()) -> tuple[set[int], tuple[str, ...]]:
@@ -59,13 +39,12 @@ def test_all_that_ends_an_answer_is_found_and_what_is_learnt_is_among_it(
         of_generation=of_generation,
         template=CHATML.replace(IM_END, of_template),
     )
-    ids = {END_OF_TEXT: 0, IM_END: 2}
     found, texts = stops(folder)
-    assert found == {ids[end] for end in (of_template, of_tokenizer, of_generation) if end}
+    assert found == {IDS[end] for end in (of_template, of_tokenizer, of_generation) if end}
     assert not texts
     encoded = encode(AutoTokenizer.from_pretrained(folder), CHAT)
     learnt = [token for token, mask in zip(encoded.input_ids, encoded.loss_mask, strict=True) if mask]
-    assert learnt[-1] == ids[of_template], "the end that is taught is not the template's"
+    assert learnt[-1] == IDS[of_template], "the end that is taught is not the template's"
 
 
 def test_a_template_that_ends_turns_otherwise_within_a_chat_than_at_its_end(tiny_dir: Path) -> None:
@@ -88,7 +67,7 @@ def test_stop_texts_that_are_tokens_count_as_tokens(tiny_dir: Path) -> None:
 
 def test_several_end_tokens_of_a_generation_config(tiny_dir: Path, tmp_path: Path) -> None:
     folder = copytree(tiny_dir / "models" / "tiny", tmp_path / "base")
-    _change(folder / "generation_config.json", eos_token_id=[2, 5])
+    change(folder / "generation_config.json", eos_token_id=[2, 5])
     assert model_stops(folder, AutoConfig.from_pretrained(folder)) == [2, 5]
 
 
