@@ -31,11 +31,11 @@ class Inputs:
     settings: Mapping[str, Any]
     """Those of the job."""
     files: Mapping[str, str]
-    """SHA-256 of each data file, by name."""
+    """SHA-256 of each data file, by its path."""
     refs: Mapping[str, str]
     """`name@revision` of each adapter, by the ref in the job."""
     models: Mapping[str, Mapping[str, str]]
-    """SHA-256 of the files of each model that the job reads: the base model, and reward models."""
+    """SHA-256 of the files of each model that the job reads, by the name in the job: base and reward models."""
     functions: Mapping[str, str]
     """SHA-256 of the files that reward functions come from, by `module:function`."""
     changed: list[str] = field(default_factory=list)
@@ -65,13 +65,13 @@ def fixed(
         if changes and not accept_changes:
             raise ConfigError(
                 f"{run.name} was begun with other inputs:\n  "
-                + "\n  ".join(changes)
+                + "\n  ".join(f"{what} {how}" for what, how in changes)
                 + f"\nput them back, begin a new run, or go on all the same by `python -m training resume {run.name} "
                 "--accept-changes`, which the manifest will say"
             )
-        for change in changes:
-            log.warning("goes on although %s", change)
-        now = replace(now, changed=[*before.changed, *changes])
+        for what, how in changes:
+            log.warning("goes on although %s %s", what, how)
+        now = replace(now, changed=[*before.changed, *(what for what, _ in changes)])
     replace_text(path, json.dumps(asdict(now), indent=2, ensure_ascii=False) + "\n")
     return _pinned(config, now.refs)
 
@@ -96,10 +96,10 @@ def _look(
         rewards = getattr(config, "reward", [])
         asked = [(config.base_model, config.trust_remote_code)]
         asked += [(reward.model, reward.trust_remote_code) for reward in rewards if reward.model]
-        models = {Path(name).name: _digests(model_folder(name, trust)) for name, trust in asked}
+        models = {name: _digests(model_folder(name, trust)) for name, trust in asked}
     return Inputs(
         settings=settings,
-        files={file.name: sha256(file) for source in sources for file in source.files},
+        files={str(file): sha256(file) for source in sources for file in source.files},
         refs={ref: _revision(ref, store, run) for ref in _refs(config)},
         models=models,
         functions={reward.function: _function(reward.function) for reward in rewards if reward.function},
@@ -139,20 +139,21 @@ def _function(path: str) -> str:
     return sha256(Path(found.origin))
 
 
-def _changes(before: Inputs, now: Inputs) -> Iterator[str]:
-    """What is different, each in a line."""
+def _changes(before: Inputs, now: Inputs) -> Iterator[tuple[str, str]]:
+    """What is different, and how. What: without paths of this machine, as a manifest may tell it."""
     for name in _different(before.settings, now.settings):
-        yield f"setting {name} was {_short(before.settings.get(name))}, and is {_short(now.settings.get(name))}"
-    for name in _different(before.files, now.files):
-        yield f"file {name} {_how(before.files, now.files, name)}"
+        was, is_now = _short(before.settings.get(name)), _short(now.settings.get(name))
+        yield f"setting {name}", f"was {was}, and is {is_now}"
+    for path in _different(before.files, now.files):
+        yield f"file {Path(path).name}", _how(before.files, now.files, path)
     for ref in _different(before.refs, now.refs):
-        yield f"{ref} was {before.refs.get(ref)}, and is {now.refs.get(ref)}"
+        yield ref, f"was {before.refs.get(ref)}, and is {now.refs.get(ref)}"
     for model in dict.fromkeys([*before.models, *now.models]):
-        was, is_now = before.models.get(model, {}), now.models.get(model, {})
-        for name in _different(was, is_now):
-            yield f"model {model}: {name} {_how(was, is_now, name)}"
+        was_files, is_files = before.models.get(model, {}), now.models.get(model, {})
+        for name in _different(was_files, is_files):
+            yield f"model {Path(model).name}: {name}", _how(was_files, is_files, name)
     for function in _different(before.functions, now.functions):
-        yield f"reward function {function} {_how(before.functions, now.functions, function)}"
+        yield f"reward function {function}", _how(before.functions, now.functions, function)
 
 
 def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -201,7 +201,7 @@ def _write_provenance(
         stop_token_ids=list(base.stops.token_ids),
         parent=config.starts_from,  # by its revision, since the run began
         run_id=run.id,
-        data_digests=dict(inputs.files),
+        data_digests={Path(path).name: digest for path, digest in inputs.files.items()},
         changed_inputs=inputs.changed,
         metrics=metrics,
         licence=config.licence,

@@ -126,10 +126,11 @@ def test_a_stop_reaches_all_processes_and_they_go_on_together(tiny_dir: Path, tm
     (folder,) = (data_dir / "runs").iterdir()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "max_steps": stopped.step + 2}))
-    ranks = start("resume", folder.name, "--data-dir", data_dir, told=tmp_path)
+    ranks = start("resume", folder.name, "--accept-changes", "--data-dir", data_dir, told=tmp_path)
     assert [wait_for(rank) for rank in ranks] == [0, 0], told(tmp_path)
     events = events_of(data_dir)
     assert [event.step for event in events if isinstance(event, Resumed)] == [stopped.step]
+    assert json.loads((folder / "inputs.json").read_text())["changed"] == ["setting max_steps"]
     assert isinstance(events[-1], Succeeded)
 
 

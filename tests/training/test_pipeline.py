@@ -32,10 +32,12 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def adapter(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result folder of a real run."""
+    """The result folder of a real run; its weights may be changed."""
     data_dir = tmp_path_factory.mktemp("adapter")
     run_job(load_job(tiny_dir, SFT, max_steps=1, evaluation_files=[]), data_dir)
     (result,) = data_dir.glob("runs/*/result")
+    provenance = json.loads((result / "provenance.json").read_text())
+    (result / "provenance.json").write_text(json.dumps({**provenance, "weights_digest": None}))
     return result
 
 
@@ -183,13 +185,19 @@ def test_a_base_model_of_somebody_else_is_not_touched(tiny_dir: Path, data_dir: 
 
 
 def test_an_adapter_of_a_fixed_revision_rests_on_no_job(data_dir: Path, ask: Ask) -> None:
-    change(data_dir / "better.yaml", policy="doctor@0123456789ab")
     ask()
+    store = AdapterStore(data_dir / "store")
+    change(data_dir / "better.yaml", policy=f"doctor@{store.aliases('doctor')['default']}")
+    assert ask() == ["better"]
     change(data_dir / "doctor.yaml", seed=1)
     assert ask() == ["doctor"]
 
 
-def test_a_reward_adapter_is_rested_on_too(data_dir: Path, ask: Ask) -> None:
+def test_a_reward_adapter_is_rested_on_too(data_dir: Path, adapter: Path, ask: Ask) -> None:
+    store = AdapterStore(data_dir / "store")
+    for name in ("elsewhere", "a-third"):
+        revision = store.publish(adapter, name, actor="test").revision
+        store.set_alias(name, "default", revision, actor="test")
     change(
         data_dir / "better.yaml",
         stage="ppo",
