@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from adapters.errors import InvalidAdapter, shown
 from adapters.manifest import TokenId
+from adapters.wording import in_words
 
 GOLDEN_FILE = "golden.jsonl"
 MAX_GOLDEN_PROMPTS = 64
@@ -56,7 +57,7 @@ def read_golden(path: Path) -> list[GoldenPrompt]:
         except ValidationError as error:
             first = error.errors()[0]
             where = f"{shown('.'.join(map(str, first['loc'])))}: " if first["loc"] else ""
-            problems.append(f"{GOLDEN_FILE} line {number}: {where}{first['msg']}")
+            problems.append(f"{GOLDEN_FILE} line {number}: {where}{in_words(first)}")
     if problems:
         raise InvalidAdapter(problems)
     return prompts

@@ -23,6 +23,7 @@ from adapters.golden import GOLDEN_FILE, read_golden
 from adapters.manifest import MANIFEST_FILE, PROVENANCE_FILE, Manifest, Provenance
 from adapters.peft_config import canonical, check_config, expected_rank
 from adapters.tensors import READABLE, BadTensors, TensorSpec, read_header, read_peaks
+from adapters.wording import in_words
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -175,7 +176,7 @@ def _read_provenance(folder: Path, names: set[str], problems: list[str]) -> Prov
         manifest = Manifest.model_validate(value)
         return Provenance(**manifest.model_dump(include=set(Provenance.model_fields)))
     except ValidationError as error:
-        wrong = [f"{shown('.'.join(map(str, e['loc'])))}: {e['msg']}" for e in error.errors()]
+        wrong = [f"{shown('.'.join(map(str, e['loc'])))}: {in_words(e)}" for e in error.errors()]
         problems += _listed(f"{file}: ", wrong)
         return unknown
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import uvicorn
 from pydantic import ValidationError
 
+from adapters.wording import in_words
 from app import storm
 from app.access import stored_admin_key
 from app.engine import launch
@@ -43,7 +44,7 @@ def _serve(options: argparse.Namespace) -> int:
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"]))
             of = f"setting {name} (XINGLIN_{name.upper()})" if name else "settings"
-            print(f"{of}: {problem['msg']}", file=sys.stderr)
+            print(f"{of}: {in_words(problem)}", file=sys.stderr)
         return EXIT_BAD_SETTINGS
     except ValueError as error:
         print(error, file=sys.stderr)

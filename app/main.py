@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from adapters import AdapterError, AdapterStore
+from adapters.wording import in_words
 from app import errors
 from app.access import Access, stored_admin_key
 from app.admission import Admission
@@ -242,7 +243,7 @@ def _validation_response(request: Request, error: Exception) -> JSONResponse:
         if missing
         else None
     )
-    message = f"{param}: {first['msg']}" if param else str(first["msg"])
+    message = f"{param}: {in_words(first)}" if param else in_words(first)
     return _error_response(request, errors.BadRequest(message, code=code or "invalid_value", param=param))
 
 

@@ -1,7 +1,6 @@
 """How the service is set up: environment variables named XINGLIN_*, read once by app.main."""
 
 import ipaddress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from adapters.wording import in_words, no_such_setting
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What the engine has kernels for."""
@@ -233,12 +234,10 @@ def _entry(number: int, fields: dict[str, Any]) -> BaseModelSettings:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            near = get_close_matches(name, BaseModelSettings.model_fields, n=1)
-            raise ValueError(
-                f"{place}: {name}: no such setting" + (f"; did you mean `{near[0]}`?" if near else "")
-            ) from error
+            meant = no_such_setting(name, BaseModelSettings.model_fields)
+            raise ValueError(f"{place}: {name}: {meant}") from error
         raise ValueError(
-            f"{place}: {name}: {first['msg']}" if name else f"{place}: {first['msg']}"
+            f"{place}: {name}: {in_words(first)}" if name else f"{place}: {in_words(first)}"
         ) from error
 
 

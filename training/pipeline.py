@@ -29,6 +29,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from adapters import AdapterNotFound, AdapterRef, AdapterStore
 from adapters.durable import replace_text
+from adapters.wording import in_words, no_such_setting
 from training import progress
 from training.config import AdapterJob, ConfigError, JobConfig, load_config, read_yaml
 from training.config.fields import Name
@@ -163,15 +164,17 @@ def _read(path: Path) -> _Asked:
     try:
         asked = _Asked.model_validate(read_yaml(path))
     except ValidationError as error:
-        problems = [
-            f"{path}: {'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}"
-            for one in error.errors()
-        ]
-        raise ConfigError("\n".join(problems)) from error
+        raise ConfigError("\n".join(f"{path}: {_explain(one)}" for one in error.errors())) from error
     names = [Path(file).stem for file in asked.jobs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{path}: jobs: files need different names: {', '.join(sorted(twice))}")
     return asked
+
+
+def _explain(problem: Any) -> str:
+    field = ".".join(map(str, problem["loc"]))
+    is_unknown = problem["type"] == "extra_forbidden"
+    return f"{field}: {no_such_setting(field, _Asked.model_fields) if is_unknown else in_words(problem)}"
 
 
 def _load_jobs(path: Path, asked: _Asked, folder: Path, data_dir: Path, root: Path | None) -> list[_Job]:

@@ -19,8 +19,9 @@ class Cut:
 
 async def within(
     messages: Sequence[Message], limit: int, count: Callable[[list[Message]], Awaitable[int]]
-) -> tuple[list[Message], Cut | None]:
-    """The messages that `count` to at most `limit` tokens with all that is around them, and what was left out.
+) -> tuple[list[Message], int, Cut | None]:
+    """The messages that `count` to at most `limit` tokens with all that is around them, their tokens, and what was left
+    out.
 
     What the conversation begins with as system prompt stays, and so does the last turn, whatever it counts to. A turn
     begins with a message of the user: an answer is never kept without its question, or a tool's result without its
@@ -28,11 +29,11 @@ async def within(
     """
     whole = await count([*messages])
     if whole <= limit:
-        return [*messages], None
+        return [*messages], whole, None
     first = next((i for i, one in enumerate(messages) if one.get("role") not in _SYSTEM), len(messages))
     starts = [i for i, one in enumerate(messages) if i > first and one.get("role") == "user"]
     if not starts:
-        return [*messages], None
+        return [*messages], whole, None
 
     async def size_from(start: int) -> int:
         return await count([*messages[:first], *messages[start:]])
@@ -47,4 +48,5 @@ async def within(
             low = middle + 1
     start = starts[low]
     kept = [*messages[:first], *messages[start:]]
-    return kept, Cut(messages=start - first, tokens=whole - await count(kept))
+    tokens = await count(kept)
+    return kept, tokens, Cut(messages=start - first, tokens=whole - tokens)

@@ -32,8 +32,11 @@ from app.engine.vllm_serving import Asked, Chat, Completion, Messages, Tokenizat
 
 CONVERSATIONS = (Endpoint.CHAT, Endpoint.RESPONSES, Endpoint.MESSAGES)
 
-_ROOM = 4
-"""The part of the context, one in so many, that is left for an answer of which nobody said how long it may be."""
+_ROOM = 8
+"""The part of the context, one in so many, that is left for an answer, unless it may only be shorter."""
+
+_MOST_TOKENS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+"""How the endpoints call the most tokens that an answer may have."""
 
 _REQUESTS = {
     Endpoint.CHAT: ChatCompletionRequest,
@@ -124,13 +127,15 @@ class Endpoints:
 
     async def answer(self, endpoint: Endpoint, body: Mapping[str, Any], asked: Asked) -> Answer:
         """See Engine.answer."""
+        if endpoint is not Endpoint.CHAT:  # which refuses it, as OpenAI's does
+            body = _without_empty_tools(body)
         truncation = _truncation(body) if endpoint in CONVERSATIONS else None
         if truncation and endpoint is not Endpoint.RESPONSES:  # whose own parameter it is
             body = {key: value for key, value in body.items() if key != "truncation"}
         request, cut = _parsed(endpoint, body, asked.id), None
         if truncation == "auto" or (truncation is None and self._truncates and endpoint in CONVERSATIONS):
-            body, cut = await self._within_context(endpoint, body, asked)
-            request = _parsed(endpoint, body, asked.id) if cut else request
+            body, cut = await self._within_context(endpoint, body, request, asked)
+            request = _parsed(endpoint, body, asked.id)
         if endpoint is Endpoint.RESPONSES and self.responses.parser is None and _wants_tools(request):
             raise no_tool_parser()  # vLLM would leave the tools out, and not say so
         reply = await self._reply(endpoint, request, asked)
@@ -156,16 +161,20 @@ class Endpoints:
         except Exception as error:  # vLLM raises its own and built-in errors alike
             raise one.translated(error) from error
         if isinstance(reply, ErrorResponse):
-            raise api_error(reply)
+            raise one.explained(api_error(reply))
         return dict(one.dumped(reply))
 
     async def _within_context(
-        self, endpoint: Endpoint, body: Mapping[str, Any], asked: Asked
+        self, endpoint: Endpoint, body: Mapping[str, Any], request: Any, asked: Asked
     ) -> tuple[Mapping[str, Any], Cut | None]:
-        """The body with no more of its conversation than leaves room for an answer."""
-        limit = self._llm.model_config.max_model_len
-        wanted = body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens")
-        limit -= min(wanted or limit // _ROOM, limit)
+        """The body with no more of its conversation than leaves room for an answer.
+
+        The most tokens of an answer are a bound and no demand: no message goes for more than an eighth of the context,
+        and the bound is lowered to what is left. Raises BadRequest if the last turn alone is too long.
+        """
+        context = self._llm.model_config.max_model_len
+        bounds = {name: bound for name in _MOST_TOKENS if (bound := getattr(request, name, None))}
+        room = min([context // _ROOM, *bounds.values()])
         counter = self.tokenization.for_one(self._llm, asked)
         key = "input" if endpoint is Endpoint.RESPONSES else "messages"
         if not isinstance(body[key], list):
@@ -196,8 +205,16 @@ class Endpoints:
                 raise api_error(reply)
             return int(reply.count)
 
-        kept, cut = await within(body[key], limit, count)
-        return {**body, key: kept}, cut
+        kept, tokens, cut = await within(body[key], context - room, count)
+        if tokens >= context:
+            raise errors.BadRequest(
+                f"{key}: the last turn and the system prompt are {tokens} tokens, and the context holds {context}: "
+                "shorten them (context_length_exceeded)",
+                code="context_length_exceeded",
+                param=key,
+            )
+        lowered = {name: min(bound, context - tokens) for name, bound in bounds.items()}
+        return {**body, key: kept, **lowered}, cut
 
 
 @functools.cache
@@ -242,6 +259,16 @@ def _parsed(endpoint: Endpoint, body: Mapping[str, Any], request_id: str) -> Any
         raise bad_request(error) from error
     _check_sequences(request)
     return request
+
+
+def _without_empty_tools(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A list of no tools, as agents send it, is no wish for tools."""
+    if body.get("tools") != []:
+        return body
+    wanted = body.get("tool_choice")
+    kind = wanted.get("type") if isinstance(wanted, Mapping) else wanted
+    unwanted = ("tools", "tool_choice") if kind in (None, "auto", "none") else ("tools",)
+    return {key: value for key, value in body.items() if key not in unwanted}
 
 
 def _wants_tools(request: Any) -> bool:

@@ -1,19 +1,26 @@
 """vLLM's errors as ours: its own exceptions, built-in ones, and the error bodies that its serving code returns."""
 
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
+from typing import Any
 
 from pydantic import ValidationError
 from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.renderers.chat_utils import ChatTemplateResolutionError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from adapters.wording import in_words
 from app import errors
 
 _SLIPS = (AttributeError, KeyError, TypeError)
 """What Python says inside vLLM's validators where they did not expect a value."""
 _TYPES = ("str", "int", "float", "bool", "dict", "list", "none")
+
+_MOST_PROBLEMS = 5
+_APPENDIX = re.compile(r" \(parameter=.*\)$", re.DOTALL)
+_FIELD = re.compile(r"([a-z]\w*) must ")
 
 _NO_PARSER = (
     "tools need a parser of the base model's tool calls, and this service was started without one: "
@@ -46,19 +53,41 @@ def bad_request(error: Exception) -> errors.BadRequest:
     """What is wrong with a body that vLLM's models of requests do not take; values are not repeated."""
     if not isinstance(error, ValidationError):  # vLLM's validators raise errors that pydantic does not wrap
         param = getattr(error, "parameter", None)
-        text = "a field has a value of the wrong type" if isinstance(error, _SLIPS) else str(error)
+        is_slip = isinstance(error, _SLIPS)
+        text = "a field has a value of the wrong type" if is_slip else _APPENDIX.sub("", str(error))
         return errors.BadRequest(text or "invalid request", code="invalid_value", param=param)
-    # Of a value that may be one of several things, the likeliest is the one that went furthest.
-    first = max(
-        error.errors(include_input=False, include_url=False), key=lambda one: len(_fields(one["loc"]))
-    )
-    fields = _fields(first["loc"])
-    param = ".".join(fields) or None
-    missing = first["type"] == "missing"
+    by_field: dict[str, list[Any]] = {}
+    for one in error.errors(include_input=False, include_url=False):
+        by_field.setdefault(next(iter(_fields(one["loc"])), ""), []).append(one)
+    problems = [_likeliest(some) for some in by_field.values()]
+    params = [".".join(_fields(one["loc"])) or None for one in problems]
+    told = [
+        f"{param}: {in_words(one)}" if param else in_words(one)
+        for param, one in zip(params, problems, strict=True)
+    ]
+    missing = all(one["type"] == "missing" for one in problems)
     return errors.BadRequest(
-        f"{param}: {first['msg']}" if param else first["msg"],
+        "; ".join(told[:_MOST_PROBLEMS]),
         code="missing_required_parameter" if missing else "invalid_value",
-        param=param,
+        param=params[0],
+    )
+
+
+def _likeliest(problems: Sequence[Any]) -> Any:
+    """What is wrong with a value that may be one of several things, each of which pydantic complains of in its turn.
+
+    It is none of those whose role or kind it has not. Of the others', the likeliest complaint is the one that went
+    furthest, and not over what is missing or over a type.
+    """
+    not_meant = [one["loc"][:-1] for one in problems if one["type"] == "literal_error"]
+    meant = [one for one in problems if not any(one["loc"][: len(loc)] == loc for loc in not_meant)]
+    return max(
+        meant or [one for one in problems if one["type"] == "literal_error"] or problems,
+        key=lambda one: (
+            len(_fields(one["loc"])),
+            one["type"] != "missing",
+            not one["type"].endswith("_type"),
+        ),
     )
 
 
@@ -74,18 +103,44 @@ def api_error(response: ErrorResponse) -> errors.ApiError:
     """An error body of vLLM's."""
     error = response.error
     if error.code == HTTPStatus.NOT_FOUND:
-        return errors.ModelNotFound(error.message, param=error.param)
+        return _not_found(error)
     if error.code == HTTPStatus.SERVICE_UNAVAILABLE:
         return errors.EngineUnavailable(error.message, param=error.param)
     if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return errors.EngineFailed(error.message or "the engine failed on this request", param=error.param)
     if "maximum context length" in error.message or "max_model_len" in error.message:
         # LangChain looks for the code in the text.
-        message = f"{error.message} (context_length_exceeded; `truncation: auto` leaves out the oldest turns)"
+        text = _APPENDIX.sub("", error.message)
+        message = f"{text} (context_length_exceeded; `truncation: auto` leaves out the oldest turns)"
         return errors.BadRequest(message, code="context_length_exceeded", param=error.param)
     if "--tool-call-parser" in error.message or "--enable-auto-tool-choice" in error.message:
         return no_tool_parser()
-    return errors.BadRequest(error.message, code="invalid_value", param=error.param)
+    text = _APPENDIX.sub("", error.message)
+    field = _FIELD.match(text)
+    return errors.BadRequest(text, code="invalid_value", param=error.param or (field and field[1]))
+
+
+def cannot_be_followed() -> errors.BadRequest:
+    """What is told of an answer that the engine broke off because it could not make a grammar of what was asked for.
+
+    vLLM checks it before by other rules, and says no more in the end than that it failed.
+    """
+    return errors.BadRequest(
+        "the engine cannot make a grammar of what the answer is to follow: its grammar, JSON schema, expression or "
+        "structural tag is empty, or refers to itself without end",
+        code="invalid_value",
+    )
+
+
+def _not_found(error: ErrorInfo) -> errors.ApiError:
+    if error.param != "response_id":  # as vLLM calls it in requests too
+        return errors.ModelNotFound(error.message, param=error.param)
+    return errors.ResponseNotFound(
+        "there is no such response (any more): it was not stored, had to make room, or was deleted; send the "
+        "conversation itself",
+        code="previous_response_not_found",
+        param="previous_response_id",
+    )
 
 
 def no_tool_parser() -> errors.BadRequest:

@@ -18,6 +18,7 @@ from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.renderers import hf
@@ -29,12 +30,14 @@ from app import errors
 from app.engine.base import OnTokens
 from app.engine.fast_stream import Generation, chat_chunks, is_plain
 from app.engine.template import Template
-from app.engine.vllm_errors import api_error, translated
+from app.engine.vllm_errors import api_error, cannot_be_followed, translated
 
 _STAND_IN = "{{ messages }}"
 """What vLLM is told in place of an adapter's chat template, which it would compile here. It finds that contents are
 handed over as texts, as they are in training."""
 
+
+_BROKEN_OFF = str(GenerationError())
 
 _SHORT_MESSAGES = 32
 _SHORT_CHARACTERS = 4096
@@ -80,11 +83,14 @@ class _Client:
     def __init__(self, llm: AsyncLLM, asked: Asked) -> None:
         self._llm = llm
         self._asked = asked
+        self.is_guided = False
+        """Whether an answer has to follow a grammar."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> "_Outputs":
+        self.is_guided = sampling_params.structured_outputs is not None
         own = self._end_as_taught(sampling_params)
         generation = Generation(self._llm, prompt, sampling_params, request_id, options, own)
         return _Outputs(generation, self._asked.on_tokens)
@@ -154,12 +160,19 @@ class Ours:
         if isinstance(message, Exception):
             self.failure = self.translated(message)
         else:
-            self.failure = api_error(create_error_response(message, err_type, status_code, param))
+            self.failure = self.explained(
+                api_error(create_error_response(message, err_type, status_code, param))
+            )
         return json.dumps(errors.body(self.failure))
 
     def translated(self, error: Exception) -> errors.ApiError:
         """What the client is told of `error`."""
-        return translated(error, is_dead=self.engine_client.errored)
+        return self.explained(translated(error, is_dead=self.engine_client.errored))
+
+    def explained(self, error: errors.ApiError) -> errors.ApiError:
+        """That an engine broke off an answer is the client's mistake where it could not make the grammar."""
+        broken_off = isinstance(error, errors.EngineFailed) and str(error) == _BROKEN_OFF
+        return cannot_be_followed() if broken_off and self.engine_client.is_guided else error
 
     async def events(self, stream: AsyncGenerator[str]) -> AsyncGenerator[bytes]:
         """A stream as it goes to the client. An error event is its last, and then the error is raised."""

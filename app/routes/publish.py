@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from adapters import DEFAULT_ALIAS
 from adapters.ref import check_alias, check_name
+from adapters.wording import in_words
 from app.access import admin
 from app.errors import BadRequest
 from app.fetch import parse_source
@@ -169,7 +170,7 @@ def _checked(fields: Any) -> PublishRequest:
         first = error.errors(include_input=False, include_url=False)[0]
         param = ".".join(map(str, first["loc"])) or None
         code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-        message = f"{param}: {first['msg']}" if param else first["msg"]
+        message = f"{param}: {in_words(first)}" if param else in_words(first)
         raise BadRequest(message, code=code, param=param) from error
     check_name(wanted.name)
     if wanted.alias:

@@ -1,6 +1,5 @@
 """A YAML file in, the config of its stage out, or every bad field at once."""
 
-import difflib
 import typing
 from collections.abc import Collection
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from adapters.wording import in_words, no_such_setting
 from training.config.jobs import JobConfig
 
 _JOB_CONFIG: TypeAdapter[JobConfig] = TypeAdapter(Annotated[JobConfig, Field(discriminator="stage")])
@@ -73,12 +73,10 @@ def _explain(problem: Any) -> str:
     model: Any = STAGES[str(at.pop(0))] if at and at[0] in STAGES else None
     field = ".".join(map(str, at)) or "stage" * problem["type"].startswith("union_tag")
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(at[-1]), _fields(model, at[:-1]), n=1)
-        return f"{field}: no such setting" + (f"; did you mean `{near[0]}`?" if near else "")
+        return f"{field}: {no_such_setting(str(at[-1]), _fields(model, at[:-1]))}"
     if problem["type"].startswith("union_tag"):
         return f"stage: give one of {', '.join(STAGES)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{field}: {message}" if field else message
+    return f"{field}: {in_words(problem)}" if field else in_words(problem)
 
 
 def _fields(model: Any, path: list[str | int]) -> list[str]:

@@ -24,7 +24,8 @@ def cut(messages: list[Message], limit: int) -> tuple[list[Message], Cut | None,
         counted += 1
         return sum(len(one["content"]) + 3 for one in some)
 
-    kept, what = asyncio.run(within(messages, limit, count))
+    kept, tokens, what = asyncio.run(within(messages, limit, count))
+    assert tokens == sum(len(one["content"]) + 3 for one in kept)
     return kept, what, counted
 
 

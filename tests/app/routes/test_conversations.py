@@ -89,3 +89,55 @@ def test_a_last_turn_that_does_not_fit_is_refused(service: Service) -> None:
     messages = [SYSTEM, {"role": "user", "content": "gout " * 2000}]
     status, reply = ask(service, messages=messages, truncation="auto")
     assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def tokens(service: Service, messages: list[dict[str, str]]) -> int:
+    _, reply = service.call("POST", "/tokenize", {"model": "doctor", "messages": messages})
+    return int(reply["count"])
+
+
+def fitting(service: Service, room: int) -> list[dict[str, str]]:
+    """As many turns as leave just that room."""
+    turns = 1
+    while tokens(service, conversation(turns + 1)) + room <= CONTEXT:
+        turns += 1
+    return conversation(turns)
+
+
+@pytest.mark.parametrize("bound", ["max_tokens", "max_completion_tokens"])
+def test_the_most_tokens_of_an_answer_are_no_demand(service: Service, bound: str) -> None:
+    """Turns that leave room for an answer stay, however long it may be, and it may be as long as what is left."""
+    messages = fitting(service, CONTEXT // 8)
+    left = CONTEXT - tokens(service, messages)
+    for most in (left, left + 1, CONTEXT - 1, 8 * CONTEXT):
+        body = {"max_tokens": None, bound: most, "min_tokens": left, "ignore_eos": True}
+        status, reply = ask(service, messages=messages, truncation="auto", **body)
+        assert status == 200, reply
+        assert "truncated" not in reply
+        assert reply["usage"]["completion_tokens"] == left
+
+
+def test_a_short_answer_needs_little_room(service: Service) -> None:
+    messages = fitting(service, 10)
+    assert tokens(service, messages) > CONTEXT - CONTEXT // 8
+    assert "truncated" not in ask(service, messages=messages, truncation="auto", max_tokens=10)[1]
+    assert ask(service, messages=messages, truncation="auto", max_tokens=500)[1]["truncated"]
+
+
+def test_other_endpoints_take_the_most_tokens_as_a_bound_too(service: Service) -> None:
+    turns = fitting(service, CONTEXT // 8)[1:]
+    body = {"model": "doctor", "temperature": 0, "truncation": "auto"}
+    for path, asked in (
+        ("/v1/messages", {"max_tokens": 8192, "messages": turns, "system": SYSTEM["content"]}),
+        ("/v1/responses", {"max_output_tokens": 8192, "input": turns, "instructions": SYSTEM["content"]}),
+    ):
+        status, reply = service.call("POST", path, {**body, **asked})
+        assert status == 200, reply
+        assert "truncated" not in reply
+
+
+def test_what_truncation_cannot_help_is_said_without_naming_it(service: Service) -> None:
+    messages = [SYSTEM, {"role": "user", "content": "gout " * 2000}]
+    _, reply = ask(service, messages=messages, truncation="auto")
+    assert "the last turn and the system prompt are" in reply["error"]["message"]
+    assert "truncation" not in reply["error"]["message"]
