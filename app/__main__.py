@@ -93,6 +93,7 @@ def serve(settings: Settings, *, show_admin_key: bool) -> int:
             http="httptools",
             access_log=False,
             log_config=None,
+            timeout_keep_alive=settings.keep_alive_seconds,
             # Running streams may finish; a stop must not take for ever.
             timeout_graceful_shutdown=20,
         )

@@ -134,6 +134,12 @@ class Settings(BaseModelSettings, BaseSettings):
     max_concurrent_requests: int = Field(
         256, ge=1, description="Requests above this get 429 with Retry-After"
     )
+    keep_alive_seconds: int = Field(
+        90,
+        ge=1,
+        description="How long an idle connection is kept. Longer than clients and proxies keep it (nginx and load "
+        "balancers: 60 to 75 s), so that no request meets its closing",
+    )
     truncation: Literal["disabled", "auto"] = Field(
         "disabled",
         description="Of conversations longer than the context: refuse them, or leave out the oldest turns (`auto`). "

@@ -2,14 +2,18 @@
 
 import asyncio
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 _ROOT = Path(__file__).parents[2]
 _LINE_BYTES = 1 << 20
+_MOST_WORDS = 8192
 _ANY = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SSL_CERT_FILE", "SSL_CERT_DIR")
 # A proxy is connected to like any other host: a private one must be among XINGLIN_PRIVATE_NETWORKS.
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -41,21 +45,26 @@ async def run(job: dict[str, Any], on_progress: Callable[[int, int | None], None
         "app.fetch",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
         env=environment(scheme, Path(job["folder"])),
         cwd=job["folder"],
         limit=_LINE_BYTES,
         start_new_session=True,  # Ctrl-C is for the service, which ends it in order
     )
+    complaints = asyncio.ensure_future(_last_words(process))
     try:
         last = await _follow(process, job, on_progress)
     finally:
         if process.returncode is None:
             process.kill()
         await asyncio.shield(process.wait())
+    if said := await complaints:
+        logger.warning("the process of a transfer complained:\n%s", said)
     if "resolved" in last:
         return str(last["resolved"])
-    message = last.get("error", "the transfer's process was ended from outside: try again")
-    raise ProcessFailed(message, last.get("problems", []))
+    if "error" in last:
+        raise ProcessFailed(last["error"], last.get("problems", []))
+    raise ProcessFailed(_how_it_ended(process.returncode or 0), [])
 
 
 async def _follow(
@@ -71,6 +80,22 @@ async def _follow(
         if "done" in last:
             on_progress(last["done"], last["total"])
     return last
+
+
+async def _last_words(process: asyncio.subprocess.Process) -> str:
+    """The end of what it writes to stderr, which it has closed when it has ended."""
+    if process.stderr is None:
+        raise TypeError("it is a pipe")
+    said = b""
+    while piece := await process.stderr.read(_MOST_WORDS):
+        said = (said + piece)[-_MOST_WORDS:]
+    return said.decode(errors="replace").strip()
+
+
+def _how_it_ended(code: int) -> str:
+    if code < 0:
+        return f"the transfer's process was ended from outside, by signal {-code}: try again"
+    return f"the transfer's process failed with exit code {code}; the service's log says why"
 
 
 def environment(scheme: str, home: Path) -> dict[str, str]:

@@ -81,7 +81,7 @@ class Client:
                 async for piece in response.content.iter_any():
                     reads.append((perf_counter(), piece))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            answer.failure = f"cut: {type(error).__name__}"
+            answer.failure = f"{_how_far(answer, error)}: {type(error).__name__}"
         else:
             if response.status != 200:
                 answer.failure = (
@@ -130,6 +130,14 @@ class Client:
             said = error_of.get("message", "") if isinstance(error_of, dict) else "no JSON object"
             raise CallFailed(f"{method} {path}: {response.status} {said}", response.status, _error_code(body))
         return reply
+
+
+def _how_far(answer: Answer, error: Exception) -> str:
+    """A request that met a closed door is another fault than an answer that was not told to its end."""
+    if answer.began:
+        return "cut"
+    is_refused = isinstance(error, aiohttp.ClientConnectorError)
+    return "connection refused" if is_refused else "connection closed before any byte"
 
 
 def _error_code(body: bytes) -> str:

@@ -159,3 +159,41 @@ def test_a_wrong_setting_is_said_at_the_start(tmp_path: Path) -> None:
         Imports(tmp_path, allowed=["nonsense"], private_networks=(), max_bytes=1)
     with pytest.raises(ValueError, match="10"):
         Imports(tmp_path, allowed=(), private_networks=["10.0.0.0.0"], max_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("end", "told", "logged"),
+    [
+        (
+            "echo no module named app.fetch >&2; exit 3",
+            "failed with exit code 3",
+            "no module named app.fetch",
+        ),
+        ("echo out of memory >&2; kill -9 $$", "ended from outside, by signal 9: try again", "out of memory"),
+    ],
+)
+def test_a_process_that_does_not_start_is_told_from_one_that_was_ended(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    end: str,
+    told: str,
+    logged: str,
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nread job\n{end}\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+    async def fetch() -> str | None:
+        imports = Imports(tmp_path / "data", allowed=ALLOWED, private_networks=LOOPBACK, max_bytes=1 << 20)
+        one = imports.start(parse_source("hf://org/repo", ALLOWED), read)
+        await until(lambda: one.state == "failed")
+        await imports.close()
+        return one.error
+
+    error = asyncio.run(fetch())
+    assert error is not None
+    assert told in error
+    assert logged in caplog.text
+    assert logged not in error

@@ -1,6 +1,7 @@
 """GRPO or RLOO: prompts and rewards in, an adapter that earns more of them out; several answers to each prompt
 stand in for a value head."""
 
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,6 +50,8 @@ def run(config: GrpoConfig, run: Run) -> Path:
         ]
     )
 
+    # A step takes so many different rows, and TRL leaves out what fills none.
+    rounds = math.ceil(config.batch_size / config.generations / len(rows))
     to_train = trainable(config, base, run.store)
 
     def reward(
@@ -73,7 +76,7 @@ def run(config: GrpoConfig, run: Run) -> Path:
         ),
         reward_funcs=reward,
         train_dataset=Dataset.from_list(
-            [{"prompt": row["prompt"], "reference": row.get("reference", "")} for row in rows]
+            [{"prompt": row["prompt"], "reference": row.get("reference", "")} for row in rows] * rounds
         ),
         processing_class=base.tokenizer,
         **to_train,

@@ -1,6 +1,8 @@
 """Clients that stop reading, or writing, hold nothing for ever."""
 
 import asyncio
+import http.client
+import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from typing import Any
@@ -10,6 +12,8 @@ from starlette.requests import Request
 
 from app.errors import BadRequest
 from app.routes import answers, event_stream
+from app.settings import Settings
+from tests.service import Service
 
 
 async def _never(*_: Any) -> Any:
@@ -43,3 +47,17 @@ def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
     request = Request({"type": "http", "method": "POST", "headers": []}, _never)
     with pytest.raises(BadRequest, match=r"longer than 0\.05 s"):
         asyncio.run(answers._body_in_time(request))
+
+
+def test_an_idle_connection_is_kept_longer_than_proxies_keep_it(service: Service) -> None:
+    """uvicorn's own 5 s are less: who sends at that moment is lost."""
+    assert Settings.model_fields["keep_alive_seconds"].default > 75
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+    connection.request("GET", "/livez")
+    connection.getresponse().read()
+    first = connection.sock
+    time.sleep(6)
+    connection.request("GET", "/livez")
+    assert connection.getresponse().read()
+    assert connection.sock is first
+    connection.close()

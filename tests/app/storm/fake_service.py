@@ -84,6 +84,8 @@ class FakeService:
         text = f"{self.parents.get(revision or '', BASE)}: {body['messages'][-1]['content']}"
         self.chats += 1
         is_late = self.chats > 100  # the references are made by then
+        if is_late and self.fault == "close" and request.transport:
+            request.transport.close()
         if is_late and self.fault == "unlike":
             text = "something else"
         if is_late and self.fault == "base":

@@ -96,6 +96,23 @@ def test_what_is_wrong_is_found(
     assert told in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("fault", "told"), [("close", "times: connection closed before any byte"), ("cut", "times: cut: ended")]
+)
+def test_a_closed_connection_is_told_from_a_cut_answer(
+    fault: str,
+    told: str,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage, "_DRAIN_SECONDS", 1)
+    with serving(FakeService(fault)) as url:
+        _on_fake(url, data_dir, tmp_path)
+    assert told in capsys.readouterr().out
+
+
 def test_one_original_is_enough(data_dir: Path, tmp_path: Path) -> None:
     store = AdapterStore(data_dir / "store")
     store.remove_alias("leaflet", "default", actor="test")
