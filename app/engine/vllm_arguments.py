@@ -65,6 +65,8 @@ def engine_config(options: EngineOptions, folder: Path) -> VllmConfig:
         max_cpu_loras=max(options.max_resident, options.max_loras) + 1,
         worker_extension_cls=CPU_WORKER_EXTENSION if on_cpu else CUDA_WORKER_EXTENSION,
         disable_log_stats=True,
+        # The engine itself has to know, so that a grammar begins where the thinking ends.
+        reasoning_parser=options.reasoning_parser or "",
     )
     config = arguments.create_engine_config()
     head_dim = config.model_config.get_head_size()

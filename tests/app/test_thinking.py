@@ -1,0 +1,116 @@
+"""A base model that thinks before it answers: what an answer must follow begins after the thinking."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import copy_products
+from tests.service import Service, free_port
+
+BEGIN, END = "<think>", "</think>"
+ANSWERS = ["rest", "drink"]
+SCHEMA = {"enum": ANSWERS}
+QUESTION = [{"role": "user", "content": "感冒有什么症状？"}]
+BUDGET = 6
+TOOL = {"name": "give", "description": "Give a dose", "parameters": {"type": "object", "properties": {}}}
+
+
+def let_think(base: Path) -> None:
+    """The last two tokens become those around thoughts, and the chat template opens one for every answer."""
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    last = sorted(model["vocab"], key=model["vocab"].get)[-2:]
+    for text, old in zip((BEGIN, END), last, strict=True):
+        token_id = model["vocab"].pop(old)
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) != old and old not in pair]
+        added = {**tokenizer["added_tokens"][0], "id": token_id, "content": text, "special": False}
+        tokenizer["added_tokens"].append(added)
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    template = (base / "chat_template.jinja").read_text()
+    opening = "<|im_start|>assistant\\n"
+    assert template.count(opening) == 1
+    (base / "chat_template.jinja").write_text(template.replace(opening, f"{opening}{BEGIN}\\n"))
+
+
+@pytest.fixture(scope="module")
+def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    data_dir = copy_products(demo_dir, tmp_path_factory.mktemp("thinking") / "data")
+    let_think(data_dir / "models" / "xinglin-demo")
+    settings = {"XINGLIN_REASONING_PARSER": "qwen3", "XINGLIN_TOOL_CALL_PARSER": "hermes"}
+    service = Service(data_dir, free_port(), settings)
+    service.start()
+    yield service
+    assert service.stop() == 0
+
+
+def ask(service: Service, path: str, **body: Any) -> Any:
+    asked = {"model": "xinglin-demo", "temperature": 0, "thinking_token_budget": BUDGET, **body}
+    status, reply = service.call("POST", path, asked)
+    assert status == 200, reply
+    return reply
+
+
+def events(reply: str) -> list[dict[str, Any]]:
+    data = [line.removeprefix("data: ") for line in reply.splitlines() if line.startswith("data: ")]
+    return [json.loads(one) for one in data if one != "[DONE]"]
+
+
+def check(thought: str | None, answer: str | None) -> None:
+    """Thoughts are free, and no JSON; the answer is JSON."""
+    assert thought
+    assert thought.lstrip()[0] not in '{"'
+    assert answer
+    assert json.loads(answer) in ANSWERS
+
+
+def test_a_schema_binds_the_answer_and_not_the_thoughts(service: Service) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "dose", "schema": SCHEMA}}
+    body = {"messages": QUESTION, "max_tokens": 80, "response_format": wanted}
+    message = ask(service, "/v1/chat/completions", **body)["choices"][0]["message"]
+    check(message["reasoning"], message["content"])
+
+    deltas = [
+        choice["delta"]
+        for event in events(ask(service, "/v1/chat/completions", stream=True, **body))
+        for choice in event["choices"]
+    ]
+    thought, answer = (
+        "".join(delta.get(part) or "" for delta in deltas) for part in ("reasoning", "content")
+    )
+    check(thought, answer)
+    assert answer == message["content"]
+
+
+def test_a_budget_ends_the_thoughts(service: Service) -> None:
+    lengths = []
+    for budget in (1, 12):
+        body = {"messages": QUESTION, "max_tokens": 60, "thinking_token_budget": budget}
+        message = ask(service, "/v1/chat/completions", **body)["choices"][0]["message"]
+        lengths.append(len(message["reasoning"] or ""))
+        assert message["content"]
+    assert lengths[0] < lengths[1]
+
+
+def test_a_required_tool_is_called_after_the_thoughts(service: Service) -> None:
+    tools = [{"type": "function", "function": TOOL}]
+    body = {"messages": QUESTION, "max_tokens": 120, "tools": tools, "tool_choice": "required"}
+    message = ask(service, "/v1/chat/completions", **body)["choices"][0]["message"]
+    assert message["reasoning"]
+    assert "tool_call" not in message["reasoning"]
+    # The tiny model writes the arguments on and on; without a tool it would have written none.
+    assert message["content"].startswith('<tool_call>\n{"name": "give", "arguments": ')
+
+
+def test_responses_think_first_as_well(service: Service) -> None:
+    wanted = {"format": {"type": "json_schema", "name": "dose", "schema": SCHEMA}}
+    body = {"input": "感冒有什么症状？", "max_output_tokens": 80, "text": wanted}
+    body["thinking_token_budget"] = (
+        None  # it is no parameter there: a thought ends by itself, or the answer does
+    )
+    reply = ask(service, "/v1/responses", **body)
+    kinds = [item["type"] for item in reply["output"]]
+    assert kinds[0] == "reasoning"
+    assert not reply["output"][0]["content"][0]["text"].lstrip().startswith("{")
