@@ -217,6 +217,7 @@ async def _build_engine(settings: Settings, base: BaseModelSettings) -> Engine:
             reasoning_parser=base.reasoning_parser,
             stored_responses=settings.stored_responses,
             truncates=settings.truncation == "auto",
+            control_tokens=settings.control_tokens,
         )
         return VllmEngine.build(options)
 

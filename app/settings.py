@@ -145,6 +145,11 @@ class Settings(BaseModelSettings, BaseSettings):
         description="Of conversations longer than the context: refuse them, or leave out the oldest turns (`auto`). "
         "Requests may say themselves: `truncation`",
     )
+    control_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="What a control token in the text of a message is, such as `<|im_start|>`: its letters, or itself "
+        "(`tokens`), as other servers take it",
+    )
     stored_responses: int = Field(
         1000,
         ge=0,

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from adapters import AdapterError, AdapterRef, AdapterStore, Manifest, fingerprint
 from adapters.validate import TEMPLATE_FILE
 from training.config import AdapterJob, ConfigError, Lora, RopeScaling
+from training.masks import let_control_tokens_be
 from training.own_code import own_code_refused
 from training.reward_head import read_by_mask
 from training.stop_tokens import Stops, find_stops
@@ -187,6 +188,8 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     _let_padding_be_known(tokenizer, model_config)
+    if config.control_tokens == "tokens":
+        let_control_tokens_be(tokenizer)
     template, asked = _template(config, store)
     if template is not None:
         tokenizer.chat_template = template

@@ -20,6 +20,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from adapters.plain_text import Piece, PlainText
+
 Message = dict[str, Any]
 
 # Markers are private characters, which no template cuts, trims or changes: one number for each message and kind.
@@ -71,11 +73,10 @@ def encode(tokenizer: Any, messages: Sequence[Message], max_length: int | None =
     """
     if not tokenizer.is_fast:
         raise MaskError("the tokenizer is not a fast one: give the base model a tokenizer.json")
-    messages = list(messages)
+    messages = _as_text(tokenizer, messages)
     text = _render(tokenizer, messages)
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = tokens["input_ids"]
-    begins = _begins(tokenizer, ids, tokens["offset_mapping"])
+    ids, offsets = _tokens(tokenizer, text)
+    begins = _begins(tokenizer, ids, offsets)
     mask = [0] * len(ids)
     for answer in _answers(tokenizer, messages, text):
         for start, end in answer.spans:
@@ -91,15 +92,12 @@ def encode(tokenizer: Any, messages: Sequence[Message], max_length: int | None =
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The ids that a server gives the model to answer: the chat and the opening of the assistant's turn."""
-    text = _render(tokenizer, list(messages), prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return _tokens(tokenizer, _render(tokenizer, _as_text(tokenizer, messages), prompt=True))[0]
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The ids of a whole chat, with whatever the template puts after the last message."""
-    ids: list[int] = tokenizer(_render(tokenizer, list(messages)), add_special_tokens=False)["input_ids"]
-    return ids
+    return _tokens(tokenizer, _render(tokenizer, _as_text(tokenizer, messages)))[0]
 
 
 def template_stops(tokenizer: Any) -> list[int]:
@@ -112,10 +110,10 @@ def template_stops(tokenizer: Any) -> list[int]:
     for messages in (turns, turns * 2):
         try:
             text = _render(tokenizer, messages)
-            tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            begins = _begins(tokenizer, tokens["input_ids"], tokens["offset_mapping"])
+            ids, offsets = _tokens(tokenizer, text)
+            begins = _begins(tokenizer, ids, offsets)
             for answer in _answers(tokenizer, messages, text):
-                found.append(tokens["input_ids"][_stop(tokenizer, tokens["input_ids"], begins, answer)])
+                found.append(ids[_stop(tokenizer, ids, begins, answer)])
         except MaskError:
             continue
     return list(dict.fromkeys(found))
@@ -129,6 +127,36 @@ def is_served_alike(tokenizer: Any, messages: Sequence[Message]) -> bool:
     """
     prompt = encode_prompt(tokenizer, messages[:-1])
     return encode(tokenizer, messages, len(prompt)).input_ids == prompt
+
+
+def let_control_tokens_be(tokenizer: Any) -> None:
+    """From now on, a control token in the text of a message is one, as where data was rendered before."""
+    tokenizer.control_tokens_in_text = True
+
+
+def _as_text(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
+    """The messages, in which text stays text."""
+    if getattr(tokenizer, "control_tokens_in_text", False):
+        return list(messages)
+    try:
+        guarded: list[Message] = _plain_text(tokenizer).guarded(list(messages))
+    except ValueError as error:
+        raise MaskError(str(error)) from error
+    return guarded
+
+
+@lru_cache(maxsize=4)
+def _plain_text(tokenizer: Any) -> PlainText:
+    return PlainText(tokenizer)
+
+
+def _tokens(tokenizer: Any, text: str) -> Piece:
+    def tokenize(text: str) -> Piece:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        return found["input_ids"], found.get("offset_mapping", [])
+
+    plain = _plain_text(tokenizer)
+    return plain.tokens(text, tokenize) if plain.is_guarded(text) else tokenize(text)
 
 
 def _render(tokenizer: Any, messages: list[Message], prompt: bool = False) -> str:

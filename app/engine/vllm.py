@@ -71,6 +71,7 @@ class VllmEngine:
             reasoning_parser=options.reasoning_parser,
             stored_responses=options.stored_responses,
             truncates=options.truncates,
+            parses_text=options.control_tokens == "tokens",
         )
 
     @classmethod

@@ -34,6 +34,7 @@ class EngineOptions:
     reasoning_parser: str | None = None
     stored_responses: int = 0
     truncates: bool = False
+    control_tokens: str = "text"
 
 
 def folder_of(model: str) -> Path:

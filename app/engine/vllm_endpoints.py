@@ -27,6 +27,7 @@ from app import errors
 from app.engine.base import Answer, Endpoint, Events, Parameters
 from app.engine.history import Cut, Message, within
 from app.engine.vllm_errors import api_error, bad_request, no_tool_parser
+from app.engine.vllm_plain_text import let_text_be_text
 from app.engine.vllm_responses import Responses
 from app.engine.vllm_serving import Asked, Chat, Completion, Messages, Tokenization, at_once
 
@@ -74,13 +75,16 @@ class Endpoints:
         reasoning_parser: str | None,
         stored_responses: int,
         truncates: bool,
+        parses_text: bool,
     ) -> None:
-        """`name`: of the base model; `truncates`: conversations that do not say.
+        """`name`: of the base model; `truncates`: conversations that do not say; `parses_text`: for control tokens.
 
         Raises ValueError for parsers that vLLM does not have.
         """
         self._llm = llm
         self._truncates = truncates
+        if not parses_text:
+            let_text_be_text(llm.renderer)
         self.renderer = OnlineRenderer(
             llm.model_config,
             llm.renderer,

@@ -50,6 +50,9 @@ class AdapterJob(Job):
     chat_template: TemplateName | None = None
     """Prompt template by name (docs/templates.md), for a base that has none; it travels with the adapter. Left
     out: that of the adapter that training goes on with, or else the base's own."""
+    control_tokens: Literal["text", "tokens"] = "text"
+    """What a control token in the text of a message is, such as `<|im_start|>`: `text`, the letters it is written with,
+    as the service takes it; or `tokens`, itself, for data that was rendered before."""
     evaluation_files: list[Source] = Field(default=[])
     """Data files for the measures before and after training; never trained on."""
     general_files: list[Source] = Field(default=[])
