@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-import app.engine.vllm
+import app.engine.vllm_arguments
 import app.loader
 from app.__main__ import main
 from app.evidence import Evidence
@@ -17,6 +17,6 @@ async def _no_proof(*_: Any) -> Proof:
 
 
 if __name__ == "__main__":  # the engine's processes import this module too
-    app.engine.vllm.CPU_WORKER_EXTENSION = "tests.app.engine.stock_worker.WorkerExtension"
+    app.engine.vllm_arguments.CPU_WORKER_EXTENSION = "tests.app.engine.stock_worker.WorkerExtension"
     app.loader.prove = _no_proof
     sys.exit(main(["serve"]))

@@ -18,8 +18,8 @@ CHECK = textwrap.dedent(
     assert __version__.startswith("0.32."), __version__
 
     from app.engine import (
-        cpu_worker, fast_stream, launch, vllm as door, vllm_endpoints as endpoints, vllm_errors, vllm_responses,
-        vllm_serving as serving, worker,
+        cpu_worker, fast_stream, launch, vllm as door, vllm_arguments, vllm_endpoints as endpoints, vllm_errors,
+        vllm_plain_text, vllm_responses, vllm_serving as serving, worker,
     )
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -98,8 +98,18 @@ CHECK = textwrap.dedent(
     has(door, "resolve_chat_template", "tokenizer", "chat_template", "tools", "model_config")
     assert door.LoRARequest.__struct_fields__[:3] == ("lora_name", "lora_int_id", "lora_path")
     assert "request_id" in endpoints.ResponsesRequest.model_fields
-    has(door.AsyncEngineArgs, "__init__", "enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras",
-        "worker_extension_cls", "disable_log_stats", "gpu_memory_utilization", "served_model_name")
+    has(vllm_arguments.AsyncEngineArgs, "__init__", "enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras",
+        "worker_extension_cls", "disable_log_stats", "gpu_memory_utilization", "served_model_name", "reasoning_parser")
+    # Control tokens in texts: the renderer's class is exchanged, and what it had bound before is bound again.
+    renderer = vllm_plain_text.HfRenderer
+    for name in ("render_messages", "render_messages_async"):
+        has(renderer, name, "messages", "params")
+    for name in ("_tokenize_prompt", "_wants_offsets"):
+        has(renderer, name, "prompt", "params")
+    has(renderer, "_build_tokens_prompt", "token_ids", "prompt", "offset_mapping")
+    source = inspect.getsource(vllm_plain_text.BaseRenderer.__init__)
+    assert "self._tokenize_prompt_async = make_async(" in source
+    assert str(serving.GenerationError()) == "Internal server error"
     has(door.vllm.envs, "enable_envs_cache")
     # Engines on CPU are forked from a process of ours.
     assert "context = get_mp_context()" in inspect.getsource(door.vllm.v1.engine.utils.CoreEngineProcManager)
