@@ -16,6 +16,11 @@ class Admission:
         self._gauge = gauge
         self._held = 0
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that hold a place."""
+        return self._held
+
     @contextmanager
     def place(self) -> Iterator[None]:
         """Hold a place. Raises TooManyRequests when all are taken."""

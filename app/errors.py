@@ -6,6 +6,7 @@ ApiError
 ├── ModelNotFound         no served model of that name
 ├── ResponseNotFound      no stored response of that id (any more)
 ├── PathNotAllowed        a folder outside the allow-listed roots
+├── FolderNotFound        no folder of that name inside them
 ├── AdapterRefused        the engine or the proof turned an adapter down; the alias did not move
 │   ├── ProofFailed       ... because the live engine does not reproduce its golden prompts
 │   └── Unproven          ... because it brings none, and the operator does not allow that
@@ -60,6 +61,10 @@ class PathNotAllowed(ApiError):
     """A folder outside the allow-listed roots."""
 
 
+class FolderNotFound(ApiError):
+    """No folder of that name inside the allow-listed roots."""
+
+
 class AdapterRefused(ApiError):
     """The engine or the proof turned an adapter down; the alias did not move."""
 
@@ -106,6 +111,7 @@ TABLE: dict[type[Exception], Row] = {
     ModelNotFound: Row(404, _INVALID, "model_not_found"),
     ResponseNotFound: Row(404, _INVALID, "response_not_found"),
     PathNotAllowed: Row(403, _INVALID, "path_not_allowed"),
+    FolderNotFound: Row(404, _INVALID, "folder_not_found"),
     AdapterRefused: Row(400, _INVALID, "adapter_refused"),
     ProofFailed: Row(400, _INVALID, "proof_failed"),
     Unproven: Row(400, _INVALID, "unproven"),

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from adapters import AdapterError, AdapterStore
@@ -29,7 +30,18 @@ from app.loader import Loader
 from app.metrics import Metrics
 from app.reconciler import Reconciler
 from app.residency import Limits, Residency
-from app.routes import adapters, answers, health, models, openapi, publish, responses, traffic, vllm_compat
+from app.routes import (
+    adapters,
+    answers,
+    health,
+    models,
+    openapi,
+    probes,
+    publish,
+    responses,
+    traffic,
+    vllm_compat,
+)
 from app.routes.connection import request_id_headers
 from app.served_models import ServedModels
 from app.settings import BaseModelSettings, Settings
@@ -159,9 +171,27 @@ def create_app(
             shadow.close()
             await imports.close()
 
+    return _app(settings, lifespan)
+
+
+def _app(settings: Settings, lifespan: Any) -> FastAPI:
     page = Route("/openapi.json", openapi.openapi, include_in_schema=False)  # found before FastAPI's own
-    app = FastAPI(title="Xinglin 杏林", version="0.1.0", lifespan=lifespan, routes=[page])
-    for module in (answers, responses, models, publish, adapters, traffic, vllm_compat, health):
+    app = FastAPI(
+        title="Xinglin 杏林",
+        version="0.1.0",
+        lifespan=lifespan,
+        routes=[page],
+        root_path=settings.root_path,
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-adapter-revision", "x-truncated", "retry-after"],
+        )
+    for module in (answers, responses, models, publish, adapters, traffic, vllm_compat, health, probes):
         app.include_router(module.router)
     for kind in (errors.ApiError, AdapterError):
         app.add_exception_handler(kind, _error_response)
@@ -227,7 +257,9 @@ async def _build_engine(settings: Settings, base: BaseModelSettings) -> Engine:
 
 
 def _error_response(request: Request, error: Exception) -> JSONResponse:
-    body = errors.anthropic_body if request.url.path.startswith(Endpoint.MESSAGES) else errors.body
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    is_anthropics = path.startswith(Endpoint.MESSAGES)
+    body = errors.anthropic_body if is_anthropics else errors.body
     headers = {**errors.headers(error), **request_id_headers(request)}
     return JSONResponse(body(error), errors.row(error).status, headers)
 

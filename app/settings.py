@@ -140,6 +140,16 @@ class Settings(BaseModelSettings, BaseSettings):
         description="How long an idle connection is kept. Longer than clients and proxies keep it (nginx and load "
         "balancers: 60 to 75 s), so that no request meets its closing",
     )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[^/?#\s]+)*$",
+        description="The path under which a proxy offers the service, such as /llm. It may pass it on or take it off",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Pages that may ask the service from a browser: origins such as https://app.example.org, or * for "
+        "all, separated by spaces",
+    )
     truncation: Literal["disabled", "auto"] = Field(
         "disabled",
         description="Of conversations longer than the context: refuse them, or leave out the oldest turns (`auto`). "
@@ -168,7 +178,7 @@ class Settings(BaseModelSettings, BaseSettings):
         "info", description="What the service logs"
     )
 
-    @field_validator("sources", "private_networks", mode="before")
+    @field_validator("sources", "private_networks", "cors_origins", mode="before")
     @classmethod
     def _split_at_spaces(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapters import DEFAULT_ALIAS, AdapterRef, Manifest, diff
 from app.access import admin
 from app.access import chat as may_look
-from app.errors import EngineUnavailable, PathNotAllowed
+from app.errors import EngineUnavailable, FolderNotFound, PathNotAllowed
 from app.hosts import Hosts
 from app.reconciler import Reconciler
 from app.residency import Residency
@@ -182,14 +182,24 @@ async def prune(request: Request, name: str, wanted: PruneRequest | None = None)
 
 
 def allowed_folder(path: str, roots: tuple[Path, ...]) -> Path:
-    """`path` with links resolved, if it lies below a root. Raises PathNotAllowed, which names no host path."""
+    """`path` with links resolved, if it lies below a root.
+
+    Raises FolderNotFound where a root would allow it, and else PathNotAllowed; neither names a host path.
+    """
+    is_allowed = False
     for root in roots:
         try:
             resolved = (root / path).resolve()
-            if resolved.is_relative_to(root) and resolved.is_dir():
-                return resolved
+            if resolved.is_relative_to(root):
+                is_allowed = True
+                if resolved.is_dir():
+                    return resolved
         except (OSError, ValueError):
             continue  # too long, or with characters no file name can have
+    if is_allowed:
+        raise FolderNotFound(
+            "path: there is no such folder below the roots this service may read", param="path"
+        )
     raise PathNotAllowed(
         "path: no folder of that name lies below the roots this service may read; add its parent to "
         "XINGLIN_PUBLISH_ROOTS",

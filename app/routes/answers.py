@@ -23,7 +23,7 @@ from app.errors import ApiError, BadRequest, ModelNotFound, row
 from app.hosts import Host
 from app.metrics import Meter
 from app.residency import Lease
-from app.routes.connection import ClientLeft, WhileConnected, request_id_headers
+from app.routes.connection import ClientLeft, WhileConnected, own_id, request_id_headers
 from app.routes.event_stream import CLIENT_LEFT, EventStream
 from app.routes.examples import request_body
 from app.served_models import Choice
@@ -54,6 +54,10 @@ class _Direct(APIRoute):
         await response(scope, receive, send)
 
 
+_BY_FIELD = {"messages": Endpoint.CHAT, "prompt": Endpoint.COMPLETIONS, "input": Endpoint.RESPONSES}
+_SAGEMAKERS_ADAPTER = "x-amzn-sagemaker-adapter-identifier"
+
+
 def _route(endpoint: Endpoint, name: str, summary: str) -> None:
     async def create(request: Request) -> Response:
         request.state.access.require_chat(request)
@@ -79,7 +83,22 @@ _route(Endpoint.TOKENIZE, "tokenize", "The tokens of a text or conversation (vLL
 _route(Endpoint.DETOKENIZE, "detokenize", "The text of tokens (vLLM)")
 
 
-async def _respond(request: Request, endpoint: Endpoint) -> Response:
+async def invocations(request: Request) -> Response:
+    """SageMaker's one route: a chat, a completion or a response, by what is in the body."""
+    request.state.access.require_chat(request)
+    return await _respond(request, None)
+
+
+router.add_api_route(
+    "/invocations",
+    invocations,
+    methods=["POST"],
+    summary="A chat, a completion or a response, by what is in the body (SageMaker)",
+    route_class_override=_Direct,
+)
+
+
+async def _respond(request: Request, endpoint: Endpoint | None) -> Response:
     state = request.state
     started = time.perf_counter()
     meter = Meter(state.metrics, "unknown", "unknown", started)  # a label is never what a client made up
@@ -89,13 +108,14 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
         with ExitStack() as held:
             held.enter_context(state.admission.place())
             body = await _body_in_time(request)
+            endpoint = endpoint or _meant(body)
             state.hosts.check_ready()
             choice = await _choose(request, body)
             host = state.hosts.of(choice.manifest) if choice.manifest else state.hosts.named(choice.base)
             host.check_ready()
             meter = _meter(request, choice, started)
             headers = request_id_headers(request)
-            request_id = headers["x-request-id"]
+            request_id = own_id(request)
             if choice.manifest:
                 headers["x-adapter-revision"] = choice.manifest.revision
             async with WhileConnected(request.receive):
@@ -134,6 +154,17 @@ async def _respond(request: Request, endpoint: Endpoint) -> Response:
     finally:
         if not goes_on:
             meter.end(status, is_stream=False)
+
+
+def _meant(body: dict[str, Any]) -> Endpoint:
+    for field, endpoint in _BY_FIELD.items():
+        if field in body:
+            return endpoint
+    raise BadRequest(
+        "one of messages, prompt and input is required",
+        code="missing_required_parameter",
+        param="messages",
+    )
 
 
 async def _choose(request: Request, body: dict[str, Any]) -> Choice:
@@ -212,6 +243,8 @@ async def _body(request: Request) -> dict[str, Any]:
         raise BadRequest("the request body is not JSON", code="invalid_json") from error
     if not isinstance(body, dict):
         raise BadRequest("the request body must be a JSON object", code="invalid_json")
+    if adapter := request.headers.get(_SAGEMAKERS_ADAPTER):
+        body["model"] = adapter
     if "model" not in body:  # nobody should be answered by weights they did not name
         raise BadRequest(
             "model: this parameter is required", code="missing_required_parameter", param="model"

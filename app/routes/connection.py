@@ -1,6 +1,7 @@
 """The request id that a client is told, and what happens when it leaves while it is being answered."""
 
 import asyncio
+import re
 import uuid
 from types import TracebackType
 from typing import Any, Self, cast
@@ -8,10 +9,21 @@ from typing import Any, Self, cast
 from starlette.requests import Request
 from starlette.types import Receive
 
+_AN_ID = re.compile(r"[!-~]{1,128}")
+
+
+def own_id(request: Request) -> str:
+    """The service's id of a request, which no other has."""
+    return str(request.scope.setdefault("xinglin.request_id", uuid.uuid4().hex))
+
 
 def request_id_headers(request: Request) -> dict[str, str]:
-    """One id for a request, however it ends: where OpenAI's clients look for it, and where Anthropic's do."""
-    request_id = request.scope.setdefault("xinglin.request_id", uuid.uuid4().hex)
+    """One id for a request, however it ends: where OpenAI's clients look for it, and where Anthropic's do.
+
+    It is the client's own X-Request-Id, if that is of at most 128 printable characters; else the service's.
+    """
+    given = request.headers.get("x-request-id", "")
+    request_id = given if _AN_ID.fullmatch(given) else own_id(request)
     return {"x-request-id": request_id, "request-id": request_id}
 
 

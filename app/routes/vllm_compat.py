@@ -52,3 +52,15 @@ async def unload_lora_adapter(
     except AdapterNotFound as error:
         raise AdapterNotFound(f"The lora adapter '{lora_name}' cannot be found.") from error
     return f"Success: LoRA adapter '{lora_name}' removed successfully."
+
+
+@router.post("/adapters", response_class=PlainTextResponse)
+async def register_adapter(request: Request, name: Text, src: Text) -> str:
+    """As SageMaker loads one: `/v1/load_lora_adapter` under other names. `preload` and `pin` are accepted."""
+    return await load_lora_adapter(request, name, src)
+
+
+@router.delete("/adapters/{name:path}", response_class=PlainTextResponse)
+async def unregister_adapter(request: Request, name: str) -> str:
+    """As SageMaker unloads one."""
+    return await unload_lora_adapter(request, name)

@@ -1,0 +1,69 @@
+"""What settings make of the front of the service: pages of other origins, and a proxy that adds a path."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from pydantic import ValidationError
+from starlette.testclient import TestClient
+
+from app.main import _app
+from app.settings import Settings
+
+PAGE = "https://app.example.org"
+
+
+@asynccontextmanager
+async def nothing(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+    yield {"hosts": []}
+
+
+def client(**settings: Any) -> TestClient:
+    return TestClient(_app(Settings(**settings), nothing))
+
+
+def preflight(front: TestClient, origin: str) -> Any:
+    asked = {"origin": origin, "access-control-request-method": "POST"}
+    asked["access-control-request-headers"] = "authorization, content-type"
+    return front.options("/v1/chat/completions", headers=asked)
+
+
+@pytest.mark.parametrize("allowed", [PAGE, f"http://localhost:3000 {PAGE}", "*"])
+def test_pages_that_may_ask(allowed: str) -> None:
+    with client(cors_origins=allowed) as front:
+        reply = preflight(front, PAGE)
+        assert reply.status_code == 200
+        assert reply.headers["access-control-allow-origin"] in (PAGE, "*")
+        assert "authorization" in reply.headers["access-control-allow-headers"]
+        shown = front.get("/livez", headers={"origin": PAGE}).headers["access-control-expose-headers"]
+        assert "x-request-id" in shown
+
+
+def test_others_may_not() -> None:
+    with client(cors_origins=PAGE) as front:
+        assert preflight(front, "https://evil.example.org").status_code == 400
+    with client() as front:
+        assert preflight(front, PAGE).status_code == 405
+
+
+@pytest.mark.parametrize("path", ["/livez", "/llm/livez"])
+def test_a_proxy_may_pass_its_path_on_or_take_it_off(path: str) -> None:
+    with client(root_path="/llm") as front:
+        assert front.get(path).json() == {"status": "alive"}
+        assert front.get(path.replace("livez", "openapi.json")).json()["servers"] == [{"url": "/llm"}]
+
+
+def test_an_error_has_its_endpoints_shape_behind_a_proxy_too() -> None:
+    with client(root_path="/llm") as front:
+        for path in ("/v1/messages", "/llm/v1/messages"):
+            assert front.get(path).status_code == 405
+    with client() as front:
+        assert front.get("/llm/livez").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["llm", "/llm/", "/a b", "/?x"])
+def test_a_path_that_is_none(path: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(root_path=path)
