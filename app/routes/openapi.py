@@ -13,6 +13,8 @@ from app.errors import EngineUnavailable
 async def openapi(request: Request) -> JSONResponse:
     """The page; parameters that engines alone know are in it from when the first one is up."""
     page = request.app.openapi()
+    if request.app.root_path:
+        page = {**page, "servers": [{"url": request.app.root_path}]}
     for host in request.state.hosts:
         try:
             engine = host.engine
