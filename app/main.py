@@ -248,6 +248,9 @@ async def _build_engine(settings: Settings, base: BaseModelSettings) -> Engine:
             stored_responses=settings.stored_responses,
             truncates=settings.truncation == "auto",
             control_tokens=settings.control_tokens,
+            max_logprobs=settings.max_logprobs,
+            return_tokens_as_token_ids=settings.return_tokens_as_token_ids,
+            always_usage=settings.always_usage,
         )
         return VllmEngine.build(options)
 

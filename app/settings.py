@@ -160,6 +160,18 @@ class Settings(BaseModelSettings, BaseSettings):
         description="What a control token in the text of a message is, such as `<|im_start|>`: its letters, or itself "
         "(`tokens`), as other servers take it",
     )
+    max_logprobs: int = Field(
+        20,
+        ge=-1,
+        description="The most `top_logprobs` or `logprobs` a client may ask for; -1: the whole vocabulary",
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False,
+        description="Name the tokens of logprobs `token_id:N` and not by their text, unless a request says how",
+    )
+    always_usage: bool = Field(
+        False, description="Tell the usage at the end of every stream, asked for or not"
+    )
     stored_responses: int = Field(
         1000,
         ge=0,

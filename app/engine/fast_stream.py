@@ -21,7 +21,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionResponseStreamChoice,
     ChatCompletionStreamResponse,
 )
-from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.entrypoints.serve.engine.protocol import PromptTokenUsageInfo, UsageInfo
 from vllm.exceptions import GenerationError
 from vllm.outputs import RequestOutput
 from vllm.v1.engine import EngineCoreOutput, FinishReason
@@ -129,7 +129,11 @@ class FastOutputProcessor(OutputProcessor):
 
     def _push(self, state: RequestState, deltas: Deltas, output: EngineCoreOutput) -> bool:
         """Hand on what the engine wrote; whether it must be told that a stop string ended the answer."""
-        state.is_prefilling = False
+        if state.is_prefilling:
+            state.is_prefilling = False
+            if output.prefill_stats is not None:
+                state.num_cached_tokens = output.prefill_stats.num_cached_tokens
+                state.num_cache_creation_tokens = output.prefill_stats.num_cache_creation_tokens
         finish_reason, stop_reason = output.finish_reason, output.stop_reason
         detokenizer: Any = state.detokenizer
         token_ids = detokenizer.token_ids
@@ -167,6 +171,16 @@ class Generation:
         self._arguments = (request_id, prompt, sampling_params)
         self._options = options
         self._internal_id = ""
+        self._state: RequestState | None = None
+
+    @property
+    def cached(self) -> PromptTokenUsageInfo:
+        """How many of the prompt's tokens the engine had read before; known when the first is generated."""
+        state = self._state
+        return PromptTokenUsageInfo(
+            cached_tokens=state.num_cached_tokens if state else 0,
+            created_cache_tokens=state.num_cache_creation_tokens if state else 0,
+        )
 
     async def begin(self) -> Deltas:
         """Hand it to the engine. Raises what vLLM's own method raises."""
@@ -178,6 +192,7 @@ class Generation:
             deltas.put(early)
         state = self._llm.output_processor.request_states.get(queue.request_id)
         if state is not None:
+            self._state = state
             state.queue = deltas
             self.prompt_tokens = state.prompt_len
         return deltas
@@ -267,6 +282,7 @@ async def chat_chunks(
     *,
     role: str,
     fingerprint: str,
+    always_usage: bool,
     on_tokens: OnTokens,
     translated: Callable[[Exception], errors.ApiError],
 ) -> AsyncGenerator[bytes]:
@@ -301,13 +317,14 @@ async def chat_chunks(
             _STOP, _text(generation.stop_reason(deltas.stop_reason))
         ).replace(_TEXT, _text(text))
         of_last = f',"system_fingerprint":{_text(fingerprint)}'
-        if request.stream_options and request.stream_options.include_usage:
+        if always_usage or (request.stream_options and request.stream_options.include_usage):
             usage = UsageInfo(
+                prompt_tokens_details=generation.cached,
                 prompt_tokens=generation.prompt_tokens,
                 completion_tokens=total,
                 total_tokens=generation.prompt_tokens + total,
             )
-            last += f'}}\n\n{head}[],"usage":{usage.model_dump_json(exclude_none=True)}'
+            last += f'}}\n\n{head}[],"usage":{usage.model_dump_json()}'
         yield b"".join((ready, last.encode(), of_last.encode(), b"}\n\n", DONE))
     except Exception as error:  # vLLM raises its own and built-in errors alike
         is_over = True

@@ -71,6 +71,8 @@ class VllmEngine:
             reasoning_parser=options.reasoning_parser,
             stored_responses=options.stored_responses,
             truncates=options.truncates,
+            always_usage=options.always_usage,
+            tokens_as_ids=options.return_tokens_as_token_ids,
             parses_text=options.control_tokens == "tokens",
         )
 

@@ -35,6 +35,9 @@ class EngineOptions:
     stored_responses: int = 0
     truncates: bool = False
     control_tokens: str = "text"
+    max_logprobs: int = 20
+    return_tokens_as_token_ids: bool = False
+    always_usage: bool = False
 
 
 def folder_of(model: str) -> Path:
@@ -65,6 +68,7 @@ def engine_config(options: EngineOptions, folder: Path) -> VllmConfig:
         # One more than we ever hold: what vLLM evicts by itself, it would read from disk inside a step.
         max_cpu_loras=max(options.max_resident, options.max_loras) + 1,
         worker_extension_cls=CPU_WORKER_EXTENSION if on_cpu else CUDA_WORKER_EXTENSION,
+        max_logprobs=options.max_logprobs,
         disable_log_stats=True,
         # The engine itself has to know, so that a grammar begins where the thinking ends.
         reasoning_parser=options.reasoning_parser or "",

@@ -76,8 +76,11 @@ class Endpoints:
         stored_responses: int,
         truncates: bool,
         parses_text: bool,
+        always_usage: bool,
+        tokens_as_ids: bool,
     ) -> None:
-        """`name`: of the base model; `truncates`: conversations that do not say; `parses_text`: for control tokens.
+        """`name`: of the base model; `truncates`: conversations that do not say; `parses_text`: for control tokens;
+        `always_usage`: in streams; `tokens_as_ids`: in logprobs.
 
         Raises ValueError for parsers that vLLM does not have.
         """
@@ -102,8 +105,14 @@ class Endpoints:
         models = OpenAIServingModels(llm, [BaseModelPath(name, name)])
         common: dict[str, Any] = {"online_renderer": self.renderer, "request_logger": None}
         rendered = {**common, "chat_template": None, "chat_template_content_format": "auto"}
+        generated = {
+            "enable_prompt_tokens_details": True,
+            "enable_force_include_usage": always_usage,
+            "return_tokens_as_token_ids": tokens_as_ids,
+        }
         parsed = {
             **rendered,
+            **generated,
             "enable_auto_tools": tool_call_parser is not None,
             "tool_parser": tool_call_parser,
             "reasoning_parser": reasoning_parser or "",
@@ -114,7 +123,7 @@ class Endpoints:
             raise ValueError(
                 f"vLLM has no tool_call_parser {tool_call_parser!r} or no reasoning_parser {reasoning_parser!r}"
             ) from error
-        self.completion = Completion(llm, models, **common)
+        self.completion = Completion(llm, models, **common, **generated)
         self.messages = Messages(llm, models, "assistant", **parsed)
         self.responses = Responses(llm, models, **parsed)
         self.responses.keep(stored_responses)

@@ -214,6 +214,7 @@ class Chat(Ours, OpenAIServingChat):
             model_name,
             role=self.get_chat_request_role(request),
             fingerprint=self.asked.fingerprint,
+            always_usage=self.enable_force_include_usage,
             on_tokens=self.asked.on_tokens,
             translated=self.translated,
         )

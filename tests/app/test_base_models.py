@@ -58,6 +58,9 @@ def service(data_dir: Path) -> Iterator[Service]:
         "XINGLIN_BASE_MODELS": str(data_dir / "bases.yaml"),
         "XINGLIN_ALLOW_UNPROVEN": "true",
         "XINGLIN_STALL_SECONDS": "5",
+        "XINGLIN_ALWAYS_USAGE": "true",
+        "XINGLIN_MAX_LOGPROBS": "30",
+        "XINGLIN_RETURN_TOKENS_AS_TOKEN_IDS": "true",
     }
     service = Service(data_dir, free_port(), settings)
     service.start()
@@ -65,6 +68,25 @@ def service(data_dir: Path) -> Iterator[Service]:
     engines = service.engine_pids()
     assert service.stop() == 0
     assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_the_usage_ends_every_stream_if_the_service_is_set_so(service: Service, logprobs: bool) -> None:
+    more = {"logprobs": True, "top_logprobs": 30} if logprobs else {}
+    with service.client() as client:
+        *chunks, last = client.chat.completions.create(
+            model="tiny-llama",
+            messages=MESSAGES,
+            max_tokens=3,
+            stream=True,
+            **more,  # type: ignore[call-overload]
+        )
+    assert last.choices == []
+    assert last.usage.completion_tokens == 3
+    if logprobs:
+        (token,) = chunks[1].choices[0].logprobs.content
+        assert token.token.startswith("token_id:")
+        assert len(token.top_logprobs) == 30
 
 
 def answer(service: Service, model: str) -> str:
