@@ -15,7 +15,7 @@ READMES = ["README.md", "README.zh.md"]
 
 
 def _shown(default: object) -> str:
-    if default is None or default == ():
+    if default in (None, (), ""):
         return ""
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
