@@ -30,6 +30,7 @@ from app import errors
 from app.engine.base import OnTokens
 from app.engine.fast_stream import Generation, chat_chunks, is_plain
 from app.engine.template import Template
+from app.engine.token_bytes import token_bytes
 from app.engine.vllm_errors import api_error, cannot_be_followed, translated
 
 _STAND_IN = "{{ messages }}"
@@ -218,6 +219,25 @@ class Chat(Ours, OpenAIServingChat):
             on_tokens=self.asked.on_tokens,
             translated=self.translated,
         )
+
+    def _create_chat_logprobs(
+        self, token_ids: Any, top_logprobs: Any, tokenizer: Any, *arguments: Any, **options: Any
+    ) -> Any:
+        """See vLLM's, which takes a token's bytes from its text: a part of a character has none."""
+        found = super()._create_chat_logprobs(token_ids, top_logprobs, tokenizer, *arguments, **options)
+        if tokenizer is None:
+            return found
+        of_token = token_bytes(tokenizer)
+        for entry, token_id, alternatives in zip(found.content or (), token_ids, top_logprobs, strict=False):
+            _set_bytes(entry, of_token.of(token_id))
+            for other, other_id in zip(entry.top_logprobs, alternatives or (), strict=False):
+                _set_bytes(other, of_token.of(other_id))
+        return found
+
+
+def _set_bytes(entry: Any, found: bytes | None) -> None:
+    if found is not None:
+        entry.bytes = list(found)
 
 
 class Completion(Ours, OpenAIServingCompletion):

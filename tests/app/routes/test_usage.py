@@ -61,3 +61,27 @@ def test_a_prompt_of_its_own_was_not_read_before(service: Service) -> None:
             "/v1/chat/completions", usage(service, "/v1/chat/completions", stream=stream, messages=messages)
         )
         assert cached == 0
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_the_bytes_of_logprobs_join_to_the_text(service: Service, stream: bool) -> None:
+    """A token of the demo is often a part of a character."""
+    with service.client() as client:
+        for question in ("感冒有什么症状？", "痛风怎么办？", "What helps against gout?"):
+            asked = {
+                "model": "doctor", "messages": [{"role": "user", "content": question}], "temperature": 0,
+                "logprobs": True, "top_logprobs": 2, "max_tokens": 60,
+            }  # fmt: skip
+            if stream:
+                choices = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+                text = "".join(choice.delta.content or "" for choice in choices)
+            else:
+                choices = client.chat.completions.create(**asked).choices
+                text = choices[0].message.content
+            tokens = [one for choice in choices if choice.logprobs for one in choice.logprobs.content or ()]
+            joined = b"".join(bytes(one.bytes or ()) for one in tokens if one.token != "<|im_end|>")
+            assert joined.decode(errors="ignore") == text.rstrip("\ufffd")
+            for one in tokens:
+                assert [other.bytes for other in one.top_logprobs if other.logprob == one.logprob] == [
+                    one.bytes
+                ]

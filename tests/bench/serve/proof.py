@@ -5,7 +5,8 @@
 Right adapters are made of each given one by scaling it and adding a little noise; a trainer's own code writes their
 golden prompts and measures rounding. Wrong ones are made of each right one. The real engine scores all of them, in each
 dtype, one prompt at a time and 64 sequences at once, and on a base model with 2 % of noise in its weights. What the
-proof decides is counted for all golden prompts and for halves and quarters of them.
+proof decides is counted for all golden prompts and for halves and quarters of them. In brackets: the largest of its
+numbers as a share of its limit, from the least of the cell to the most.
 """
 
 import argparse
@@ -30,13 +31,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters import GoldenPrompt, Rounding, read_golden, write_golden
 from app.engine.base import TokenScore
 from app.errors import ProofFailed
-from app.evidence import gather
+from app.evidence import gather, limits
 from app.proof import _judge
 from training.golden import _mean_difference, golden_prompts, rounding
 from training.stop_tokens import find_stops
 
 Tensors = dict[str, torch.Tensor]
-SCALES = (0.3, 1.0, 1.0, 1.5)
+SCALES = (0.3, 0.6, 1.0, 1.0, 1.5)
 """Of the right adapters that are made of one; after the first, with noise of 2 % of each tensor's spread."""
 SUBSETS = (range(8), range(4), range(4, 8), (0, 3, 5, 6), (0, 4), (2, 7))
 PROMPTS = 8
@@ -225,12 +226,22 @@ def _decide(folder: Path, dtype: str, kind: str, one: dict[str, Any]) -> Iterato
             [[TokenScore(score, score) for score in one["base_scores"][at]] for at in some],
             [[TokenScore(score, score) for score in one["scores"][at]] for at in some],
         )
+        moved_here = _over(some, moved, lengths)
+        allowed = limits(evidence, moved_here, "float32", dtype)
+        of_limit = max(
+            evidence.base_difference / allowed.base,
+            evidence.adapter_difference / allowed.adapter,
+            abs(evidence.slope - 1) / allowed.slope,
+        )
         try:
-            _judge("adapter", dtype, evidence, _over(some, moved, lengths), "float32")
+            _judge("adapter", dtype, evidence, moved_here, "float32")
             verdict = "accepted"
         except ProofFailed as error:
             verdict = str(error).partition("(")[0].removeprefix("adapter failed its proof: ").strip()
-        yield {"dtype": dtype, "batch": one["batch"], "kind": kind, "prompts": len(some), "verdict": verdict}
+        yield {
+            "dtype": dtype, "batch": one["batch"], "kind": kind, "prompts": len(some), "verdict": verdict,
+            "of_limit": of_limit,
+        }  # fmt: skip
 
 
 def _over(some: Sequence[int], moved: Sequence[tuple[float, float]], lengths: Sequence[int]) -> Rounding:
@@ -242,15 +253,15 @@ def _over(some: Sequence[int], moved: Sequence[tuple[float, float]], lengths: Se
 def _print(found: Sequence[dict[str, Any]]) -> None:
     kinds = sorted({one["kind"] for one in found}, key=lambda kind: (kind != "right", kind))
     dtypes = list(dict.fromkeys(one["dtype"] for one in found))
-    print(f"{'accepted of all':28}" + "".join(f"{dtype:>18}" for dtype in dtypes))
+    print(f"{'accepted of all':28}" + "".join(f"{dtype:>30}" for dtype in dtypes))
     for kind in kinds:
         cells = []
         for dtype in dtypes:
-            counts = Counter(
-                one["verdict"] == "accepted" for one in found if (one["kind"], one["dtype"]) == (kind, dtype)
-            )
-            cells.append(f"{counts[True]} of {counts.total()}")
-        print(f"{kind:28}" + "".join(f"{cell:>18}" for cell in cells))
+            of_cell = [one for one in found if (one["kind"], one["dtype"]) == (kind, dtype)]
+            counts = Counter(one["verdict"] == "accepted" for one in of_cell)
+            ratios = [one["of_limit"] for one in of_cell]
+            cells.append(f"{counts[True]} of {counts.total()} ({min(ratios):.2g} to {max(ratios):.2g})")
+        print(f"{kind:28}" + "".join(f"{cell:>30}" for cell in cells))
 
 
 if __name__ == "__main__":
