@@ -30,8 +30,9 @@ FLOOR = 1e-4
 _WRONG_BASE, _WRONG_ADAPTER = 1.75, 1.35
 """A mean difference of so many times what rounding explains is no rounding, were there no end of tokens."""
 
-_FEW = 4.0
-"""What is added to those times, over the root of the number of tokens: a mean of few says less."""
+_FEW_BASE, _FEW_ADAPTER = 4.0, 8.5
+"""What is added to those times, over the root of the number of tokens: a mean of few says less. More of an adapter's,
+since single tokens of a strong one differ much."""
 
 _SLOPE = 0.1
 """How far the slope may be from 1, beside four standard errors."""
@@ -113,15 +114,15 @@ def limits(evidence: Evidence, rounding: Rounding | None, trainer_dtype: str, en
     Where the engine rounds the base model more than the trainer's measurement says, it may round the adapter so too.
     Where nothing was measured, the base model's own difference tells what rounding does to the adapter.
     """
-    by_chance = _FEW / math.sqrt(evidence.tokens)
+    root = math.sqrt(evidence.tokens)
     usual = explained(rounding or UNMEASURED, trainer_dtype, engine_dtype)
     of_adapter = usual.adapter if rounding else min(usual.adapter, evidence.base_difference + FLOOR / 2)
     coarser = max(1.0, evidence.base_difference / usual.base)
     noise = (usual.base if rounding else evidence.base_difference + FLOOR / 2) + of_adapter
-    strength = max(evidence.expected_effect, noise) * math.sqrt(evidence.tokens)
+    strength = max(evidence.expected_effect, noise) * root
     return Limits(
-        base=usual.base * (_WRONG_BASE + by_chance),
-        adapter=of_adapter * coarser * (_WRONG_ADAPTER + by_chance),
+        base=usual.base * (_WRONG_BASE + _FEW_BASE / root),
+        adapter=of_adapter * coarser * (_WRONG_ADAPTER + _FEW_ADAPTER / root),
         slope=_SLOPE + 4 * _SPREAD * noise / strength,
         effect=noise,
     )

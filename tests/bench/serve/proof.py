@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,7 @@ def _decide(folder: Path, dtype: str, kind: str, one: dict[str, Any]) -> Iterato
             verdict = str(error).partition("(")[0].removeprefix("adapter failed its proof: ").strip()
         yield {
             "dtype": dtype, "batch": one["batch"], "kind": kind, "prompts": len(some), "verdict": verdict,
-            "of_limit": of_limit,
+            "of_limit": of_limit, "evidence": asdict(evidence), "limits": asdict(allowed),
         }  # fmt: skip
 
 
