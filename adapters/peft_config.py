@@ -9,7 +9,7 @@ from adapters.errors import shown
 # The values of max_lora_rank that vLLM takes.
 _ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _MAX_ALPHA = 1e4  # trained adapters stay below 1000; a huge scale overflows as huge values do
-_MAX_PATTERNS = 500  # engines try each on every module, and keep about as many compiled
+MAX_PATTERNS = 500  # engines try each on every module, and keep about as many compiled
 _LITERAL = re.compile(r"[A-Za-z0-9_.]{1,200}")
 
 _KEPT = {
@@ -101,10 +101,10 @@ def _check_module_names(config: Mapping[str, Any]) -> list[str]:
         names = [value] if isinstance(value, str) else value
         if key == "target_modules" and value == "all-linear":
             continue
-        if not isinstance(names, list) or not all(_is_literal(name) for name in names):
+        if not isinstance(names, list) or not all(is_plain_name(name) for name in names):
             problems.append(f"{key} must be plain module names, and no regular expression")
-        elif len(names) > _MAX_PATTERNS:
-            problems.append(f"{key} has {len(names)} names: at most {_MAX_PATTERNS} are allowed")
+        elif len(names) > MAX_PATTERNS:
+            problems.append(f"{key} has {len(names)} names: at most {MAX_PATTERNS} are allowed")
     return problems
 
 
@@ -113,10 +113,10 @@ def _check_patterns(config: Mapping[str, Any], max_lora_rank: int | None) -> lis
     problems = []
     for key, is_proper in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or len(pattern) > _MAX_PATTERNS:
-            problems.append(f"{key} must be an object of at most {_MAX_PATTERNS} module names")
+        if not isinstance(pattern, dict) or len(pattern) > MAX_PATTERNS:
+            problems.append(f"{key} must be an object of at most {MAX_PATTERNS} module names")
             continue
-        if strange := [name for name in pattern if not _is_literal(name)]:
+        if strange := [name for name in pattern if not is_plain_name(name)]:
             problems.append(
                 f"{key} must hold plain module names, and no regular expression: {shown(strange)}"
             )
@@ -152,7 +152,8 @@ def canonical(config: Mapping[str, Any], base_model: str | None) -> dict[str, An
     return {"base_model_name_or_path": base_model, "inference_mode": True, "peft_type": "LORA", **kept}
 
 
-def _is_literal(name: object) -> bool:
+def is_plain_name(name: object) -> bool:
+    """Whether it is the name of a module, and no regular expression of one."""
     return isinstance(name, str) and _LITERAL.fullmatch(name) is not None
 
 

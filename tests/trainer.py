@@ -103,4 +103,4 @@ class Trainer:
 
     def provenance(self, **changes: Any) -> str:
         facts = {name: getattr(self.manifest, name) for name in Provenance.model_fields}
-        return Provenance(**{**facts, **changes}).model_dump_json()
+        return Provenance(**{**facts, "weights_digest": None, **changes}).model_dump_json()

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from training.config import ConfigError, Golden
 from training.data import Row
 from training.golden import golden_prompts, rounding
 from training.lora import Base, base_folder, base_name
+from training.patterns import spelt_out
 from training.peft_folder import (
     PREFIX,
     SCORE,
@@ -70,6 +72,7 @@ def convert_adapter(
     """
     with new_folder(target) as folder:
         adapter = read_adapter(source, drop)
+        adapter = replace(adapter, config=spelt_out(adapter.config, adapter.lora))
         if golden_rows is not None and (base_model is None or adapter.is_reward):
             raise ConfigError("golden prompts need the base model, and an adapter that chats: leave one out")
         base = base_folder(base_model) if base_model is not None else None
@@ -160,6 +163,8 @@ def _check_layers(adapter: PeftAdapter) -> None:
     last = max((_layer(module) for module in modules), default=-1)
     nowhere, missing = [], []
     for target in targets:
+        if _layer(target) >= 0:
+            continue  # a module's whole name, of which there is one
         layers = {_layer(module) for module in modules if f".{module}".endswith(f".{target}")}
         if not layers:
             nowhere.append(target)

@@ -36,6 +36,7 @@ PREFIX = "base_model.model."  # of every tensor in a file of PEFT's
 
 _MAX_CONFIG_BYTES = 1 << 20
 _WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|base_model\.model)\.)+")
+_INNER_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _LORA = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?"
@@ -223,7 +224,7 @@ def _sort(tensors: Mapping[str, Any], drop: Collection[str]) -> tuple[dict[str, 
     renamed = 0
     for key, tensor in tensors.items():
         bare = _WRAPPERS.match(key)
-        name = key[bare.end() :] if bare else key
+        name = _INNER_WRAPPERS.sub("", key[bare.end() :] if bare else key)
         if key in drop or name in drop or _HARMLESS.fullmatch(name):
             left_out.append(shown(key))
             continue

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ logger = logging.getLogger(__name__)
 _ROOT = Path(__file__).parents[2]
 _LINE_BYTES = 1 << 20
 _MOST_WORDS = 8192
+_END_SECONDS = 5.0
 _ANY = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SSL_CERT_FILE", "SSL_CERT_DIR")
 # A proxy is connected to like any other host: a private one must be among XINGLIN_PRIVATE_NETWORKS.
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -54,6 +56,10 @@ async def run(job: dict[str, Any], on_progress: Callable[[int, int | None], None
     complaints = asyncio.ensure_future(_last_words(process))
     try:
         last = await _follow(process, job, on_progress)
+        with suppress(
+            TimeoutError
+        ):  # it has closed stdout: who killed it now might miss how it ended by itself
+            await asyncio.wait_for(process.wait(), _END_SECONDS)
     finally:
         if process.returncode is None:
             process.kill()

@@ -85,7 +85,11 @@ def variant(original: Original, chance: random.Random) -> bytes:
     flip_signs(content, read_header(tensors), chance)
     manifest = original.manifest
     provenance = Provenance(**manifest.model_dump(include=set(Provenance.model_fields))).model_copy(
-        update={"parent": original.ref, "notes": "Made by swap-storm: it answers as its parent does."}
+        update={
+            "parent": original.ref,
+            "notes": "Made by swap-storm: it answers as its parent does.",
+            "weights_digest": None,  # that of its parent
+        }
     )
     files = {file: (original.folder / file).read_bytes() for file in manifest.files}
     files |= {PROVENANCE_FILE: provenance.model_dump_json().encode(), _TENSOR_FILE: bytes(content)}

@@ -26,6 +26,13 @@ def _sent(request: Request, name: str) -> Any:
     return request.body.get(name) if isinstance(request.body, dict) else None
 
 
+_CACHED = (
+    "prompt_tokens_details",
+    "input_tokens_details",
+    "cache_read_input_tokens",
+    "cache_creation_input_tokens",
+)
+
 DELIBERATE = (
     Deliberate(
         "a model must be named",
@@ -59,6 +66,16 @@ DELIBERATE = (
         "what a client sent wrong is no server error",
         "stock says 500 where its own check of the request stumbles, and clients try a 500 again",
         lambda request, found: _statuses(found) == (500, 400) and not request.is_right,
+    ),
+    Deliberate(
+        "tokens that were read before are told",
+        "stock tells them if it is started so; how many there are depends on what was asked before",
+        lambda _, found: any(name in found.where for name in _CACHED),
+    ),
+    Deliberate(
+        "the bytes of a token are its own",
+        "stock takes those of its text, in which a part of a character is none",
+        lambda _, found: found.where.endswith("].bytes[]"),
     ),
 )
 

@@ -68,7 +68,8 @@ def test_anthropics_clients_send_it_in_a_header_of_their_own(
         Access("secret", is_chat_open=False).require_chat(request)
 
 
-OPEN = {"/livez", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+PROBES = {"/livez", "/readyz", "/metrics", "/health", "/ping", "/version", "/load"}
+OPEN = PROBES | {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 
 
 def test_beyond_loopback_every_route_asks_for_the_key_before_all_else(tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ VARIANTS = {
     "no prefix": lambda tensors: renamed(tensors, PREFIX, ""),
     "prefix twice": lambda tensors: renamed(tensors, PREFIX, PREFIX * 2),
     "in a compiled, parallel model": lambda tensors: renamed(tensors, PREFIX, "module._orig_mod." + PREFIX),
+    "sharded, with layers that compute twice": lambda tensors: renamed(
+        tensors, ".self_attn.", "._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn."
+    ),
     "buffers beside them": lambda tensors: {
         **tensors, PREFIX + "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)
     },
@@ -195,7 +198,6 @@ def test_another_base_is_told_by_names_and_shapes(tensors: Tensors, base: Path, 
     [
         ({"r": 8}, "with r 8"),
         ({"use_dora": True}, "DoRA cannot be served"),
-        ({"target_modules": ".*_proj"}, "no regular expression"),
     ],
 )
 def test_what_cannot_be_served_is_refused(

@@ -78,8 +78,15 @@ def conversation(found: Row) -> list[Message]:
 
 
 def _in_turns(messages: list[Message]) -> list[Message]:
-    """The same messages. Raises BadRow if it is not user and assistant in turns, after perhaps a system."""
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    """The messages, without a greeting of the assistant before the first question.
+
+    Raises BadRow if it is not user and assistant in turns, after perhaps a system.
+    """
+    system, turns = (
+        (messages[:1], messages[1:]) if messages and messages[0]["role"] == "system" else ([], messages)
+    )
+    if len(turns) > 1 and turns[0]["role"] == "assistant":  # a greeting, which answers nothing
+        turns = turns[1:]
     if not turns:
         raise BadRow("there is no message of the user")
     for number, message in enumerate(turns, 1):
@@ -87,7 +94,7 @@ def _in_turns(messages: list[Message]) -> list[Message]:
             raise BadRow(
                 f"turn {number} is by {message['role']!r}; user and assistant must alternate, user first"
             )
-    return messages
+    return [*system, *turns]
 
 
 def answer_in(value: Any, name: str) -> list[Message]:
@@ -137,7 +144,7 @@ def _message(item: Any, name: str) -> Message:
     if role not in _ROLES:
         raise BadRow(f"{name} is by {shown(role)}; expected system, user or assistant")
     content = item["content"] if item.get("content") is not None else item.get("value")
-    message: Message = {"role": _ROLES[role], "content": text(content, f"{name}: content")}
+    message: Message = {"role": _ROLES[role], "content": text(_joined(content, name), f"{name}: content")}
     weight = item.get("weight")
     if weight is not None:
         if message["role"] != "assistant" or weight not in (0, 1):
@@ -145,6 +152,19 @@ def _message(item: Any, name: str) -> Message:
         if not weight:
             message["weight"] = 0
     return message
+
+
+def _joined(content: Any, name: str) -> Any:
+    """Content in parts, as OpenAI's clients write it, as one text. Raises BadRow for parts of another kind."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind not in ("text", "input_text", "output_text"):
+            raise BadRow(
+                f"{name}: content has a part of kind {shown(str(kind))}; only text can be trained on"
+            )
+    return "".join(text(part.get("text"), f"{name}: content") for part in content)
 
 
 def _system(found: Row, messages: list[Message]) -> list[Message]:

@@ -21,6 +21,9 @@ _JSON_ENDINGS = {".json", ".jsonl", ".ndjson"}
 _JSON_BEGINS = re.compile(r'\s*(\[\s*)?\{\s*["}]')
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 
+_WRAPPERS = ("data", "train", "validation", "test", "rows", "examples", "instances", "samples")
+"""Names under which a file may hold all its rows."""
+
 csv.field_size_limit(1 << 30)  # a cell may hold a whole conversation, and the default is 128 KiB
 
 
@@ -45,9 +48,11 @@ def _read(name: str, file: Any) -> Iterator[tuple[str, Any]]:
         return _read_parquet(name, file)
     begin = head.decode("utf-8-sig", errors="replace")
     lines = _decode(name, file)
+    if "\r" in begin and "\n" not in begin:  # as old Macs, and Excel on them, end lines
+        lines = (f"{line}\n" for line in "".join(lines).split("\r"))
     ending = Path(name.lower().removesuffix(".gz")).suffix
     if ending in _JSON_ENDINGS or _JSON_BEGINS.match(begin):
-        return _read_array(name, lines) if begin.lstrip().startswith("[") else _read_json_lines(lines)
+        return _read_array(name, lines) if begin.lstrip().startswith("[") else _read_objects(name, lines)
     if ending in {".csv", ".tsv"}:
         return _read_csv(name, lines)
     if ending == ".txt":
@@ -70,8 +75,59 @@ def _decode(name: str, file: BinaryIO) -> Iterator[str]:
                 f"{name}: byte {at + error.start} is not UTF-8; convert the file first, for example "
                 f"`iconv -f {encoding} -t utf-8`"
             ) from error
-        yield line if at else line.removeprefix("\ufeff")
+        yield line.removeprefix("\ufeff")  # of each: files are put one behind the other
         at += len(raw)
+
+
+def _read_objects(name: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """JSON Lines, or one object for the whole file: a row, or rows in a list under a name such as `data`."""
+    head: list[str] = []
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    begin = _json_or_none("".join(head))
+    if begin is None or _lists_of_rows(begin):
+        head += lines
+        whole = _json_or_none("".join(head))
+        if isinstance(whole, dict):
+            return _unwrapped(name, whole)
+    return _read_json_lines(chain(head, lines))
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _lists_of_rows(value: Any) -> list[str]:
+    """The names of lists of objects in it; not of those that hold the messages of one row."""
+    if not isinstance(value, dict):
+        return []
+    return [
+        name
+        for name, some in value.items()
+        if name in _WRAPPERS
+        and isinstance(some, list)
+        and some
+        and all(isinstance(one, dict) for one in some)
+    ]
+
+
+def _unwrapped(name: str, whole: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    lists = _lists_of_rows(whole)
+    if len(lists) > 1:
+        raise DataError(
+            f"{name}: holds several lists of rows, {' and '.join(lists)}: write those to train on to a file of their "
+            "own"
+        )
+    if not lists:
+        yield "1", whole
+        return
+    for number, value in enumerate(whole[lists[0]], 1):
+        yield f"{lists[0]}[{number}]", value
 
 
 def _read_json_lines(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
@@ -117,7 +173,9 @@ def _not_json(error: Exception) -> str:
 
 def _read_csv(name: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     first = next(lines, "")
-    reader = csv.reader(chain([first], lines), delimiter="\t" if "\t" in first else ",", strict=True)
+    # Where a comma is the decimal sign, Excel puts semicolons between cells.
+    delimiter = next((mark for mark in "\t,;" if mark in first), ",")
+    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     begin = 1
     try:
         columns = [cell.strip() for cell in next(reader, [])]

@@ -6,7 +6,7 @@
     ShareGPT    {"conversations": [...], "chosen": {"from": "gpt", "value": "…"}, "rejected": {...}}
     OpenAI      {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
     CareGPT     {"instruction": "…", "input": "…", "output": ["better", "worse"]}
-    feedback    any chat row, with "label": true or false
+    feedback    any chat row, with "label" (or LLaMA-Factory's "kto_tag"): true or false
 
 What was asked may stand in any format of `chats`, with any of the first two pairs of keys.
 """
@@ -21,7 +21,10 @@ _PAIRS = (
     ("response_chosen", "response_rejected"),
     ("preferred_output", "non_preferred_output"),
 )
-_LABELS = {"true": True, "1": True, "false": False, "0": False}
+_LABELS = {
+    "true": True, "1": True, "yes": True, "good": True,
+    "false": False, "0": False, "no": False, "bad": False,
+}  # fmt: skip
 
 
 def to_preference(found: Row) -> Row:
@@ -82,7 +85,7 @@ def has_pair(found: Row) -> bool:
 
 
 def _label(found: Row) -> bool | None:
-    label = found.get("label")
+    label = found.get("label", found.get("kto_tag"))
     return _LABELS.get(str(label).strip().lower()) if isinstance(label, str | int) else None
 
 

@@ -1,6 +1,7 @@
 """Data sources in, canonical rows out; every bad row is named by file, line and reason."""
 
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -93,12 +94,20 @@ def _chat(found: Row) -> Row:
 
 
 def _fields(value: object) -> Row:
-    """The keys of a row that have a value; Parquet gives every row the keys of all."""
+    """The keys of a row that have a value; Parquet gives every row the keys of all, and pandas writes NaN for none.
+
+    Spreadsheets begin them with a capital: here they are of lower case, unless two would be one then.
+    """
     if isinstance(value, BadRow):
         raise value
     if not isinstance(value, dict):
         raise BadRow("a row must be a JSON object")
-    return {key: item for key, item in value.items() if item is not None}
+    lower = {str(key).strip().lower() for key in value}
+    return {
+        str(key).strip().lower() if len(lower) == len(value) else key: item
+        for key, item in value.items()
+        if item is not None and not (isinstance(item, float) and math.isnan(item))
+    }
 
 
 def judge(problems: list[str], on_error: OnError) -> None:

@@ -73,7 +73,9 @@ def test_anthropics_and_the_responses_api_are_cut_as_well(service: Service) -> N
     body = {"model": "doctor", "max_tokens": 20, "system": SYSTEM["content"], "messages": turns}
     status, reply = service.call("POST", "/v1/messages", {**body, "truncation": "auto"})
     assert status == 200, reply
-    assert reply["usage"]["input_tokens"] <= CONTEXT - 20 < reply["usage"]["input_tokens"] + 40
+    usage = reply["usage"]
+    tokens_given = usage["input_tokens"] + (usage.get("cache_read_input_tokens") or 0)
+    assert tokens_given <= CONTEXT - 20 < tokens_given + 40
     assert reply["truncated"]["messages"] > 300
     assert service.call("POST", "/v1/messages", body)[1]["error"]["code"] == "context_length_exceeded"
 

@@ -91,7 +91,11 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [USER]}, "there is no answer to learn: the last message must be the assistant's"),
     ({"messages": []}, "there is no message of the user"),
     ({"messages": [SYSTEM]}, "there is no message of the user"),
-    ({"messages": [ASSISTANT, USER]}, "turn 1 is by 'assistant'"),
+    (
+        {"messages": [ASSISTANT, USER]},
+        "there is no answer to learn: the last message must be the assistant's",
+    ),
+    ({"messages": [ASSISTANT, ASSISTANT]}, "turn 1 is by 'assistant'"),
     ({"messages": [USER, USER, ASSISTANT]}, "turn 2 is by 'user'"),
     ({"messages": [USER, SYSTEM, ASSISTANT]}, "turn 2 is by 'system'"),
     ({"messages": [SYSTEM, USER, ASSISTANT], "system": "another"}, "there are two system messages"),

@@ -179,7 +179,7 @@ def test_a_bad_pair_is_named_by_file_line_and_reason(tmp_path: Path, row: object
     ("row", "reason"),
     [
         (CHAT, "label must be true or false"),
-        ({**CHAT, "label": "good"}, "label must be true or false"),
+        ({**CHAT, "label": "perhaps"}, "label must be true or false"),
         ({**CHAT, "label": [True]}, "label must be true or false"),
         ({"prompt": Q, "label": True}, "there is no answer for the label to judge"),
         ({"prompt": Q, "chosen": A, "rejected": A}, "chosen and rejected are the same"),
