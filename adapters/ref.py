@@ -1,4 +1,8 @@
-"""Refs: how one adapter is named. `doctor`, `doctor@canary` (alias) or `doctor@3f2a9c1b77de` (revision)."""
+"""Refs: how one adapter is named. `doctor`, `doctor@canary` (alias) or `doctor@3f2a9c1b77de` (revision).
+
+Names are those that people give on model hubs, `SQL_LoRA` or `org/My_Adapter.v1`. Each is one folder, on
+file systems that fold case too: `+` stands before what was a capital, and `+.` for the slash.
+"""
 
 import re
 from dataclasses import dataclass
@@ -8,29 +12,47 @@ from adapters.errors import InvalidRef, shown
 
 DEFAULT_ALIAS = "default"
 
-# Lower case only: names are folders, and some file systems fold case.
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_NAME = re.compile(rf"{_PART}(?:/{_PART})?")
+_MAX_NAME = 96  # as on the Hugging Face hub
+_ALIAS = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _REVISION = re.compile(r"[0-9a-f]{12}")
 
 
 def check_name(name: str) -> str:
     """`name` itself, if it can name an adapter; raises InvalidRef if it cannot."""
-    if not _NAME.fullmatch(name) or ".." in name:
+    if len(name) > _MAX_NAME or not _NAME.fullmatch(name) or ".." in name:
         raise InvalidRef(
-            f"{shown(name)} cannot name an adapter: use 1 to 64 lower-case letters, digits, '-', '_' or "
-            "single '.', beginning and ending with a letter or digit"
+            f"{shown(name)} cannot name an adapter: use 1 to {_MAX_NAME} letters (a-z, A-Z), digits, '-', '_' or "
+            "single '.', beginning and ending with a letter or digit; one '/' may stand between two such names"
         )
     return name
 
 
 def check_alias(alias: str) -> str:
     """`alias` itself, if it can name an alias; raises InvalidRef if it cannot."""
-    if not _NAME.fullmatch(alias) or ".." in alias or _REVISION.fullmatch(alias):
+    if not _ALIAS.fullmatch(alias) or ".." in alias or _REVISION.fullmatch(alias):
         raise InvalidRef(
-            f"{shown(alias)} cannot name an alias: use the letters of an adapter name, and not 12 "
-            "hexadecimal digits, which name a revision"
+            f"{shown(alias)} cannot name an alias: use 1 to 64 lower-case letters, digits, '-', '_' or single "
+            "'.', beginning and ending with a letter or digit, and not 12 hexadecimal digits, which name a revision"
         )
     return alias
+
+
+def folder_name(name: str) -> str:
+    """What the folder of `name` is called; `name` itself where it has neither capital nor slash.
+
+    Raises InvalidRef.
+    """
+    return re.sub(r"[A-Z]", lambda capital: f"+{capital[0].lower()}", check_name(name)).replace("/", "+.")
+
+
+def name_of(folder: str) -> str:
+    """The name that `folder_name` made a folder's name of. Raises InvalidRef if none did."""
+    name = re.sub(r"\+([a-z])", lambda capital: capital[1].upper(), folder.replace("+.", "/"))
+    if folder_name(name) != folder:
+        raise InvalidRef(f"{shown(folder)} is not the folder of an adapter")
+    return name
 
 
 def check_revision(revision: str) -> str:

@@ -29,7 +29,7 @@ from adapters.durable import flock, fsync, remove_if_abandoned, replace_text, se
 from adapters.errors import AdapterNotFound, AliasMoved, InvalidRef, NothingToRollBack, StoreDamaged
 from adapters.log import Action, LogEntry, append, read_log, way_back
 from adapters.manifest import MANIFEST_FILE, PROVENANCE_FILE, Manifest, Provenance
-from adapters.ref import DEFAULT_ALIAS, AdapterRef, check_alias, check_name, check_revision
+from adapters.ref import DEFAULT_ALIAS, AdapterRef, check_alias, check_revision, folder_name, name_of
 from adapters.traffic import CANARY, SHADOW, Traffic
 from adapters.validate import CONFIG_FILE, BaseModelFacts, validate
 
@@ -46,7 +46,7 @@ class AdapterStore:
 
     def names(self) -> list[str]:
         """Names of all adapters with at least one revision."""
-        return sorted({path.parts[-3] for path in self.root.glob(f"*/revisions/{_REVISIONS}")})
+        return self._names(f"revisions/{_REVISIONS}")
 
     def revisions(self, name: str) -> list[Manifest]:
         """All revisions of `name`, oldest first. Raises AdapterNotFound, StoreDamaged."""
@@ -61,18 +61,16 @@ class AdapterStore:
     def aliases(self, name: str) -> dict[str, str]:
         """Alias to revision. Empty when nothing points at any revision of `name`."""
         found = {}
-        for path in sorted((self.root / check_name(name) / "aliases").glob("[!.]*")):
+        for path in sorted((self._home(name) / "aliases").glob("[!.]*")):
             with suppress(FileNotFoundError, IsADirectoryError):  # removed while we read; or no alias at all
                 found[path.name] = path.read_text(encoding="utf-8", errors="replace").strip()
         return found
 
     def pointed(self) -> dict[tuple[str, str], str]:
         """Every alias of every adapter, as (name, alias), to its revision."""
-        names = {path.parts[-3] for path in self.root.glob("[!.]*/aliases/[!.]*")}
         found: dict[tuple[str, str], str] = {}
-        for name in sorted(names):
-            with suppress(InvalidRef):  # somebody else's folder
-                found |= {(name, alias): to for alias, to in self.aliases(name).items()}
+        for name in self._names("aliases/[!.]*"):
+            found |= {(name, alias): to for alias, to in self.aliases(name).items()}
         return found
 
     def get(self, ref: AdapterRef) -> Manifest:
@@ -92,7 +90,7 @@ class AdapterStore:
 
     def folder(self, name: str, revision: str) -> Path:
         """Where the files of a revision lie, or would lie."""
-        return self.root / check_name(name) / "revisions" / check_revision(revision)
+        return self._home(name) / "revisions" / check_revision(revision)
 
     def verify(self, manifest: Manifest) -> Path:
         """The folder of a revision, after its files proved to be those that were published.
@@ -114,12 +112,12 @@ class AdapterStore:
 
     def log(self, name: str) -> list[LogEntry]:
         """All that happened to `name`, oldest first. A line torn by a crash is left out."""
-        return read_log(self.root / check_name(name) / "log.jsonl")
+        return read_log(self._home(name) / "log.jsonl")
 
     def traffic(self, name: str) -> Traffic:
         """How the requests for `name` are shared out."""
         try:
-            return Traffic.model_validate_json((self.root / check_name(name) / "traffic.json").read_bytes())
+            return Traffic.model_validate_json((self._home(name) / "traffic.json").read_bytes())
         except FileNotFoundError:
             return Traffic()
         except (ValidationError, OSError) as error:
@@ -143,7 +141,7 @@ class AdapterStore:
         meanwhile, it is made whole. Raises InvalidRef, InvalidAdapter, OSError (the disk is full, no
         permission); nothing is published then.
         """
-        check_name(name)
+        self._home(name)
         wanted = validate(folder, base).files
         with self._staging() as staging:
             copy = staging / "revision"
@@ -297,8 +295,20 @@ class AdapterStore:
 
     # Primitives
 
+    def _home(self, name: str) -> Path:
+        """The folder of an adapter. Raises InvalidRef."""
+        return self.root / folder_name(name)
+
+    def _names(self, holding: str) -> list[str]:
+        """The adapters whose folder holds something that matches the pattern `holding`."""
+        names = set()
+        for folder in {path.parts[-3] for path in self.root.glob(f"[!.]*/{holding}")}:
+            with suppress(InvalidRef):  # somebody else's folder
+                names.add(name_of(folder))
+        return sorted(names)
+
     def _list(self, name: str) -> list[str]:
-        return [path.name for path in (self.root / check_name(name) / "revisions").glob(_REVISIONS)]
+        return [path.name for path in (self._home(name) / "revisions").glob(_REVISIONS)]
 
     def _resolve(self, ref: AdapterRef) -> str:
         if ref.revision is not None:
@@ -330,14 +340,14 @@ class AdapterStore:
         if current == revision:
             return
         self._append(name, action, actor, why, alias=alias, from_revision=current, to_revision=revision)
-        replace_text(self.root / name / "aliases" / alias, revision + "\n")
+        replace_text(self._home(name) / "aliases" / alias, revision + "\n")
 
     def _remove_alias(self, name: str, alias: str, actor: str, why: str) -> None:
         current = self._current(name, alias)
         if alias in (CANARY, SHADOW):
             self._split(name, alias, 0, actor, why)
         self._append(name, "unpoint", actor, why, alias=alias, from_revision=current)
-        path = self.root / name / "aliases" / alias
+        path = self._home(name) / "aliases" / alias
         path.unlink()
         fsync(path.parent)
 
@@ -347,7 +357,7 @@ class AdapterStore:
         if after == before:
             return
         self._append(name, "split", actor, why, alias=alias, percent=percent)
-        replace_text(self.root / name / "traffic.json", after.model_dump_json() + "\n")
+        replace_text(self._home(name) / "traffic.json", after.model_dump_json() + "\n")
 
     def _put(self, folder: Path, target: Path) -> None:
         """Move a settled folder to its place. The folders above may be new too."""
@@ -356,12 +366,12 @@ class AdapterStore:
 
     def _append(self, name: str, action: Action, actor: str, why: str, **what: Any) -> None:
         entry = LogEntry(at=datetime.now(UTC), action=action, actor=actor, why=why, **what)
-        append(self.root / name / "log.jsonl", entry)
+        append(self._home(name) / "log.jsonl", entry)
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         """One writer of an adapter at a time. Raises AdapterNotFound, so that a wrong name makes no folder."""
-        folder = self.root / check_name(name)
+        folder = self._home(name)
         if not folder.is_dir():
             raise AdapterNotFound(f"there is no adapter {name}")
         with flock(folder / ".lock"):

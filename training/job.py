@@ -21,6 +21,7 @@ from typing import Any
 
 from adapters import AdapterStore
 from adapters.durable import flock, replace_text
+from adapters.ref import folder_name
 from training import ranks
 from training.config import AdapterJob, ConfigError, JobConfig, dump_config, load_config, read_yaml
 from training.events import (
@@ -68,7 +69,11 @@ def _make_folder(config: JobConfig, data_dir: Path) -> str:
     if config.makes_base:
         _check_free(_model_folder(config, data_dir))
     # Named so that runs sort by time, and two begun in one second differ.
-    folder = data_dir / "runs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config.name}-{secrets.token_hex(2)}"
+    folder = (
+        data_dir
+        / "runs"
+        / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{folder_name(config.name)}-{secrets.token_hex(2)}"
+    )
     folder.mkdir(parents=True)
     replace_text(folder / CONFIG_FILE, dump_config(config))
     return folder.name
@@ -255,4 +260,4 @@ def _publish_base(result: Path, target: Path) -> Published:
 
 
 def _model_folder(config: JobConfig, data_dir: Path) -> Path:
-    return data_dir / "models" / config.name
+    return data_dir / "models" / folder_name(config.name)

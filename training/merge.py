@@ -157,7 +157,7 @@ def export_adapter(adapter: str, target: Path, store: AdapterStore) -> None:
 
 
 def _read(text: str, store: AdapterStore) -> _Given:
-    if "/" not in text and text not in (".", ".."):
+    if _is_ref(text, store):
         manifest = store.get(AdapterRef.parse(text))
         with store.hold(manifest):
             return _given(f"{manifest.name}@{manifest.revision}", store.verify(manifest), manifest)
@@ -166,6 +166,13 @@ def _read(text: str, store: AdapterStore) -> _Given:
     embeds = any(_is_vocabulary(name) for name in adapter.adapter.whole)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     return replace(adapter, tokenizer=folder if embeds and has_tokenizer else None)
+
+
+def _is_ref(text: str, store: AdapterStore) -> bool:
+    """Whether `text` names an adapter of the store. `org/name` is a folder where there is one."""
+    if "/" not in text:
+        return text not in (".", "..")
+    return not Path(text).exists() and text.partition("@")[0] in store.names()
 
 
 def _given(ref: str, folder: Path, facts: Provenance) -> _Given:

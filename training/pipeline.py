@@ -29,6 +29,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from adapters import AdapterNotFound, AdapterRef, AdapterStore
 from adapters.durable import replace_text
+from adapters.ref import folder_name
 from adapters.wording import in_words, no_such_setting
 from training import progress
 from training.config import AdapterJob, ConfigError, JobConfig, load_config, read_yaml
@@ -103,7 +104,7 @@ class _Job:
         return note is not None and note.key == self.key and note.ref is not None and self._exists(note.ref)
 
     def _exists(self, ref: str) -> bool:
-        if ref.startswith("models/"):
+        if "@" not in ref:  # a base model, models/<name>
             return (self.data_dir / ref / "config.json").exists()
         try:
             AdapterStore(self.data_dir / "store").get(AdapterRef.parse(ref))
@@ -144,7 +145,7 @@ def run_pipeline(path: Path, data_dir: Path, root: Path | None = None) -> list[s
     """
     data_dir = data_dir.absolute()
     asked = _read(path)
-    folder = data_dir / "pipelines" / asked.pipeline
+    folder = data_dir / "pipelines" / folder_name(asked.pipeline)
     jobs = _load_jobs(path, asked, folder, data_dir, root)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):

@@ -112,24 +112,7 @@ async def _engine(residency: Residency) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/adapters/{name}", dependencies=[Depends(may_look)])
-async def show_adapter(request: Request, name: str) -> dict[str, Any]:
-    """Every revision of an adapter with its manifest, the aliases and their shares, and the log."""
-    store = request.state.reconciler.store
-
-    def read() -> dict[str, Any]:
-        return {
-            "name": name,
-            "aliases": store.aliases(name),
-            "traffic": store.traffic(name).model_dump(),
-            "revisions": [manifest.model_dump(mode="json") for manifest in store.revisions(name)],
-            "log": [entry.model_dump(mode="json", exclude_none=True) for entry in store.log(name)],
-        }
-
-    return await asyncio.to_thread(read)
-
-
-@router.get("/v1/adapters/{name}/diff", dependencies=[Depends(may_look)])
+@router.get("/v1/adapters/{name:path}/diff", dependencies=[Depends(may_look)])
 async def diff_revisions(request: Request, name: str, old: str, new: str = DEFAULT_ALIAS) -> dict[str, Any]:
     """Which modules moved between two revisions, given as aliases or revisions, and by how much."""
     store = request.state.reconciler.store
@@ -147,7 +130,24 @@ async def diff_revisions(request: Request, name: str, old: str, new: str = DEFAU
     return await asyncio.to_thread(compare)
 
 
-@router.put("/v1/adapters/{name}/aliases/{alias}", dependencies=[Depends(admin)])
+@router.get("/v1/adapters/{name:path}", dependencies=[Depends(may_look)])
+async def show_adapter(request: Request, name: str) -> dict[str, Any]:
+    """Every revision of an adapter with its manifest, the aliases and their shares, and the log."""
+    store = request.state.reconciler.store
+
+    def read() -> dict[str, Any]:
+        return {
+            "name": name,
+            "aliases": store.aliases(name),
+            "traffic": store.traffic(name).model_dump(),
+            "revisions": [manifest.model_dump(mode="json") for manifest in store.revisions(name)],
+            "log": [entry.model_dump(mode="json", exclude_none=True) for entry in store.log(name)],
+        }
+
+    return await asyncio.to_thread(read)
+
+
+@router.put("/v1/adapters/{name:path}/aliases/{alias}", dependencies=[Depends(admin)])
 async def point_alias(request: Request, name: str, alias: str, wanted: PointRequest) -> dict[str, Any]:
     """Load and prove a published revision, then point the alias at it."""
     reconciler: Reconciler = request.state.reconciler
@@ -155,7 +155,7 @@ async def point_alias(request: Request, name: str, alias: str, wanted: PointRequ
     return {"name": name, "revision": wanted.revision, "alias": alias}
 
 
-@router.delete("/v1/adapters/{name}/aliases/{alias}", dependencies=[Depends(admin)])
+@router.delete("/v1/adapters/{name:path}/aliases/{alias}", dependencies=[Depends(admin)])
 async def remove_alias(request: Request, name: str, alias: str, why: str = "") -> dict[str, Any]:
     """Point the alias at nothing: its revision leaves the engine, and stays in the store."""
     reconciler: Reconciler = request.state.reconciler
@@ -163,7 +163,7 @@ async def remove_alias(request: Request, name: str, alias: str, why: str = "") -
     return {"name": name, "alias": alias, "deleted": True}
 
 
-@router.post("/v1/adapters/{name}/rollback", dependencies=[Depends(admin)])
+@router.post("/v1/adapters/{name:path}/rollback", dependencies=[Depends(admin)])
 async def roll_back(request: Request, name: str, wanted: RollbackRequest | None = None) -> dict[str, Any]:
     """Point the alias back at its revision before, or at any earlier one."""
     wanted = wanted or RollbackRequest()
@@ -172,7 +172,7 @@ async def roll_back(request: Request, name: str, wanted: RollbackRequest | None 
     return {"name": name, "revision": revision, "alias": wanted.alias}
 
 
-@router.post("/v1/adapters/{name}/prune", dependencies=[Depends(admin)])
+@router.post("/v1/adapters/{name:path}/prune", dependencies=[Depends(admin)])
 async def prune(request: Request, name: str, wanted: PruneRequest | None = None) -> dict[str, Any]:
     """Remove old revisions that no alias, rollback or engine needs."""
     wanted = wanted or PruneRequest()

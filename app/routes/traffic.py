@@ -33,13 +33,13 @@ class WhyRequest(BaseModel):
     why: str = Field("", max_length=500, description="Kept in the adapter's log")
 
 
-@router.put("/v1/adapters/{name}/canary")
+@router.put("/v1/adapters/{name:path}/canary")
 async def set_canary(request: Request, name: str, wanted: ShareRequest) -> dict[str, Any]:
     """Prove a revision and have it answer a share of the requests, always the same sessions."""
     return await _split(request, name, CANARY, wanted)
 
 
-@router.post("/v1/adapters/{name}/canary/promote")
+@router.post("/v1/adapters/{name:path}/canary/promote")
 async def promote_canary(request: Request, name: str, wanted: WhyRequest | None = None) -> dict[str, Any]:
     """Point `default` at the canary's revision, and end the canary."""
     reconciler: Reconciler = request.state.reconciler
@@ -47,19 +47,19 @@ async def promote_canary(request: Request, name: str, wanted: WhyRequest | None 
     return {"name": name, "revision": revision, "alias": "default"}
 
 
-@router.delete("/v1/adapters/{name}/canary")
+@router.delete("/v1/adapters/{name:path}/canary")
 async def abort_canary(request: Request, name: str, why: str = "") -> dict[str, Any]:
     """End the canary: new requests go to `default` at once."""
     return await _end(request, name, CANARY, why)
 
 
-@router.put("/v1/adapters/{name}/shadow")
+@router.put("/v1/adapters/{name:path}/shadow")
 async def set_shadow(request: Request, name: str, wanted: ShareRequest) -> dict[str, Any]:
     """Prove a revision and give it copies of a share of the requests; its answers are only compared."""
     return await _split(request, name, SHADOW, wanted)
 
 
-@router.delete("/v1/adapters/{name}/shadow")
+@router.delete("/v1/adapters/{name:path}/shadow")
 async def end_shadow(request: Request, name: str, why: str = "") -> dict[str, Any]:
     """End the shadow."""
     return await _end(request, name, SHADOW, why)

@@ -60,7 +60,7 @@ async def register_adapter(request: Request, name: Text, src: Text) -> str:
     return await load_lora_adapter(request, name, src)
 
 
-@router.delete("/adapters/{name}", response_class=PlainTextResponse)
+@router.delete("/adapters/{name:path}", response_class=PlainTextResponse)
 async def unregister_adapter(request: Request, name: str) -> str:
     """As SageMaker unloads one."""
     return await unload_lora_adapter(request, name)

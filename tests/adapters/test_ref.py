@@ -3,7 +3,7 @@
 import pytest
 
 from adapters import AdapterRef, InvalidRef
-from adapters.ref import check_alias, check_name, check_revision
+from adapters.ref import check_alias, check_name, check_revision, folder_name, name_of
 
 REVISION = "3f2a9c1b77de"
 
@@ -18,7 +18,9 @@ REVISION = "3f2a9c1b77de"
         ("doctor@3f2a9c1b77d", AdapterRef("doctor", alias="3f2a9c1b77d")),  # 11 digits are an alias
         (f"{REVISION}@v1.2", AdapterRef(REVISION, alias="v1.2")),
         ("a", AdapterRef("a", alias="default")),
-        ("a" * 64, AdapterRef("a" * 64, alias="default")),
+        ("a" * 96, AdapterRef("a" * 96, alias="default")),
+        ("SQL_LoRA", AdapterRef("SQL_LoRA", alias="default")),
+        ("org/My_Adapter.v1@canary", AdapterRef("org/My_Adapter.v1", alias="canary")),
         ("qwen3-8b_med.v2@x", AdapterRef("qwen3-8b_med.v2", alias="x")),
     ],
 )
@@ -28,7 +30,8 @@ def test_parse_reads_what_str_prints(text: str, ref: AdapterRef) -> None:
 
 
 BAD = [
-    "", ".", "..", "a/b", "a\\b", "/etc", "../x", "a%2Fb", "%2e%2e", "a" * 65, "a" * 10_000, "Doctor", "DOCTOR", "é",
+    "", ".", "..", "a/b/c", "a//b", "a/", "/a", "a/..", "a/../b", "a/.b", "a./b",
+    "a\\b", "/etc", "../x", "a%2Fb", "%2e%2e", "a" * 97, "a" * 10_000, "é",
     "杏林", "👩‍⚕️", "dоctor", "-a", "a-", ".a", "a.", "_a", " a", "a ", "a b", "a..b", "a\n", "a\0", "a:b", "a*", "ａ",
     "٣", "\u202ea",
 ]  # fmt: skip
@@ -43,7 +46,7 @@ def test_what_cannot_be_a_name_is_refused_everywhere(check, bad: str) -> None:
     assert str(caught.value).isascii()
 
 
-@pytest.mark.parametrize("bad", [*BAD, "a@b"], ids=ascii)
+@pytest.mark.parametrize("bad", [*BAD, "a@b", "a/b", "Canary", "a" * 65], ids=ascii)
 def test_what_cannot_be_an_alias_is_refused_behind_the_name(bad: str) -> None:
     with pytest.raises(InvalidRef):
         AdapterRef.parse(f"doctor@{bad}")
@@ -58,3 +61,25 @@ def test_an_alias_cannot_look_like_a_revision() -> None:
 def test_a_revision_is_12_hexadecimal_digits(bad: str) -> None:
     with pytest.raises(InvalidRef, match="not a revision"):
         check_revision(bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("qwen3-8b_med.v2", "qwen3-8b_med.v2"),
+        ("SQL_LoRA", "+s+q+l_+lo+r+a"),
+        ("org/My_Adapter.v1", "org+.+my_+adapter.v1"),
+        ("A/B", "+a+.+b"),
+    ],
+)
+def test_every_name_has_a_folder_that_tells_it_where_case_is_folded_too(name: str, folder: str) -> None:
+    assert folder_name(name) == folder == folder.lower()
+    assert name_of(folder) == name
+
+
+@pytest.mark.parametrize(
+    "folder", ["Doctor", "a/b", "a+", "++a", "a++.b", "+.a", "+1", "lost+found/", "No Adapter", ".staging"]
+)
+def test_a_folder_that_is_no_adapters_is_known(folder: str) -> None:
+    with pytest.raises(InvalidRef):
+        name_of(folder)

@@ -147,7 +147,7 @@ def test_what_is_refused_leaves_nothing(adapter: Folder, store: AdapterStore, tm
     assert not store.root.exists()
 
 
-@pytest.mark.parametrize("name", ["", "..", "../x", "/etc/x", "A", "a" * 10_000])
+@pytest.mark.parametrize("name", ["", "..", "../x", "/etc/x", "A B", "a" * 10_000])
 def test_a_bad_name_reaches_no_file(adapter: Folder, store: AdapterStore, name: str) -> None:
     adapter.write()
     for call in (

@@ -156,7 +156,7 @@ def test_what_was_set_survives_the_dump(
         ({"on_error": "ignore"}, "on_error.action: must be 'stop' or 'skip'"),
         ({"base_model": "no/such/folder"}, "base_model: no such folder:"),
         ({"name": "Doctor Who"}, "name: 'Doctor Who' cannot name an adapter"),
-        ({"adapter": "Doctor@default"}, "adapter: 'Doctor' cannot name an adapter"),
+        ({"adapter": "my doctor@default"}, "adapter: 'my doctor' cannot name an adapter"),
         ({"publish": {"alias": "0123456789ab"}}, "publish.alias: '0123456789ab' cannot name an alias"),
         ({"golden": {"prompts": 3}}, "golden.prompts: must be at least 8"),
         ({"epochs": 1, "max_steps": 5}, "give epochs or max_steps, not both"),

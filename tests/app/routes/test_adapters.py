@@ -218,6 +218,37 @@ def test_vllms_own_endpoints(service: Service, trainer: Trainer) -> None:
     assert service.call("POST", "/v1/unload_lora_adapter", unload)[0] == 404
 
 
+@pytest.mark.parametrize("name", ["SQL_LoRA", "org/My_Adapter.v1"])
+def test_names_as_people_have_them(service: Service, trainer: Trainer, name: str) -> None:
+    folder = trainer.variant(service.data_dir / "incoming" / "named", seed=4)
+    assert (
+        service.call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})[0] == 200
+    )
+    assert service.answer(name, QUESTION)
+    assert name in [model.id for model in service.client().models.list()]
+    assert service.client().models.retrieve(name).id == name
+    status, shown = service.call("GET", f"/v1/adapters/{name}")
+    assert (status, shown["name"], len(shown["revisions"])) == (200, name, 1)
+    first = shown["aliases"]["default"]
+    changed = trainer.variant(service.data_dir / "incoming" / "named-2", seed=5)
+    status, second = publish(service, changed, name=name)
+    assert (status, second["name"]) == (200, name)
+    asked = {"revision": second["revision"]}
+    status, found = service.call("GET", f"/v1/adapters/{name}/diff?old={first}&new={asked['revision']}")
+    assert (status, found.get("name")) == (200, name), found
+    assert service.call("PUT", f"/v1/adapters/{name}/canary", {**asked, "percent": 50})[0] == 200
+    assert service.call("POST", f"/v1/adapters/{name}/canary/promote")[0] == 200
+    assert service.call("POST", f"/v1/adapters/{name}/rollback") == (
+        200, {"name": name, "revision": first, "alias": "default"},
+    )  # fmt: skip
+    assert service.call("PUT", f"/v1/adapters/{name}/aliases/next", asked)[0] == 200
+    assert service.answer(f"{name}@next", QUESTION)
+    assert service.call("DELETE", f"/v1/adapters/{name}/aliases/next")[0] == 200
+    assert service.call("POST", f"/v1/adapters/{name}/prune", {"keep": 2})[0] == 200
+    assert service.call("POST", "/v1/unload_lora_adapter", {"lora_name": name})[0] == 200
+    service.wait_for(lambda: not [ref for ref in service.adapters()["engine"]["held"] if name in ref])
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [

@@ -27,7 +27,7 @@ def folder(service: Service, store: AdapterStore) -> Path:
 
 
 NAMES = [
-    "", ".", "..", "../x", "a/b", "a%2Fb", "%2e%2e", "a\\b", "a b", "doctor ", " doctor", "Doctor", "DOCTOR",
+    "", ".", "..", "../x", "a/b/c", "a%2Fb", "%2e%2e", "a\\b", "a b", "doctor ", " doctor", "a/", "/a",
     "dоctor", "医生", "👩‍⚕️", "x" * 10_000, "-rf", ".hidden", "a..b", "a\0b", "a\nb", "a\u202eb", "doctor@default",
     "doctor@", "@", "~", "$HOME", "con:x", "a*", "xinglin-demo",
 ]  # fmt: skip
