@@ -46,6 +46,7 @@ from app.routes.connection import request_id_headers
 from app.served_models import ServedModels
 from app.settings import BaseModelSettings, Settings
 from app.shadow import Shadow
+from app.vllm_metrics import VllmMetrics
 
 if TYPE_CHECKING:
     from app.engine.vllm import VllmEngine
@@ -87,6 +88,7 @@ def create_app(
         served = ServedModels([str(base.served_model_name) for base in bases])
         store = AdapterStore(settings.store_dir)
         hosts = Hosts([_host(settings, base, store, metrics, served) for base in bases])
+        metrics.registry.register(VllmMetrics(hosts))
         reconciler = Reconciler(
             store,
             served,

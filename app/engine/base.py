@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from adapters import BaseModelFacts
 from app.engine.history import Cut
+from app.engine.stats import EngineStats
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ class Engine(Protocol):
     @property
     def is_dead(self) -> bool:
         """True once it can answer no more."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """What it does now, and all that it did."""
         ...
 
     @property

@@ -27,9 +27,11 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
+from vllm.v1.metrics.stats import SchedulerStats
 
 from app import errors
 from app.engine.base import DONE, OnTokens
+from app.engine.stats import EngineStats
 
 _OBJECT: Final = "chat.completion.chunk"
 _json = msgspec.json.Encoder().encode
@@ -91,12 +93,45 @@ class Deltas:
         return taken
 
 
+@dataclass(slots=True)
+class _Step:
+    """One step of the engine, while its outputs are read. Times on the engine's clock, in seconds."""
+
+    before: float = 0.0
+    """When the step before had ended."""
+    ended_at: float = 0.0
+    read: int = 0
+    """Tokens of prompts, those aside that were cached."""
+    tokens: int = 0
+    """Written."""
+    went_on: int = 0
+    """Answers that had begun before."""
+
+
+def _adapter(state: RequestState) -> str:
+    """The name of the adapter that answers, without its revision; empty for the base model."""
+    return (state.lora_name or "").partition("@")[0]
+
+
 class FastOutputProcessor(OutputProcessor):
     """vLLM's, with a short way for answers that somebody reads from Deltas; it knows when the engine last wrote."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, adapter_slots: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._progress_at = time.monotonic()
+        self._stats = EngineStats(adapter_slots)
+        self._step = _Step()
+
+    def stats(self) -> EngineStats:
+        """What the engine does now, and all that it did."""
+        stats = self._stats
+        states = self.request_states.values()
+        if not states:  # the engine tells at its steps, and made none since those were aborted
+            stats.running, stats.waiting, stats.kv_cache_usage = 0, 0, 0.0
+        begun = frozenset(_adapter(state) for state in states if not (state.is_prefilling and stats.waiting))
+        others = frozenset(_adapter(state) for state in states if state.is_prefilling and stats.waiting)
+        stats.running_adapters, stats.waiting_adapters = begun - {""}, others - {""}
+        return stats
 
     @property
     def stalled_seconds(self) -> float:
@@ -110,22 +145,76 @@ class FastOutputProcessor(OutputProcessor):
         super().add_request(*arguments, **options)
 
     def process_outputs(
-        self, engine_core_outputs: list[EngineCoreOutput], *arguments: Any, **options: Any
+        self,
+        engine_core_outputs: list[EngineCoreOutput],
+        engine_core_timestamp: float | None = None,
+        *arguments: Any,
+        **options: Any,
     ) -> OutputProcessorOutput:
-        """See vLLM's; called for every step of the engine."""
+        """See vLLM's; called for every step of the engine, or more than once if that wrote to very many."""
         self._progress_at = time.monotonic()
+        step = self._step
+        step.ended_at = engine_core_timestamp or self._progress_at
         others, to_abort = [], []
         for output in engine_core_outputs:
             state = self.request_states.get(output.request_id)
-            if state is None or type(state.queue) is not Deltas:
-                others.append(output)
+            if state is None:
+                continue  # it was aborted
+            step.tokens += len(output.new_token_ids)
+            step.went_on += 1
+            if state.is_prefilling:
+                self._began(state, output)
+            if type(state.queue) is not Deltas:
+                others.append((state, output))
             elif self._push(state, state.queue, output):
                 to_abort.append(output.request_id)
         if not others:
             return OutputProcessorOutput(request_outputs=[], reqs_to_abort=to_abort)
-        processed = super().process_outputs(others, *arguments, **options)
+        processed = super().process_outputs(
+            [output for _, output in others], engine_core_timestamp, *arguments, **options
+        )
+        stopped = set(processed.reqs_to_abort)
+        for state, output in others:
+            if output.finish_reason is not None or output.request_id in stopped:
+                self._ended(state, output.finish_reason or FinishReason.STOP)
         processed.reqs_to_abort += to_abort
         return processed
+
+    def _began(self, state: RequestState, output: EngineCoreOutput) -> None:
+        """Count an answer's first token."""
+        step, read = self._step, output.prefill_stats
+        step.went_on -= 1
+        step.read += read.num_computed_tokens if read else state.prompt_len
+        self._stats.prompt_tokens += state.prompt_len
+        self._stats.first_token_seconds.add(time.time() - state.stats.arrival_time)
+
+    def _ended(self, state: RequestState, reason: FinishReason) -> None:
+        """Count an answer that is complete."""
+        stats = self._stats
+        stats.finished[str(reason)] += 1
+        stats.answer_seconds.add(time.time() - state.stats.arrival_time)
+        stats.request_prompt_tokens.add(state.prompt_len)
+        stats.request_generation_tokens.add(state.detokenizer.num_output_tokens())
+
+    def record(self, scheduler_stats: SchedulerStats | None, **_: Any) -> None:
+        """Count a step. Called after its outputs, as the logger of a step that vLLM has in this place.
+
+        Each answer that goes on got its last token from the step before, so that one count does for all. vLLM counts
+        each for itself, and differs where an answer was preempted.
+        """
+        stats, step = self._stats, self._step
+        if step.tokens:
+            stats.generation_tokens += step.tokens
+            stats.step_tokens.add(step.read + step.tokens)
+            if step.went_on:
+                stats.token_seconds.add(step.ended_at - step.before, step.went_on)
+            self._step = _Step(before=step.ended_at)
+        if scheduler_stats is not None:
+            stats.running = scheduler_stats.num_running_reqs
+            stats.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            stats.kv_cache_usage = scheduler_stats.kv_cache_usage
+            stats.prefix_cache_queries += scheduler_stats.prefix_cache_stats.queries
+            stats.prefix_cache_hits += scheduler_stats.prefix_cache_stats.hits
 
     def _push(self, state: RequestState, deltas: Deltas, output: EngineCoreOutput) -> bool:
         """Hand on what the engine wrote; whether it must be told that a stop string ended the answer."""
@@ -148,6 +237,7 @@ class FastOutputProcessor(OutputProcessor):
                 deltas.push(text, tokens, None, None)
             return False
         deltas.push(text, tokens, str(finish_reason), stop_reason)
+        self._ended(state, finish_reason)
         self._finish_request(state)
         return not output.finished
 

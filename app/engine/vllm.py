@@ -34,6 +34,7 @@ from app import errors
 from app.engine import launch
 from app.engine.base import Answer, Endpoint, Events, LoadedAdapter, OnTokens, Parameters, TokenScore
 from app.engine.fast_stream import FastOutputProcessor
+from app.engine.stats import EngineStats
 from app.engine.stops import resolved
 from app.engine.template import Template, Templates
 from app.engine.vllm_arguments import EngineOptions, engine_config, folder_of
@@ -86,7 +87,7 @@ class VllmEngine:
             launch.prepare()
             vllm.v1.engine.utils.get_mp_context = launch.context
         folder = folder_of(options.model)
-        llm = _AsyncLLM.from_vllm_config(engine_config(options, folder), disable_log_stats=True)
+        llm = _AsyncLLM.from_vllm_config(engine_config(options, folder), disable_log_stats=False)
         return cls(llm, options, folder)
 
     async def start(self) -> None:
@@ -138,6 +139,12 @@ class VllmEngine:
         """See Engine.stalled_seconds."""
         processor = self._llm.output_processor
         return processor.stalled_seconds if isinstance(processor, FastOutputProcessor) else 0.0
+
+    @property
+    def stats(self) -> EngineStats:
+        """See Engine.stats."""
+        processor = self._llm.output_processor
+        return processor.stats() if isinstance(processor, FastOutputProcessor) else EngineStats()
 
     async def load(
         self,
@@ -325,9 +332,12 @@ class _AsyncLLM(AsyncLLM):
         if self.output_handler is None:
             self.output_processor = FastOutputProcessor(
                 self.renderer.tokenizer,
-                log_stats=self.log_stats,
+                log_stats=True,  # a request knows when it came
                 stream_interval=self.vllm_config.scheduler_config.stream_interval,
+                adapter_slots=self.vllm_config.lora_config.max_loras - 1,  # one is for a revision under proof
             )
+            self.log_stats = False  # here nothing of vLLM's is counted for each token
+            self.logger_manager = self.output_processor
         super()._run_output_handler()
 
     async def add_request(self, request_id: str, *arguments: Any, **options: Any) -> Any:

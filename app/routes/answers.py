@@ -28,6 +28,7 @@ from app.routes.event_stream import CLIENT_LEFT, EventStream
 from app.routes.examples import request_body
 from app.served_models import Choice
 from app.shadow import Original
+from app.vllm_metrics import LOAD_FORMAT, load_header
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +115,10 @@ async def _respond(request: Request, endpoint: Endpoint | None) -> Response:
             host = state.hosts.of(choice.manifest) if choice.manifest else state.hosts.named(choice.base)
             host.check_ready()
             meter = _meter(request, choice, started)
-            headers = request_id_headers(request)
             request_id = own_id(request)
-            if choice.manifest:
-                headers["x-adapter-revision"] = choice.manifest.revision
             async with WhileConnected(request.receive):
                 answer = await _answer(host, endpoint, body, choice, request_id, meter, held)
-            if answer.cut:
-                headers["x-truncated"] = f"messages={answer.cut.messages}; tokens={answer.cut.tokens}"
+            headers = _headers(request, host, choice, answer)
             reply, rest = answer.reply, answer.rest
             if rest is not None:
                 goes_on = True
@@ -206,6 +203,17 @@ async def _answer(
         fingerprint=f"{manifest.name}@{manifest.revision}" if manifest else host.fingerprint,
         on_tokens=meter.on_tokens,
     )
+
+
+def _headers(request: Request, host: Host, choice: Choice, answer: Answer) -> dict[str, str]:
+    headers = request_id_headers(request)
+    if choice.manifest:
+        headers["x-adapter-revision"] = choice.manifest.revision
+    if answer.cut:
+        headers["x-truncated"] = f"messages={answer.cut.messages}; tokens={answer.cut.tokens}"
+    if (asked := request.headers.get(LOAD_FORMAT)) and host.supervisor.is_ready:
+        headers |= load_header(host.engine.stats, asked)
+    return headers
 
 
 def _copy_for_shadow(

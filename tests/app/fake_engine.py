@@ -10,6 +10,7 @@ from typing import Any
 
 from adapters import BaseModelFacts, read_golden
 from app.engine.base import Answer, Endpoint, LoadedAdapter, OnTokens, Parameters, TokenScore
+from app.engine.stats import EngineStats
 from app.errors import AdapterRefused, BadRequest, EngineUnavailable, ResponseNotFound
 from tests.adapters.folders import BASE
 
@@ -27,6 +28,7 @@ class FakeEngine:
         self.seconds = seconds
         self.is_dead = False
         self.stalled_seconds = 0.0
+        self.stats = EngineStats()
         self.drift = 0.0
         """Added to the scores of prompts that are nobody's golden ones: as another engine would score."""
         self.held: dict[int, LoadedAdapter] = {}

@@ -1,0 +1,130 @@
+"""Metrics under the names of vLLM's server, which dashboards, autoscalers and routers read.
+
+Per base model, whatever adapter answered, as there. They are counted by the engines, and read when asked for.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from app.engine.stats import Distribution, EngineStats
+from app.hosts import Hosts
+
+LOAD_FORMAT = "endpoint-load-metrics-format"
+"""The header by which a client asks for the engine's load beside its answer."""
+
+_BY_MODEL = ["model_name", "engine"]
+_REASONS = ("stop", "length", "abort", "error", "repetition")  # all are there from the start
+
+_GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "num_requests_running": ("Requests in the batch", lambda stats: stats.running),
+    "num_requests_waiting": ("Requests that wait for room in the batch", lambda stats: stats.waiting),
+    "kv_cache_usage_perc": ("KV cache in use; 1 is all of it", lambda stats: stats.kv_cache_usage),
+}
+_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], int]]] = {
+    "prompt_tokens": ("Tokens read", lambda stats: stats.prompt_tokens),
+    "generation_tokens": ("Tokens written", lambda stats: stats.generation_tokens),
+    "prefix_cache_queries": (
+        "Tokens looked up in the prefix cache",
+        lambda stats: stats.prefix_cache_queries,
+    ),
+    "prefix_cache_hits": ("Tokens found in the prefix cache", lambda stats: stats.prefix_cache_hits),
+}
+_HISTOGRAMS: dict[str, tuple[str, Callable[[EngineStats], Distribution]]] = {
+    "time_to_first_token_seconds": (
+        "From a request to the first token of its answer",
+        lambda stats: stats.first_token_seconds,
+    ),
+    "inter_token_latency_seconds": (
+        "From one token of an answer to the next",
+        lambda stats: stats.token_seconds,
+    ),
+    "e2e_request_latency_seconds": (
+        "From a request to the end of its answer",
+        lambda stats: stats.answer_seconds,
+    ),
+    "iteration_tokens_total": (
+        "Tokens that a step of the engine read and wrote",
+        lambda stats: stats.step_tokens,
+    ),
+    "request_prompt_tokens": ("Tokens of a prompt", lambda stats: stats.request_prompt_tokens),
+    "request_generation_tokens": ("Tokens of an answer", lambda stats: stats.request_generation_tokens),
+}
+
+
+class VllmMetrics(Collector):
+    """What the registry asks, of all engines that are up."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts = hosts
+
+    def collect(self) -> Iterator[Metric]:
+        """See Collector."""
+        engines = [(host.name, host.engine.stats) for host in self._hosts if host.supervisor.is_ready]
+        for name, (text, value) in _GAUGES.items():
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_BY_MODEL)
+            for model, stats in engines:
+                gauge.add_metric([model, "0"], value(stats))
+            yield gauge
+        for name, (text, count) in _COUNTERS.items():
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=_BY_MODEL)
+            for model, stats in engines:
+                counter.add_metric([model, "0"], count(stats))
+            yield counter
+        for name, (text, distribution) in _HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(f"vllm:{name}", text, labels=_BY_MODEL)
+            for model, stats in engines:
+                _add(histogram, [model, "0"], distribution(stats))
+            yield histogram
+        success = CounterMetricFamily(
+            "vllm:request_success", "Answers by what ended them", labels=[*_BY_MODEL, "finished_reason"]
+        )
+        for model, stats in engines:
+            for reason in _REASONS:
+                success.add_metric([model, "0", reason], stats.finished[reason])
+        yield success
+        yield _adapters([stats for _, stats in engines])
+
+
+def _adapters(engines: Sequence[EngineStats]) -> Metric:
+    """vLLM names no base model here: one line for all."""
+    running = {name for stats in engines for name in stats.running_adapters}
+    waiting = {name for stats in engines for name in stats.waiting_adapters}
+    slots = sum(stats.adapter_slots for stats in engines)
+    labels = ["max_lora", "waiting_lora_adapters", "running_lora_adapters"]
+    gauge = GaugeMetricFamily("vllm:lora_requests_info", "When these adapters had requests", labels=labels)
+    gauge.add_metric([str(slots), ",".join(sorted(waiting)), ",".join(sorted(running))], time.time())
+    return gauge
+
+
+def _add(family: HistogramMetricFamily, labels: list[str], found: Distribution) -> None:
+    bounds = map(floatToGoString, (*found.bounds, math.inf))
+    family.add_metric(labels, [*zip(bounds, accumulate(found.counts), strict=True)], found.total)
+
+
+def load_header(stats: EngineStats, asked: str) -> dict[str, str]:
+    """An engine's load as a header in the format `asked` for, TEXT or JSON; nothing for another.
+
+    Open Request Cost Aggregation: https://github.com/cncf/xds/blob/main/xds/data/orca/v3/orca_load_report.proto
+    """
+    load = {"kv_cache_usage_perc": stats.kv_cache_usage, "num_requests_waiting": float(stats.waiting)}
+    match asked.upper():
+        case "TEXT":
+            return {
+                "endpoint-load-metrics": "TEXT "
+                + ", ".join(f"named_metrics.{k}={v}" for k, v in load.items())
+            }
+        case "JSON":
+            return {"endpoint-load-metrics": "JSON " + json.dumps({"named_metrics": load})}
+    return {}
