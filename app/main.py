@@ -5,7 +5,7 @@ import functools
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
@@ -39,14 +39,17 @@ from app.routes import (
     probes,
     publish,
     responses,
+    tokenizer,
     traffic,
     vllm_compat,
 )
-from app.routes.connection import request_id_headers
+from app.routes.connection import RequestIds, request_id_headers
 from app.served_models import ServedModels
 from app.settings import BaseModelSettings, Settings
 from app.shadow import Shadow
 from app.vllm_metrics import VllmMetrics
+
+_MOST_PROBLEMS = 5  # of one request are told
 
 if TYPE_CHECKING:
     from app.engine.vllm import VllmEngine
@@ -193,6 +196,9 @@ def _app(settings: Settings, lifespan: Any) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-adapter-revision", "x-truncated", "retry-after"],
         )
+    app.add_middleware(RequestIds)
+    if settings.tokenizer_info:
+        app.include_router(tokenizer.router)
     for module in (answers, responses, models, publish, adapters, traffic, vllm_compat, health, probes):
         app.include_router(module.router)
     for kind in (errors.ApiError, AdapterError):
@@ -271,8 +277,9 @@ def _error_response(request: Request, error: Exception) -> JSONResponse:
 
 def _validation_response(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's list of problems as one OpenAI error; the offending values are not repeated."""
-    first = cast(RequestValidationError, error).errors()[0]
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    problems = cast(RequestValidationError, error).errors()
+    first = problems[0]
+    param = _param(first)
     missing = first["type"] == "missing"
     code = (
         "invalid_json"
@@ -281,8 +288,16 @@ def _validation_response(request: Request, error: Exception) -> JSONResponse:
         if missing
         else None
     )
-    message = f"{param}: {in_words(first)}" if param else in_words(first)
+    told = [
+        f"{where}: {in_words(problem)}" if (where := _param(problem)) else in_words(problem)
+        for problem in problems[:_MOST_PROBLEMS]
+    ]
+    message = "; ".join(told)
     return _error_response(request, errors.BadRequest(message, code=code or "invalid_value", param=param))
+
+
+def _param(problem: Mapping[str, Any]) -> str | None:
+    return ".".join(str(part) for part in problem["loc"] if part not in ("body", "query", "path")) or None
 
 
 def _http_response(request: Request, error: Exception) -> JSONResponse:

@@ -172,6 +172,10 @@ class Settings(BaseModelSettings, BaseSettings):
     always_usage: bool = Field(
         False, description="Tell the usage at the end of every stream, asked for or not"
     )
+    tokenizer_info: bool = Field(
+        False,
+        description="Offer `GET /tokenizer_info`: the settings of the base model's tokenizer, with its chat template",
+    )
     stored_responses: int = Field(
         1000,
         ge=0,

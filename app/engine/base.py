@@ -70,6 +70,7 @@ class Endpoint(StrEnum):
     """What an engine answers, by path."""
 
     CHAT = "/v1/chat/completions"
+    CHAT_BATCH = "/v1/chat/completions/batch"
     COMPLETIONS = "/v1/completions"
     RESPONSES = "/v1/responses"
     MESSAGES = "/v1/messages"
@@ -143,6 +144,10 @@ class Engine(Protocol):
 
     async def render(self, messages: Sequence[Mapping[str, Any]], adapter: LoadedAdapter | None) -> list[int]:
         """The token ids of a chat prompt, as a request would have them. Raises BadRequest."""
+        ...
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        """The configuration of the base model's tokenizer, its chat template included; no path of the host."""
         ...
 
     def parameters(self) -> Parameters:

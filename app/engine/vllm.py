@@ -276,6 +276,17 @@ class VllmEngine:
         _, (prompt,) = rendered
         return list(prompt["prompt_token_ids"])
 
+    async def tokenizer_info(self) -> dict[str, Any]:
+        """See Engine.tokenizer_info."""
+        info = await self._endpoints.tokenization.get_tokenizer_info()
+        told = dict(info.model_dump())
+        template = resolve_chat_template(
+            self._llm.renderer.tokenizer, None, None, model_config=self._llm.model_config
+        )
+        if template:
+            told["chat_template"] = template
+        return {name: value for name, value in told.items() if not _is_path(value)}
+
     def parameters(self) -> Parameters:
         """See Engine.parameters."""
         return parameters()
@@ -350,6 +361,10 @@ class _AsyncLLM(AsyncLLM):
 
     def __del__(self) -> None:
         """VllmEngine.close shuts it down; at interpreter exit vLLM's own finalizer finds its modules gone."""
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and Path(value).is_absolute()
 
 
 def _lora_request(adapter: LoadedAdapter) -> LoRARequest:

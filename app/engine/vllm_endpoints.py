@@ -9,7 +9,7 @@ from typing import Any, Self
 import vllm.envs
 from pydantic.json_schema import models_json_schema
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -29,7 +29,7 @@ from app.engine.history import Cut, Message, within
 from app.engine.vllm_errors import api_error, bad_request, no_tool_parser
 from app.engine.vllm_plain_text import let_text_be_text
 from app.engine.vllm_responses import Responses
-from app.engine.vllm_serving import Asked, Chat, Completion, Messages, Tokenization, at_once
+from app.engine.vllm_serving import Asked, Chat, ChatBatch, Completion, Messages, Tokenization, at_once
 
 CONVERSATIONS = (Endpoint.CHAT, Endpoint.RESPONSES, Endpoint.MESSAGES)
 
@@ -41,6 +41,7 @@ _MOST_TOKENS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 _REQUESTS = {
     Endpoint.CHAT: ChatCompletionRequest,
+    Endpoint.CHAT_BATCH: BatchChatCompletionRequest,
     Endpoint.COMPLETIONS: CompletionRequest,
     Endpoint.RESPONSES: ResponsesRequest,
     Endpoint.MESSAGES: AnthropicMessagesRequest,
@@ -123,6 +124,7 @@ class Endpoints:
             raise ValueError(
                 f"vLLM has no tool_call_parser {tool_call_parser!r} or no reasoning_parser {reasoning_parser!r}"
             ) from error
+        self.chat_batch = ChatBatch(llm, models, "assistant", **parsed)
         self.completion = Completion(llm, models, **common, **generated)
         self.messages = Messages(llm, models, "assistant", **parsed)
         self.responses = Responses(llm, models, **parsed)
@@ -130,6 +132,7 @@ class Endpoints:
         self.tokenization = Tokenization(models, **rendered)
         self._ways: dict[Endpoint, tuple[Any, Callable[..., Any]]] = {
             Endpoint.CHAT: (self.chat, Chat.create_chat_completion),
+            Endpoint.CHAT_BATCH: (self.chat_batch, ChatBatch.create_batch_chat_completion),
             Endpoint.COMPLETIONS: (self.completion, Completion.create_completion),
             Endpoint.RESPONSES: (self.responses, Responses.create_responses),
             Endpoint.MESSAGES: (self.messages, Messages.create_messages),
@@ -142,6 +145,8 @@ class Endpoints:
         """See Engine.answer."""
         if endpoint is not Endpoint.CHAT:  # which refuses it, as OpenAI's does
             body = _without_empty_tools(body)
+        if endpoint is Endpoint.CHAT_BATCH:
+            _check_batch(body)
         truncation = _truncation(body) if endpoint in CONVERSATIONS else None
         if truncation and endpoint is not Endpoint.RESPONSES:  # whose own parameter it is
             body = {key: value for key, value in body.items() if key != "truncation"}
@@ -274,6 +279,17 @@ def _parsed(endpoint: Endpoint, body: Mapping[str, Any], request_id: str) -> Any
     return request
 
 
+def _check_batch(body: Mapping[str, Any]) -> None:
+    """Raises BadRequest for what vLLM would leave out of several conversations, and not say so."""
+    for field in ("stream", "tools"):
+        if body.get(field):
+            raise errors.BadRequest(
+                f"{field}: not for several conversations at once; ask one by one",
+                code="invalid_value",
+                param=field,
+            )
+
+
 def _without_empty_tools(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """A list of no tools, as agents send it, is no wish for tools."""
     if body.get("tools") != []:
@@ -295,14 +311,15 @@ def _check_sequences(request: Any) -> None:
         raise errors.BadRequest(
             f"n: at most {vllm.envs.VLLM_MAX_N_SEQUENCES}", code="invalid_value", param="n"
         )
-    prompts = getattr(request, "prompt", None)
+    param = "messages" if isinstance(request, BatchChatCompletionRequest) else "prompt"
+    prompts = getattr(request, param, None)
     # One prompt may be a list of token ids.
     count = len(prompts) if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) else 1
     if count * n > MAX_SEQUENCES:
         raise errors.BadRequest(
-            f"prompt: {count} prompts with {n} answers each are more than {MAX_SEQUENCES}",
+            f"{param}: {count} prompts with {n} answers each are more than {MAX_SEQUENCES}",
             code="invalid_value",
-            param="prompt",
+            param=param,
         )
 
 

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any, Self
 
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
@@ -233,6 +234,10 @@ class Chat(Ours, OpenAIServingChat):
             for other, other_id in zip(entry.top_logprobs, alternatives or (), strict=False):
                 _set_bytes(other, of_token.of(other_id))
         return found
+
+
+class ChatBatch(Chat, OpenAIServingChatBatch):
+    """POST /v1/chat/completions/batch."""
 
 
 def _set_bytes(entry: Any, found: bytes | None) -> None:

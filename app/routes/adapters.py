@@ -14,8 +14,9 @@ from app.errors import EngineUnavailable, FolderNotFound, PathNotAllowed
 from app.hosts import Hosts
 from app.reconciler import Reconciler
 from app.residency import Residency
+from app.routes.openapi import failures
 
-router = APIRouter()
+router = APIRouter(responses=failures(400, 401, 404, 409, 503))
 
 ACTOR = "http"
 

@@ -26,6 +26,7 @@ from app.residency import Lease
 from app.routes.connection import ClientLeft, WhileConnected, own_id, request_id_headers
 from app.routes.event_stream import CLIENT_LEFT, EventStream
 from app.routes.examples import request_body
+from app.routes.openapi import AnthropicErrorBody, ErrorBody, failures
 from app.served_models import Choice
 from app.shadow import Original
 from app.vllm_metrics import LOAD_FORMAT, load_header
@@ -59,6 +60,23 @@ _BY_FIELD = {"messages": Endpoint.CHAT, "prompt": Endpoint.COMPLETIONS, "input":
 _SAGEMAKERS_ADAPTER = "x-amzn-sagemaker-adapter-identifier"
 
 
+_FAILURES = (400, 401, 404, 429, 500, 503)
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Whole, or with `stream` as server-sent events",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+
+
+def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
+    failing = failures(
+        *_FAILURES, model=AnthropicErrorBody if endpoint.startswith(Endpoint.MESSAGES) else ErrorBody
+    )
+    streams = endpoint in (Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES)
+    return _STREAMED | failing if streams else failing
+
+
 def _route(endpoint: Endpoint, name: str, summary: str) -> None:
     async def create(request: Request) -> Response:
         request.state.access.require_chat(request)
@@ -70,12 +88,14 @@ def _route(endpoint: Endpoint, name: str, summary: str) -> None:
         create,
         methods=["POST"],
         summary=summary,
+        responses=_responses(endpoint),
         openapi_extra=request_body(endpoint),
         route_class_override=_Direct,
     )
 
 
 _route(Endpoint.CHAT, "create_chat_completion", "Answer a conversation (OpenAI)")
+_route(Endpoint.CHAT_BATCH, "create_chat_completions", "Answer several conversations at once (vLLM)")
 _route(Endpoint.COMPLETIONS, "create_completion", "Continue texts (OpenAI)")
 _route(Endpoint.RESPONSES, "create_response", "Answer a conversation, stored if wanted (OpenAI)")
 _route(Endpoint.MESSAGES, "create_message", "Answer a conversation (Anthropic)")
@@ -95,6 +115,7 @@ router.add_api_route(
     invocations,
     methods=["POST"],
     summary="A chat, a completion or a response, by what is in the body (SageMaker)",
+    responses=_STREAMED | failures(*_FAILURES),
     route_class_override=_Direct,
 )
 

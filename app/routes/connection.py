@@ -3,11 +3,13 @@
 import asyncio
 import re
 import uuid
+from collections.abc import Awaitable
 from types import TracebackType
 from typing import Any, Self, cast
 
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
-from starlette.types import Receive
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _AN_ID = re.compile(r"[!-~]{1,128}")
 
@@ -25,6 +27,30 @@ def request_id_headers(request: Request) -> dict[str, str]:
     given = request.headers.get("x-request-id", "")
     request_id = given if _AN_ID.fullmatch(given) else own_id(request)
     return {"x-request-id": request_id, "request-id": request_id}
+
+
+class RequestIds:
+    """Middleware: every response has its request's id. Those that an engine answers bring it themselves."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def started(message: Message) -> None:
+            headers = MutableHeaders(scope=message)
+            for name, value in request_id_headers(Request(scope)).items():
+                headers.setdefault(name, value)
+            await send(message)
+
+        def passed_on(message: Message) -> Awaitable[None]:  # called for every event of a stream
+            return started(message) if message["type"] == "http.response.start" else send(message)
+
+        await self._app(scope, receive, passed_on)
 
 
 class ClientLeft(Exception):

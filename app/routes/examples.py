@@ -67,6 +67,12 @@ _EXAMPLES: dict[Endpoint, dict[str, Any]] = {
             "tool_choice": "required",
         },
     },
+    Endpoint.CHAT_BATCH: {
+        "two conversations": {
+            "model": "doctor",
+            "messages": [_MESSAGES, [{"role": "user", "content": "What helps with a cold?"}]],
+        },
+    },
     Endpoint.COMPLETIONS: {
         "plain": {"model": "doctor", "prompt": "Aspirin is", "max_tokens": 20},
         "scored": {"model": "doctor", "prompt": "Aspirin is", "max_tokens": 1, "echo": True, "logprobs": 1},

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.hosts import Host, Hosts
@@ -17,7 +17,7 @@ async def livez() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses={503: {"description": "Not yet; the body says what is waited for"}})
 async def readyz(request: Request) -> Response:
     """200 once every base model answers that can, and while one does; until then 503 with what is waited for."""
     hosts: Hosts = request.state.hosts
@@ -39,7 +39,7 @@ def _standing(host: Host) -> dict[str, str]:
     return {"status": "waiting", "waiting_for": host.supervisor.waiting_for}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     return Response(request.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -8,8 +8,9 @@ from adapters import Manifest
 from app.access import chat as may_chat
 from app.errors import EngineUnavailable, ModelNotFound
 from app.hosts import Host
+from app.routes.openapi import failures
 
-router = APIRouter(dependencies=[Depends(may_chat)])
+router = APIRouter(dependencies=[Depends(may_chat)], responses=failures(401, 404))
 
 
 @router.get("/v1/models")

@@ -1,13 +1,62 @@
-"""GET /openapi.json, which /docs shows: every route, and every parameter of those that an engine answers."""
+"""GET /openapi.json, which /docs shows: every route, how it fails, and every parameter of an engine's endpoints."""
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from app.engine.base import Endpoint, Parameters
-from app.errors import EngineUnavailable
+from app.errors import TABLE, EngineUnavailable
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    problems: list[str] | None = None
+    """Of a refused adapter, one by one."""
+
+
+class ErrorBody(BaseModel):
+    """Every error but those of /v1/messages."""
+
+    error: ErrorDetail
+
+
+class AnthropicErrorDetail(BaseModel):
+    """What went wrong, in Anthropic's form."""
+
+    type: str
+    message: str
+    code: str
+    details: dict[str, str]
+
+
+class AnthropicErrorBody(BaseModel):
+    """Errors of /v1/messages."""
+
+    type: str
+    error: AnthropicErrorDetail
+
+
+def failures(*statuses: int, model: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
+    """How routes may fail, for the page: each status with the codes that it stands for, and the rest."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        codes = sorted({row.code for row in TABLE.values() if row.status == status})
+        described[status] = {
+            "description": f"{HTTPStatus(status).phrase}: {', '.join(codes)}",
+            "model": model,
+        }
+    # FastAPI would name 422 without it, which nothing here answers.
+    described["default"] = {"description": "Any other failure", "model": model}
+    return described
 
 
 async def openapi(request: Request) -> JSONResponse:

@@ -26,8 +26,9 @@ from app.imports import Imports
 from app.reconciler import Reconciler
 from app.routes.adapters import ACTOR, allowed_folder
 from app.routes.event_stream import CLIENT_LEFT
+from app.routes.openapi import failures
 
-router = APIRouter(dependencies=[Depends(admin)])
+router = APIRouter(dependencies=[Depends(admin)], responses=failures(400, 401, 403, 404, 503))
 
 _MAX_JSON_BYTES = 1 << 20
 

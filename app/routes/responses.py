@@ -13,10 +13,13 @@ from app.errors import EngineUnavailable, ResponseNotFound
 from app.hosts import Hosts
 from app.routes.connection import request_id_headers
 from app.routes.event_stream import EventStream
+from app.routes.openapi import failures
 
 T = TypeVar("T")
 
-router = APIRouter(prefix="/v1/responses", dependencies=[Depends(may_chat)])
+router = APIRouter(
+    prefix="/v1/responses", dependencies=[Depends(may_chat)], responses=failures(400, 401, 404, 503)
+)
 
 
 @router.get("/{response_id}")

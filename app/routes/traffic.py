@@ -9,8 +9,9 @@ from adapters import CANARY, SHADOW
 from app.access import admin
 from app.reconciler import Reconciler
 from app.routes.adapters import ACTOR
+from app.routes.openapi import failures
 
-router = APIRouter(dependencies=[Depends(admin)])
+router = APIRouter(dependencies=[Depends(admin)], responses=failures(400, 401, 404, 409, 503))
 
 
 class ShareRequest(BaseModel):

@@ -14,8 +14,9 @@ from app.access import admin
 from app.errors import BadRequest
 from app.reconciler import Reconciler
 from app.routes.adapters import allowed_folder
+from app.routes.openapi import failures
 
-router = APIRouter(dependencies=[Depends(admin)])
+router = APIRouter(dependencies=[Depends(admin)], responses=failures(400, 401, 403, 404, 503))
 
 ACTOR = "http:vllm"
 

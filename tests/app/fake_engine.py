@@ -100,6 +100,9 @@ class FakeEngine:
             return [1, 2]
         return [ord(letter) for letter in adapter.template]
 
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return {"tokenizer_class": "FakeTokenizer"}
+
     def parameters(self) -> Parameters:
         schema = {"type": "object", "properties": {"model": {"$ref": "#/components/schemas/Name"}}}
         return Parameters(dict.fromkeys(Endpoint, schema), {"Name": {"type": "string"}})

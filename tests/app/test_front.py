@@ -67,3 +67,23 @@ def test_an_error_has_its_endpoints_shape_behind_a_proxy_too() -> None:
 def test_a_path_that_is_none(path: str) -> None:
     with pytest.raises(ValidationError):
         Settings(root_path=path)
+
+
+def test_every_response_names_its_request() -> None:
+    with client(cors_origins=PAGE) as front:
+        for method, path, status in (
+            ("GET", "/livez", 200),
+            ("GET", "/nowhere", 404),
+            ("PUT", "/livez", 405),
+        ):
+            reply = front.request(method, path, headers={"x-request-id": "trace-4711"})
+            assert (reply.status_code, reply.headers["x-request-id"]) == (status, "trace-4711")
+        assert len(front.get("/livez").headers["x-request-id"]) == 32
+        assert "x-request-id" in preflight(front, PAGE).headers
+
+
+def test_the_tokenizer_is_told_by_setting_alone() -> None:
+    with client() as front:
+        assert front.get("/tokenizer_info").status_code == 404
+    with client(tokenizer_info=True) as front:
+        assert "/tokenizer_info" in front.get("/openapi.json").json()["paths"]

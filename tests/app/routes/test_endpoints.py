@@ -158,6 +158,51 @@ def test_a_stream_of_many_is_whole(service: Service) -> None:
     assert sorted(ends) == [0, 1, 2, 3, 4, 5]
 
 
+def test_several_conversations_at_once_are_answered_as_one_by_one(service: Service) -> None:
+    conversations = [
+        [{"role": "user", "content": text}]
+        for text in ("感冒有什么症状？", "What helps with a cold?", "你好")
+    ]
+    body = {"model": "doctor", "temperature": 0, "max_tokens": 20, "logprobs": True}
+    status, reply = service.call("POST", "/v1/chat/completions/batch", {**body, "messages": conversations})
+    assert status == 200, reply
+    alone = [
+        service.call("POST", "/v1/chat/completions", {**body, "messages": messages})[1]
+        for messages in conversations
+    ]
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2]
+    texts = [one["choices"][0]["message"]["content"] for one in alone]
+    assert [choice["message"]["content"] for choice in reply["choices"]] == texts
+    for choice, text in zip(reply["choices"], texts, strict=True):
+        written = b"".join(bytes(token["bytes"]) for token in choice["logprobs"]["content"])
+        assert written.startswith(text.encode())
+    for field in ("prompt_tokens", "completion_tokens"):
+        assert reply["usage"][field] == sum(one["usage"][field] for one in alone)
+    assert (reply["model"], reply["system_fingerprint"]) == ("doctor", alone[0]["system_fingerprint"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [[]]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
+        ({"messages": [[{"role": "user", "content": "x"}]] * 1025}, "messages"),
+        ({"stream": True}, "stream"),
+        ({"tools": [{"type": "function", "function": {"name": "book"}}]}, "tools"),
+        ({"n": 2}, "n"),
+    ],
+    ids=str,
+)
+def test_several_conversations_that_cannot_be_asked(
+    service: Service, wrong: dict[str, Any], param: str
+) -> None:
+    body = {"model": "doctor", "messages": [[{"role": "user", "content": "x"}]], "max_tokens": 1, **wrong}
+    status, reply = service.call("POST", "/v1/chat/completions/batch", body)
+    assert status == 400, reply
+    assert param in reply["error"]["message"].lower()
+
+
 def test_the_openapi_page_names_every_parameter(service: Service) -> None:
     status, page = service.call("GET", "/openapi.json", key=None)
     assert status == 200
@@ -169,6 +214,7 @@ def test_the_openapi_page_names_every_parameter(service: Service) -> None:
             "tools tool_choice response_format structured_outputs stream_options priority prompt_logprobs echo "
             "continue_final_message chat_template_kwargs truncation"
         ),
+        "/v1/chat/completions/batch": "messages seed stop logprobs top_logprobs min_p top_k response_format",
         "/v1/completions": "prompt n seed stop logprobs logit_bias suffix echo min_p top_k prompt_logprobs",
         "/v1/responses": "input instructions tools previous_response_id background store stream truncation",
         "/v1/messages": "messages max_tokens system stop_sequences temperature tools truncation",

@@ -1,0 +1,23 @@
+"""GET /tokenizer_info, as `vllm serve --enable-tokenizer-info-endpoint` offers it; here by a setting too."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+
+from app.access import chat as may_chat
+from app.routes.openapi import failures
+
+router = APIRouter(dependencies=[Depends(may_chat)], responses=failures(401, 404, 503))
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
+    """The configuration of the tokenizer of `model`'s base model, or of the first base model."""
+    hosts = request.state.hosts
+    if model is None:
+        host = next(iter(hosts))
+    else:
+        choice = request.state.served_models.choose(model)
+        host = hosts.of(choice.manifest) if choice.manifest else hosts.named(choice.base)
+    info: dict[str, Any] = await host.engine.tokenizer_info()
+    return info
