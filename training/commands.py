@@ -56,9 +56,9 @@ def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
 
     convert = commands.add_parser(
         "convert-adapter",
-        help="make an adapter of 2023 (.bin, old config) one that can be published",
-        description="Make an adapter of 2023 one that can be published. Pickles are read as tensors only: no code "
-        "in them runs. Missing or foreign tensors are errors. SOURCE stays as it is.",
+        help="make an adapter of another tool, or of 2023 (.bin), one that can be published",
+        description="Make an adapter of another tool, or of 2023, one that can be published. Pickles are read as "
+        "tensors only: no code in them runs. Missing or foreign tensors are errors. SOURCE stays as it is.",
     )
     convert.add_argument("source", type=Path, metavar="SOURCE", help="the old adapter's folder")
     convert.add_argument("target", type=Path, metavar="TARGET", help="a folder that does not exist yet")

@@ -1,4 +1,4 @@
-"""An adapter of 2023 in, a folder out that can be published: the pickle gone, every name and setting of today."""
+"""An adapter of another tool, or of 2023, in; out a folder that can be published, with names and settings of today."""
 
 import json
 import logging

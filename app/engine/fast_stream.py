@@ -372,7 +372,6 @@ async def chat_chunks(
     *,
     role: str,
     fingerprint: str,
-    always_usage: bool,
     on_tokens: OnTokens,
     translated: Callable[[Exception], errors.ApiError],
 ) -> AsyncGenerator[bytes]:
@@ -407,7 +406,7 @@ async def chat_chunks(
             _STOP, _text(generation.stop_reason(deltas.stop_reason))
         ).replace(_TEXT, _text(text))
         of_last = f',"system_fingerprint":{_text(fingerprint)}'
-        if always_usage or (request.stream_options and request.stream_options.include_usage):
+        if request.stream_options and request.stream_options.include_usage:
             usage = UsageInfo(
                 prompt_tokens_details=generation.cached,
                 prompt_tokens=generation.prompt_tokens,

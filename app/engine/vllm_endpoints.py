@@ -87,6 +87,7 @@ class Endpoints:
         """
         self._llm = llm
         self._truncates = truncates
+        self._always_usage = always_usage
         if not parses_text:
             let_text_be_text(llm.renderer)
         self.renderer = OnlineRenderer(
@@ -108,7 +109,6 @@ class Endpoints:
         rendered = {**common, "chat_template": None, "chat_template_content_format": "auto"}
         generated = {
             "enable_prompt_tokens_details": True,
-            "enable_force_include_usage": always_usage,
             "return_tokens_as_token_ids": tokens_as_ids,
         }
         parsed = {
@@ -147,6 +147,8 @@ class Endpoints:
             body = _without_empty_tools(body)
         if endpoint is Endpoint.CHAT_BATCH:
             _check_batch(body)
+        if self._always_usage and endpoint in (Endpoint.CHAT, Endpoint.COMPLETIONS):
+            body = _with_usage(body)
         truncation = _truncation(body) if endpoint in CONVERSATIONS else None
         if truncation and endpoint is not Endpoint.RESPONSES:  # whose own parameter it is
             body = {key: value for key, value in body.items() if key != "truncation"}
@@ -288,6 +290,14 @@ def _check_batch(body: Mapping[str, Any]) -> None:
                 code="invalid_value",
                 param=field,
             )
+
+
+def _with_usage(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stream that tells its usage at the end. vLLM's own setting would put it into every chunk."""
+    options = body.get("stream_options")
+    if not body.get("stream") or not isinstance(options, dict | None):
+        return body
+    return {**body, "stream_options": {**(options or {}), "include_usage": True}}
 
 
 def _without_empty_tools(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -216,7 +216,6 @@ class Chat(Ours, OpenAIServingChat):
             model_name,
             role=self.get_chat_request_role(request),
             fingerprint=self.asked.fingerprint,
-            always_usage=self.enable_force_include_usage,
             on_tokens=self.asked.on_tokens,
             translated=self.translated,
         )

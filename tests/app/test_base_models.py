@@ -1,6 +1,8 @@
 """Two base models of different architectures in one service, and a third that cannot be started."""
 
+import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +63,8 @@ def service(data_dir: Path) -> Iterator[Service]:
         "XINGLIN_ALWAYS_USAGE": "true",
         "XINGLIN_MAX_LOGPROBS": "30",
         "XINGLIN_RETURN_TOKENS_AS_TOKEN_IDS": "true",
+        "XINGLIN_TOKENIZER_INFO": "true",
+        "XINGLIN_ROOT_PATH": "/llm",
     }
     service = Service(data_dir, free_port(), settings)
     service.start()
@@ -83,6 +87,7 @@ def test_the_usage_ends_every_stream_if_the_service_is_set_so(service: Service, 
         )
     assert last.choices == []
     assert last.usage.completion_tokens == 3
+    assert not [chunk for chunk in chunks if chunk.usage]
     if logprobs:
         (token,) = chunks[1].choices[0].logprobs.content
         assert token.token.startswith("token_id:")
@@ -197,3 +202,53 @@ def _comes_back(service: Service, gone: int) -> None:
 
     service.wait_for(lambda: gone not in service.engine_pids(), 30)
     service.wait_for(lambda: stands() == "ready", 120)
+
+
+def test_vllms_metrics_tell_the_base_models_apart(service: Service) -> None:
+    def tokens() -> dict[str, float]:
+        lines = service.call("GET", "/metrics", key=None)[1].splitlines()
+        found = (
+            re.fullmatch(r'vllm:generation_tokens_total{.*model_name="(.*?)".*} (.*)', line) for line in lines
+        )
+        return {match[1]: float(match[2]) for match in found if match}
+
+    before = tokens()
+    service.answer("tiny-llama", QUESTION, max_tokens=7, extra_body={"ignore_eos": True})
+    grown = {name: count - before[name] for name, count in tokens().items()}
+    assert grown == {"xinglin-demo": 0, "tiny-llama": 7}
+
+
+def test_the_tokenizer_of_each_is_told_without_paths(service: Service) -> None:
+    for query in ("", "?model=tiny-llama", "?model=doctor"):
+        status, info = service.call("GET", f"/tokenizer_info{query}")
+        assert status == 200
+        assert info["tokenizer_class"]
+        assert "<|im_start|>" in info["chat_template"]
+        assert str(service.data_dir) not in json.dumps(info)
+    assert service.call("GET", "/tokenizer_info?model=nobody")[0] == 404
+
+
+def test_answers_under_the_path_of_a_proxy(service: Service) -> None:
+    body = {"model": "tiny-llama", "messages": MESSAGES, "max_tokens": 2}
+    for path in ("/v1/chat/completions", "/llm/v1/chat/completions"):
+        assert service.call("POST", path, body)[0] == 200
+    page = service.call("GET", "/llm/docs", key=None)[1]
+    assert "/llm/openapi.json" in page
+    assert service.call("GET", "/llm/openapi.json", key=None)[1]["servers"] == [{"url": "/llm"}]
+
+
+def test_what_a_request_says_of_its_logprobs_comes_first(service: Service) -> None:
+    body = {"model": "tiny-llama", "messages": MESSAGES, "max_tokens": 1, "logprobs": True}
+
+    def asked(**more: object) -> tuple[int, str]:
+        status, reply = service.call("POST", "/v1/chat/completions", {**body, **more})
+        return status, reply["choices"][0]["logprobs"]["content"][0]["token"] if status == 200 else str(reply)
+
+    status, token = asked()
+    assert (status, token.partition(":")[0]) == (200, "token_id")
+    status, token = asked(return_tokens_as_token_ids=False)
+    assert (status, token.partition(":")[0] == "token_id") == (200, False)
+    assert asked(top_logprobs=30)[0] == 200
+    status, said = asked(top_logprobs=31)
+    assert status == 400
+    assert "30" in said

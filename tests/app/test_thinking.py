@@ -104,6 +104,60 @@ def test_a_required_tool_is_called_after_the_thoughts(service: Service) -> None:
     assert message["content"].startswith('<tool_call>\n{"name": "give", "arguments": ')
 
 
+def test_a_required_tool_that_can_be_called_is_called(service: Service) -> None:
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    tools = [{"type": "function", "function": {**TOOL, "parameters": nothing, "strict": True}}]
+    body = {"messages": QUESTION, "max_tokens": 200, "tools": tools, "tool_choice": "required"}
+    # The grammar allows white space between the braces, and the tiny model's likeliest token is more of it.
+    body |= {"temperature": 1, "seed": 3}
+    (choice,) = ask(service, "/v1/chat/completions", **body)["choices"]
+    assert choice["message"]["reasoning"]
+    (call,) = choice["message"]["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("give", {})
+
+    deltas = [
+        part["delta"]
+        for event in events(ask(service, "/v1/chat/completions", stream=True, **body))
+        for part in event["choices"]
+    ]
+    assert "".join(delta.get("reasoning") or "" for delta in deltas) == choice["message"]["reasoning"]
+    calls = [call["function"] for delta in deltas for call in delta.get("tool_calls") or ()]
+    assert "".join(call.get("name") or "" for call in calls) == "give"
+    assert json.loads("".join(call.get("arguments") or "" for call in calls)) == {}
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_messages_think_before_a_tool(service: Service, is_stream: bool) -> None:
+    tool = {
+        "name": "give",
+        "description": "Give a dose",
+        "input_schema": {"type": "object", "properties": {}},
+    }
+    body = {"messages": QUESTION, "max_tokens": 100, "tools": [tool], "tool_choice": {"type": "any"}}
+    reply = ask(service, "/v1/messages", stream=is_stream, thinking_token_budget=None, **body)
+    if is_stream:
+        started = [event for event in events(reply) if event["type"] == "content_block_start"]
+        kinds = [event["content_block"]["type"] for event in started]
+        thought = "".join(event["delta"].get("thinking") or "" for event in events(reply) if "delta" in event)
+    else:
+        kinds = [block["type"] for block in reply["content"]]
+        thought = reply["content"][0]["thinking"]
+    assert kinds[0] == "thinking"
+    assert thought
+    assert "tool_call" not in thought.partition(END)[0][:20]
+
+
+def test_streamed_responses_think_first(service: Service) -> None:
+    wanted = {"format": {"type": "json_schema", "name": "dose", "schema": SCHEMA}}
+    body = {"input": "感冒有什么症状？", "max_output_tokens": 80, "text": wanted, "stream": True}
+    found = events(ask(service, "/v1/responses", thinking_token_budget=None, **body))
+    added = [event["item"]["type"] for event in found if event["type"] == "response.output_item.added"]
+    assert added[0] == "reasoning"
+    thought = "".join(event["delta"] for event in found if event["type"].endswith("reasoning_text.delta"))
+    assert thought
+    assert not thought.lstrip().startswith("{")
+
+
 def test_responses_think_first_as_well(service: Service) -> None:
     wanted = {"format": {"type": "json_schema", "name": "dose", "schema": SCHEMA}}
     body = {"input": "感冒有什么症状？", "max_output_tokens": 80, "text": wanted}
