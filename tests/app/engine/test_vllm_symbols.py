@@ -19,7 +19,7 @@ CHECK = textwrap.dedent(
 
     from app.engine import (
         cpu_worker, fast_stream, launch, vllm as door, vllm_arguments, vllm_endpoints as endpoints, vllm_errors,
-        vllm_plain_text, vllm_responses, vllm_serving as serving, worker,
+        vllm_outputs as outputs, vllm_plain_text, vllm_responses, vllm_serving as serving, worker,
     )
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -61,9 +61,9 @@ CHECK = textwrap.dedent(
     has(fast_stream.AsyncLLM, "abort", "request_id", "internal")
     source = inspect.getsource(fast_stream.AsyncLLM.add_request)
     assert source.index("self._run_output_handler()") < source.index("RequestOutputCollector(")
-    has(fast_stream.OutputProcessor, "process_outputs", "engine_core_outputs")
-    has(fast_stream.OutputProcessor, "_finish_request", "req_state")
-    assert "req_state.queue.put(" in inspect.getsource(fast_stream.OutputProcessor)
+    has(outputs.OutputProcessor, "process_outputs", "engine_core_outputs")
+    has(outputs.OutputProcessor, "_finish_request", "req_state")
+    assert "req_state.queue.put(" in inspect.getsource(outputs.OutputProcessor)
     assert {"is_prefilling", "detokenizer", "queue", "prompt_len"} <= {
         *fast_stream.RequestState.__init__.__code__.co_names
     }

@@ -168,7 +168,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         ("PUT", "shadow", {}, 400, "missing_required_parameter"),
         ("DELETE", "shadow", None, 404, "adapter_not_found"),
         ("POST", "canary/promote", None, 404, "adapter_not_found"),
-        ("PUT", "../nobody/canary", {"revision": "0" * 12, "percent": 1}, 404, "not_found"),
+        ("PUT", "../nobody/canary", {"revision": "0" * 12, "percent": 1}, 400, "invalid_ref"),
     ],
 )
 def test_wrong_requests(service: Service, method: str, path: str, body: Any, status: int, code: str) -> None:
