@@ -29,7 +29,15 @@ from adapters.durable import flock, fsync, remove_if_abandoned, replace_text, se
 from adapters.errors import AdapterNotFound, AliasMoved, InvalidRef, NothingToRollBack, StoreDamaged
 from adapters.log import Action, LogEntry, append, read_log, way_back
 from adapters.manifest import MANIFEST_FILE, PROVENANCE_FILE, Manifest, Provenance
-from adapters.ref import DEFAULT_ALIAS, AdapterRef, check_alias, check_revision, folder_name, name_of
+from adapters.ref import (
+    DEFAULT_ALIAS,
+    AdapterRef,
+    check_alias,
+    check_name,
+    check_revision,
+    folder_name,
+    name_of,
+)
 from adapters.traffic import CANARY, SHADOW, Traffic
 from adapters.validate import CONFIG_FILE, BaseModelFacts, validate
 
@@ -141,7 +149,7 @@ class AdapterStore:
         meanwhile, it is made whole. Raises InvalidRef, InvalidAdapter, OSError (the disk is full, no
         permission); nothing is published then.
         """
-        self._home(name)
+        check_name(name)
         wanted = validate(folder, base).files
         with self._staging() as staging:
             copy = staging / "revision"

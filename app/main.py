@@ -310,8 +310,7 @@ def _http_response(request: Request, error: Exception) -> JSONResponse:
         "param": None,
         "code": code,
     }
-    headers = {**(error.headers or {}), **request_id_headers(request)}
-    return JSONResponse({"error": detail}, error.status_code, headers)
+    return JSONResponse({"error": detail}, error.status_code, error.headers)
 
 
 def _unexpected_response(request: Request, error: Exception) -> JSONResponse:

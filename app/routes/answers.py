@@ -23,7 +23,7 @@ from app.errors import ApiError, BadRequest, ModelNotFound, row
 from app.hosts import Host
 from app.metrics import Meter
 from app.residency import Lease
-from app.routes.connection import ClientLeft, WhileConnected, own_id, request_id_headers
+from app.routes.connection import ClientLeft, WhileConnected, own_id
 from app.routes.event_stream import CLIENT_LEFT, EventStream
 from app.routes.examples import request_body
 from app.routes.openapi import AnthropicErrorBody, ErrorBody, failures
@@ -227,7 +227,7 @@ async def _answer(
 
 
 def _headers(request: Request, host: Host, choice: Choice, answer: Answer) -> dict[str, str]:
-    headers = request_id_headers(request)
+    headers = {}
     if choice.manifest:
         headers["x-adapter-revision"] = choice.manifest.revision
     if answer.cut:

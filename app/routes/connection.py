@@ -30,7 +30,7 @@ def request_id_headers(request: Request) -> dict[str, str]:
 
 
 class RequestIds:
-    """Middleware: every response has its request's id. Those that an engine answers bring it themselves."""
+    """Middleware: every response has its request's id, but one to a defect of ours, which is made outside of it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

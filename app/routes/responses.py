@@ -11,7 +11,6 @@ from app.access import chat as may_chat
 from app.engine.base import Engine
 from app.errors import EngineUnavailable, ResponseNotFound
 from app.hosts import Hosts
-from app.routes.connection import request_id_headers
 from app.routes.event_stream import EventStream
 from app.routes.openapi import failures
 
@@ -32,7 +31,7 @@ async def retrieve_response(
     )
     if isinstance(found, dict):
         return JSONResponse(found)
-    return EventStream(found, ExitStack(), request_id_headers(request), on_end=lambda _: None, keep=None)
+    return EventStream(found, ExitStack(), {}, on_end=lambda _: None, keep=None)
 
 
 @router.post("/{response_id}/cancel")

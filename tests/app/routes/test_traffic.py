@@ -189,3 +189,11 @@ def test_show_diff_and_prune(service: Service, default: str, other: str) -> None
     status, reply = service.call("POST", "/v1/adapters/doctor/prune", {"keep": 1000})
     assert (status, reply["removed"]) == (200, [])
     assert AdapterStore(service.data_dir / "store").aliases("doctor") == {"default": default}
+
+
+def test_every_wrong_field_is_told(service: Service) -> None:
+    status, reply = service.call("PUT", "/v1/adapters/doctor/canary", {"percent": 200, "revision": 7})
+    assert status == 400
+    assert {"percent", "revision"} <= {
+        part.partition(":")[0] for part in reply["error"]["message"].split("; ")
+    }

@@ -7,17 +7,14 @@ its manual), and one as it is. Each answers 8 streams of 64 tokens, in turns on 
 processes that compute without end. Printed are tokens a second, the median of the rounds and their range.
 """
 
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
 from statistics import median
 
 from tests.bench.serve.load import run_load
 from tests.bench.serve.sides import arguments, keep, our_side, running
+from tests.processes import computing
 
 STREAMS = 8
 BUSY = 2
@@ -36,25 +33,13 @@ def main() -> None:
             with running(side):
                 for number in range(rounds + 1):
                     for load, count in (("quiet", 0), ("busy", BUSY)):
-                        with _computing(count):
+                        with computing(count):
                             found = run_load(side.server.port, ["xinglin-demo", "doctor"], STREAMS, requests)
                         if number:  # the first warms up
                             rates.setdefault(f"{policy}, {load}", []).append(found.tokens_per_second)
     keep(options.out, dict(rates))
     for name, found in rates.items():
         print(f"{name:16} {median(found):8.1f} tokens/s ({min(found):.1f} to {max(found):.1f})")
-
-
-@contextmanager
-def _computing(count: int) -> Iterator[None]:
-    """So many processes that compute without end."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for one in busy:
-            one.kill()
-            one.wait()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import statistics
 import subprocess
 import sys
 
+from tests.processes import computing
+
 SIZES = {"small": (64, 4, 128), "large": (256, 8, 512)}
 """Width, rows, and tokens of a row."""
 
@@ -51,18 +53,12 @@ def main() -> None:
         digests = set()
         for _ in range(options.rounds):
             for load in ("quiet", "busy"):
-                count = 2 if load == "busy" else 0
-                busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-                try:
+                with computing(2 if load == "busy" else 0):
                     for policy in ("default", "passive"):
                         steps = options.steps if size == "small" else options.steps // 4
                         rate, digest = _run(size, policy, steps)
                         rates.setdefault((load, policy), []).append(rate)
                         digests.add(digest)
-                finally:
-                    for one in busy:
-                        one.kill()
-                        one.wait()
         if len(digests) != 1:
             raise SystemExit(f"{size}: the weights differ")
         for (load, policy), found in rates.items():
