@@ -1,5 +1,8 @@
 """The facts of one revision: what the trainer knew (Provenance) and what publishing found (Manifest)."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -94,3 +97,13 @@ class Manifest(Provenance):
     def chat_template_digest(self) -> str | None:
         """SHA-256 of the adapter's own chat template; None when it uses the base model's."""
         return self.files.get("chat_template.jinja")
+
+
+def revision_of(files: Mapping[str, str], facts: Provenance) -> str:
+    """The name of a revision: a digest of all that makes an answer what it is. `files`: name to SHA-256.
+
+    What is empty is left out, so that a revision from before a field existed keeps its name.
+    """
+    stops = {"stop": facts.stop, "stop_token_ids": facts.stop_token_ids}
+    content = {**files, **{name: value for name, value in stops.items() if value}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -13,11 +13,10 @@ and never a change that nobody can trace.
 """
 
 import fcntl
-import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +27,7 @@ from pydantic import ValidationError
 from adapters.durable import flock, fsync, remove_if_abandoned, replace_text, settle, sha256
 from adapters.errors import AdapterNotFound, AliasMoved, InvalidRef, NothingToRollBack, StoreDamaged
 from adapters.log import Action, LogEntry, append, read_log, way_back
-from adapters.manifest import MANIFEST_FILE, PROVENANCE_FILE, Manifest, Provenance
+from adapters.manifest import MANIFEST_FILE, PROVENANCE_FILE, Manifest, revision_of
 from adapters.ref import (
     DEFAULT_ALIAS,
     AdapterRef,
@@ -91,7 +90,7 @@ class AdapterStore:
             raise AdapterNotFound(f"there is no revision {ref.name}@{revision}") from error
         except (ValidationError, OSError) as error:
             raise StoreDamaged(f"the manifest of {ref.name}@{revision} cannot be read") from error
-        said = manifest.name, manifest.revision, _revision(manifest.files, manifest)
+        said = manifest.name, manifest.revision, revision_of(manifest.files, manifest)
         if said != (ref.name, revision, revision):
             raise StoreDamaged(f"the manifest of {ref.name}@{revision} is that of something else")
         return manifest
@@ -163,7 +162,7 @@ class AdapterStore:
             manifest = Manifest(
                 **facts.provenance.model_dump(),
                 name=name,
-                revision=_revision(files, facts.provenance),
+                revision=revision_of(files, facts.provenance),
                 r=facts.r,
                 lora_alpha=facts.lora_alpha,
                 target_modules=facts.target_modules,
@@ -398,10 +397,3 @@ class AdapterStore:
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)  # what stays, the next one sweeps
                 stack.enter_context(flock(folder / ".lock"))
             yield folder
-
-
-def _revision(files: Mapping[str, str], facts: Provenance) -> str:
-    """Of all that makes an answer what it is. What is empty is left out: an older revision keeps its name."""
-    stops = {"stop": facts.stop, "stop_token_ids": facts.stop_token_ids}
-    content = {**files, **{name: value for name, value in stops.items() if value}}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
