@@ -110,16 +110,25 @@ def serve(settings: Settings, *, show_admin_key: bool) -> int:
 
 
 def _prepare_process(settings: Settings) -> None:
-    """Environment that torch and vLLM read once, when first imported."""
     logging.basicConfig(
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    if settings.log_level != "debug":
+    is_quiet = settings.log_level != "debug"
+    if is_quiet:
         # What the libraries say of themselves; their errors stay.
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         logging.getLogger("vllm").setLevel(logging.ERROR)
+    prepare_environment(is_quiet=is_quiet)
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(settings.data_dir.absolute() / "cache" / "vllm"))
+    if launch.is_cpu_build():
+        launch.prepare()
+
+
+def prepare_environment(*, is_quiet: bool) -> None:
+    """Set the environment that torch and vLLM read once, when first imported."""
+    if is_quiet:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("TORCH_LOGS", "-torch")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -132,11 +141,10 @@ def _prepare_process(settings: Settings) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", "128")  # OpenAI's own limit of `n`
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ.setdefault("VLLM_CACHE_ROOT", str(settings.data_dir.absolute() / "cache" / "vllm"))
     # The fork server imports torch and vLLM too: without compiled files that takes three times as long.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if launch.is_cpu_build():
-        launch.prepare()
+        os.environ.update(launch.ENVIRONMENT)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import warm
 from tests.service import ROOT, Service, free_port
 
 if TYPE_CHECKING:
@@ -24,6 +25,16 @@ MAX_UPLOAD_BYTES = 16 << 20
 
 _CHAINS = ("service, all else", "service, routes")
 """Groups of tests of the shared service, which take about as long."""
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        warm.own()
+
+
+def pytest_unconfigure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        warm.disown()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -16,6 +16,7 @@ from typing import Any
 
 import openai
 
+from tests import warm
 from tests.processes import descendants
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,9 @@ class Service:
     port: int
     environment: dict[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = ("-m", "app", "serve")
-    process: subprocess.Popen[bytes] = field(init=False)
+    is_forked: bool = True
+    """From a process that has imported it; otherwise Python is started, as users start it."""
+    process: subprocess.Popen[bytes] | warm.Forked = field(init=False)
 
     def start(self, *, until_ready: bool = True) -> None:
         settings = {
@@ -40,14 +43,14 @@ class Service:
             "XINGLIN_RECONCILE_SECONDS": "0.2",
             "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
         }
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *self.command],
-                env={**os.environ, **settings, **self.environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-            )
+        environment = {**os.environ, **settings, **self.environment}
+        if self.is_forked:
+            self.process = warm.start(self.command, environment, self.log_path, ROOT)
+        else:
+            with self.log_path.open("ab") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, *self.command], env=environment, stdout=log, stderr=log, cwd=ROOT
+                )
         if until_ready:
             self.wait_until_ready()
 

@@ -13,19 +13,21 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 
-_IMPORTED = [
+IMPORTED = [
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
     "vllm.lora.punica_wrapper.punica_cpu",
 ]
-_ENVIRONMENT = {
+"""By what engines are forked from."""
+ENVIRONMENT = {
     # One process less, and a third less CPU a token; safe because OMP_NUM_THREADS is set by then.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Compiling the samplers took some 15 s at start, needs a C++ compiler and wins little: with LoRA the model itself
     # is never compiled on CPU.
     "TORCHDYNAMO_DISABLE": "1",
 }
+"""Read when vLLM is first imported, on CPU."""
 
 
 def is_cpu_build() -> bool:
@@ -38,8 +40,8 @@ def is_cpu_build() -> bool:
 
 def prepare() -> None:
     """Begin to import vLLM in a process of its own, if that is not so already; for a CPU."""
-    os.environ.update(_ENVIRONMENT)
-    context().set_forkserver_preload(_IMPORTED)
+    os.environ.update(ENVIRONMENT)
+    context().set_forkserver_preload(IMPORTED)
     forkserver.ensure_running()
 
 

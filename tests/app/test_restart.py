@@ -28,7 +28,7 @@ def test_restart_engine_death_and_kill(data_dir: Path, trainer: Trainer) -> None
     store = AdapterStore(data_dir / "store")
     canary = store.publish(trainer.variant(data_dir / "canary", seed=7), "doctor", actor="test")
     store.set_alias("doctor", "canary", canary.revision, actor="test")
-    service = Service(data_dir, free_port())
+    service = Service(data_dir, free_port(), is_forked=False)
     try:
         _go_through(service, store, trainer, canary.revision)
     finally:
