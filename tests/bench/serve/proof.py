@@ -4,7 +4,7 @@
 
 Right adapters are made of each given one by scaling it and adding a little noise; a trainer's own code writes their
 golden prompts and measures rounding. Wrong ones are made of each right one. The real engine scores all of them, in each
-dtype, one prompt at a time and 64 sequences at once, and on a base model with 2 % of noise in its weights. What the
+dtype, one prompt at a time and 64 sequences at once, and on a base model with noise in its weights. What the
 proof decides is counted for all golden prompts and for halves and quarters of them. In brackets: the largest of its
 numbers as a share of its limit, from the least of the cell to the most.
 """
@@ -41,6 +41,8 @@ Tensors = dict[str, torch.Tensor]
 SCALES = (0.3, 0.6, 1.0, 1.0, 1.5)
 """Of the right adapters that are made of one; after the first, with noise of 2 % of each tensor's spread."""
 SUBSETS = (range(8), range(4), range(4, 8), (0, 3, 5, 6), (0, 4), (2, 7))
+BASE_NOISE = (1, 2)
+"""In percent of each matrix's spread."""
 PROMPTS = 8
 QUESTIONS = (
     "感冒有什么症状？", "高血压患者饮食上要注意什么？", "得了胃炎怎么办？", "孩子发烧39度怎么办？",
@@ -68,6 +70,10 @@ def noise(share: float) -> Callable[[str, torch.Tensor], torch.Tensor]:
     return change
 
 
+def not_a_number(_: str, weight: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(weight, float("nan"))
+
+
 def without_layer(number: int) -> Callable[[str, torch.Tensor], torch.Tensor]:
     return lambda name, weight: weight * 0 if f"layers.{number}." in name else weight
 
@@ -84,14 +90,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _make(options.base, options.adapters, folder / "adapters")
-        noisy = _noisy(options.base, folder / "noisy")
+        folders = sorted((folder / "adapters").iterdir())
+        passes = [
+            (options.base, None),
+            (options.base, "NaN"),  # by itself: on a CPU others may compute with what it leaves in the cache
+            *((_noisy(options.base, folder, percent), "right") for percent in BASE_NOISE),
+        ]
         found: list[dict[str, Any]] = []
         for dtype in options.dtypes:
-            for base, kinds in ((options.base, None), (noisy, ["right"])):
-                folders = sorted((folder / "adapters").iterdir())
-                for one in asyncio.run(_score(base, folders, dtype, kinds)):
-                    kind = one["kind"] if base == options.base else "base with 2 % of noise"
-                    found += _decide(folder / "adapters" / one["adapter"], dtype, kind, one)
+            for base, kind in passes:
+                for one in asyncio.run(_score(base, folders, dtype, kind)):
+                    shown = one["kind"] if base == options.base else base.name
+                    found += _decide(folder / "adapters" / one["adapter"], dtype, shown, one)
     if options.out:
         options.out.write_text(json.dumps(found))
     _print(found)
@@ -121,7 +131,7 @@ def _make(base: Path, sources: Sequence[Path], target: Path) -> None:
             _write(folder / "right", source, right)
             wrong = {
                 "half": half, "double": double, "flip": flip, "noise of 1 %": noise(0.01), "noise of 10 %": noise(0.1),
-                "one layer missing": without_layer(layers[(7 * at + 3 * number) % len(layers)]),
+                "one layer missing": without_layer(layers[(7 * at + 3 * number) % len(layers)]), "NaN": not_a_number,
             }  # fmt: skip
             for kind, change in wrong.items():
                 _write(folder / kind, source, {name: change(name, weight) for name, weight in right.items()})
@@ -155,24 +165,24 @@ def _write(folder: Path, source: Path, tensors: Tensors) -> None:
     )
 
 
-def _noisy(base: Path, target: Path) -> Path:
+def _noisy(base: Path, scratch: Path, percent: int) -> Path:
+    target = scratch / f"base with {percent} % of noise"
     shutil.copytree(base, target)
     torch.manual_seed(1)
     for file in target.glob("*.safetensors"):
         tensors = load_file(file)
         for name, weight in tensors.items():
             if weight.ndim > 1:
-                tensors[name] = (weight.float() + 0.02 * weight.float().std() * torch.randn(weight.shape)).to(
+                exact = weight.float()
+                tensors[name] = (exact + percent / 100 * exact.std() * torch.randn(weight.shape)).to(
                     weight.dtype
                 )
         save_file(tensors, file, metadata={"format": "pt"})
     return target
 
 
-async def _score(
-    base: Path, folders: Sequence[Path], dtype: str, kinds: list[str] | None
-) -> list[dict[str, Any]]:
-    """What an engine finds of each adapter of each folder, without and with it."""
+async def _score(base: Path, folders: Sequence[Path], dtype: str, only: str | None) -> list[dict[str, Any]]:
+    """What an engine finds of each adapter of each folder, or of one kind only, without and with it."""
     from app.engine.vllm import VllmEngine  # noqa: PLC0415 - after the environment
     from app.engine.vllm_arguments import EngineOptions  # noqa: PLC0415
 
@@ -186,7 +196,7 @@ async def _score(
     found = []
     for folder in folders:
         golden = read_golden(folder / "golden.jsonl")
-        of_kinds = kinds or _kinds(folder)
+        of_kinds = [only] if only else _kinds(folder)
         loaded = {kind: await engine.load(f"{folder.name}@{kind}", folder / kind) for kind in of_kinds}
 
         async def scores(adapter: Any, golden: Sequence[GoldenPrompt] = golden) -> list[list[float]]:
@@ -212,7 +222,7 @@ async def _score(
 
 
 def _kinds(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "NaN")
 
 
 def _decide(folder: Path, dtype: str, kind: str, one: dict[str, Any]) -> Iterator[dict[str, Any]]:
