@@ -81,7 +81,7 @@ class Service:
         raise TimeoutError(f"not ready after {seconds} s:\n{self.log[-4000:]}")
 
     @staticmethod
-    def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it did not happen"

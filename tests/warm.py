@@ -39,9 +39,6 @@ _MESSAGE = 1 << 16
 _START_SECONDS = 240
 _SET_PARENT_DEATH_SIGNAL = 1  # linux/prctl.h
 
-_kept: list[subprocess.Popen[bytes]] = []
-"""Whoever started the warm process does not wait for it; a Popen that is forgotten warns."""
-
 
 def own() -> None:
     """Say, before workers start, that the warm process belongs to this one."""
@@ -115,12 +112,12 @@ def _address(cwd: Path) -> Path:
                 stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=cwd, env=environment,
                 start_new_session=True,
             )  # fmt: skip
-        _kept.append(process)
         deadline = time.monotonic() + _START_SECONDS
         while not address.exists():
             assert process.poll() is None, f"the warm process ended:\n{log.read_text()}"
             assert time.monotonic() < deadline, f"the warm process is not ready:\n{log.read_text()}"
             time.sleep(0.1)
+        process.returncode = 0  # it is left to run, for others too, and ends with its owner: Popen would warn
         return address
 
 

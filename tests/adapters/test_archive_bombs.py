@@ -42,9 +42,9 @@ def test_100_000_members_are_not_read(tmp_path: Path) -> None:
         "<4s4H2LH", b"PK\5\6", 0, 0, 100_000 & 0xFFFF, 100_000 & 0xFFFF, len(entry) * 100_000, 31, 0
     )
     for content in (tarred, one * 100_000, zipped[0] + entry * 100_000 + end):
-        started = time.monotonic()
+        started = time.process_time()
         assert "more than 64 files" in problems_of(tmp_path, content)[-1]
-        assert time.monotonic() - started < 1
+        assert time.process_time() - started < 1
 
 
 def zeros(size: int, window: int) -> bytes:

@@ -116,10 +116,10 @@ def test_the_size_of_a_hostile_shape_is_not_worked_out(tmp_path: Path) -> None:
     """The product of these would keep a core busy for minutes."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(with_header(json.dumps({"a": entry(shape=[10**4000] * 3000)}).encode()))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(BadTensors):
         read_header(path)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_empty_tensors_may_lie_between_others(tmp_path: Path) -> None:

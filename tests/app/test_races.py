@@ -105,7 +105,7 @@ def assert_of_one_mind(service: Service, store: AdapterStore, answer: str) -> No
         different = [] if pointed == found else [pointed, found]
         return [*different, *(needed - held), *(held - needed - may_stay)]
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while found := disagreements():
         assert time.monotonic() < deadline, found
         time.sleep(0.1)

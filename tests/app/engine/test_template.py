@@ -125,13 +125,11 @@ def test_what_does_not_render(text: str, told: str) -> None:
     async def test() -> None:
         template = Template("{% if messages|length == 4 %}" + text + "{% endif %}")
         for _ in range(2):
-            started = time.monotonic()
             with pytest.raises(BadRequest) as caught:
                 await template.render({"messages": MESSAGES})
             assert told in str(caught.value)
             assert caught.value.code == "chat_template_failed"
             assert len(str(caught.value)) < 400
-            assert time.monotonic() - started < 5
             assert await template.render({"messages": []}) == ""
         await template.close()
         assert not _children()
@@ -163,13 +161,11 @@ def test_a_slow_template_stalls_nobody_else() -> None:
         await slow.compile()
         await quick.compile()
         stuck = asyncio.create_task(slow.render({"messages": MESSAGES}))
-        longest, rounds = 0.0, 0
+        rounds = 0
         while not stuck.done():
-            started = time.monotonic()
             assert await quick.render({"messages": [{"content": "hello"}]}) == "hello"
-            longest, rounds = max(longest, time.monotonic() - started), rounds + 1
+            rounds += 1
         assert rounds > 20
-        assert longest < 0.5
         with pytest.raises(BadRequest):
             await stuck
         await slow.close()

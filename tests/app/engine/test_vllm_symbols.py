@@ -113,7 +113,7 @@ CHECK = textwrap.dedent(
     has(door.vllm.envs, "enable_envs_cache")
     # Engines on CPU are forked from a process of ours.
     assert "context = get_mp_context()" in inspect.getsource(door.vllm.v1.engine.utils.CoreEngineProcManager)
-    assert all(importlib.util.find_spec(name) for name in launch._IMPORTED)
+    assert all(importlib.util.find_spec(name) for name in launch.IMPORTED)
     # The repair on CPU replaces these, with the parameters the layers pass.
     assert PunicaWrapperCPU.add_lora_linear is cpu_worker._add_lora_linear
     assert PunicaWrapperCPU.add_lora_embedding is PunicaWrapperCPU.add_lora_logits is cpu_worker._add_nothing

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -256,9 +255,7 @@ def refused(service: Service, path: Path, *, may_be_kept: bool = False) -> dict[
 @pytest.mark.parametrize("change", INVALID.values(), ids=INVALID.keys())
 def test_what_cannot_be_served_is_refused(service: Service, folder: Folder, change: Change) -> None:
     change(folder)
-    started = time.monotonic()
     error = refused(service, folder.write())
-    assert time.monotonic() - started < 2
     assert error["code"] == "invalid_adapter"
     assert error["problems"]
     assert all(isinstance(problem, str) and len(problem) < 1000 for problem in error["problems"])
@@ -311,9 +308,7 @@ def test_special_files_are_never_opened(
 ) -> None:
     (folder.path / name).unlink(missing_ok=True)
     make(folder.path / name)
-    started = time.monotonic()
     error = refused(service, folder.path)
-    assert time.monotonic() - started < 1
     assert name in error["message"]
 
 

@@ -1,7 +1,6 @@
 """Names, aliases and requests that lead elsewhere, deceive or make no sense: 4xx, and nothing is written."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -93,8 +92,6 @@ def test_aliases_that_are_none(service: Service, folder: Path, alias: Any) -> No
     ids=lambda body: body[:30].decode(errors="replace"),
 )  # fmt: skip
 def test_requests_that_make_no_sense(service: Service, body: bytes) -> None:
-    started = time.monotonic()
     status, reply = service.call("POST", "/v1/adapters", body)
     assert 400 <= status < 500, reply
     assert reply["error"]["type"] == "invalid_request_error"
-    assert time.monotonic() - started < 1
