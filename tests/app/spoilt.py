@@ -78,14 +78,14 @@ class Unharmed:
         )
 
 
-def begun(service: Service, model: str, tokens: int = 300) -> Iterator[str]:
+def begun(service: Service, model: str, tokens: int = 300, **options: Any) -> Iterator[str]:
     """A stream of so many tokens that has begun; iterate to read it to its end, which must be a good one."""
     events = service.client().chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": QUESTION}],
-        temperature=0,
         max_tokens=tokens,
         stream=True,
+        **{"temperature": 0, **options},
         extra_body={"min_tokens": tokens, "ignore_eos": True},
     )
     first = next(events)

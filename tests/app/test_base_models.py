@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import copy
+from typing import Any
 
 import openai
 import psutil
@@ -146,21 +147,14 @@ def test_an_engine_that_is_killed_leaves_the_other_alone(service: Service) -> No
     names = ("xinglin-demo", "doctor", "tiny-llama", "nurse")
     before = {model: answer(service, model) for model in names}
     demo, llama = _engines(service)
-    running = {
-        model: service.client().chat.completions.create(
-            model=model, messages=MESSAGES, temperature=0, max_tokens=400, stream=True,  # type: ignore[arg-type]
-            stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
-        )
-        for model in ("doctor", "tiny-llama")
-    }  # fmt: skip
-    for stream in running.values():
-        next(iter(stream))
+    others = _begun(service, "doctor")
+    stream = _begun(service, "tiny-llama", 16)
     os.kill(llama, signal.SIGKILL)
     with pytest.raises(openai.APIError) as caught:
-        for _ in running["tiny-llama"]:
+        for _ in stream:
             pass
     assert caught.value.code == "engine_unavailable"
-    *_, last, usage = running["doctor"]
+    *_, last, usage = others
     assert last.choices[0].finish_reason == "length"
     assert usage.usage.completion_tokens == 400
     status, reply = service.call("GET", "/readyz")
@@ -173,11 +167,7 @@ def test_an_engine_that_is_killed_leaves_the_other_alone(service: Service) -> No
 def test_an_engine_that_makes_no_progress_is_replaced(service: Service) -> None:
     before = {model: answer(service, model) for model in ("doctor", "tiny-llama")}
     demo, llama = _engines(service)
-    stream = service.client().chat.completions.create(
-        model="tiny-llama", messages=MESSAGES, temperature=0, max_tokens=400, stream=True,  # type: ignore[arg-type]
-        extra_body={"ignore_eos": True},
-    )  # fmt: skip
-    next(iter(stream))
+    stream = _begun(service, "tiny-llama", 16)
     os.kill(llama, signal.SIGSTOP)
     with pytest.raises(openai.APIError) as caught:
         for _ in stream:
@@ -187,6 +177,16 @@ def test_an_engine_that_makes_no_progress_is_replaced(service: Service) -> None:
     _comes_back(service, llama)
     assert demo in _engines(service)
     assert answer(service, "tiny-llama") == before["tiny-llama"]
+
+
+def _begun(service: Service, model: str, n: int = 1) -> openai.Stream[Any]:
+    """A stream of `n` answers of 400 tokens that has begun; the more answers, the longer it takes."""
+    stream = service.client().chat.completions.create(
+        model=model, messages=MESSAGES, temperature=1, max_tokens=400, n=n, stream=True,  # type: ignore[arg-type]
+        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    next(iter(stream))
+    return stream  # type: ignore[no-any-return]
 
 
 def _engines(service: Service) -> list[int]:

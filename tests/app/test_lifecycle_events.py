@@ -291,8 +291,11 @@ def test_a_failed_publication_under_a_name_that_answers(
 def test_prune_keeps_what_answers(service: Service, store: AdapterStore, name: str) -> None:
     folders = [a_folder(service, store, name, number) for number in range(3)]
     first = publish_one(service, folders[0], name)
-    running = begun(service, name)
-    second, third = (publish_one(service, folder, name) for folder in folders[1:])
+    second, third = (publish_one(service, folder, name, alias=None) for folder in folders[1:])
+    running = begun(service, name, 900, n=8, temperature=1)  # many and long: they are under way when pruned
+    for revision in (second, third):
+        path = f"/v1/adapters/{name}/aliases/default"
+        assert service.call("PUT", path, {"revision": revision})[0] == 200
     status, reply = service.call("POST", f"/v1/adapters/{name}/prune", {"keep": 0})
     assert (status, reply["removed"]) == (200, []), reply
     assert "".join(running)
