@@ -39,7 +39,10 @@ def test_a_service_samples_what_ppo_learns_from(
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert max(step["rollout_difference"] for step in steps) < FLOAT_ERROR
     assert steps[1]["kl"] > 0.001  # the second step's answers are by what the first one made
-    assert _run(service, tmp_path / "ppo.yaml") == (ref, steps)
+    again, others = _run(service, tmp_path / "ppo.yaml")
+    for step in (*steps, *others):
+        del step["rollout_difference"]  # how the engine rounds depends on what shares a batch
+    assert (again, others) == (ref, steps)
     assert not [name for name in service.adapters() if name.startswith("asked-rollouts")]
     _, found = service.call("GET", "/v1/adapters/asked-rollouts")
     assert len(found.get("revisions", ())) <= 1  # one that the engine may still hold

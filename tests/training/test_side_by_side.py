@@ -26,13 +26,14 @@ def data_dir(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return lay_out(tmp_path / "data", tiny_dir)
 
 
+STEPS = 300
 JOBS = ["base.yaml", "doctor.yaml", "leaflet.yaml"]
 
 
 def ask_for(data_dir: Path, **changes: Any) -> Path:
     """A pipeline of a base and two adapters, whose training takes a few seconds each."""
     for name in ("doctor", "leaflet"):
-        change(data_dir / f"{name}.yaml", max_steps=80, checkpoint_every=100)
+        change(data_dir / f"{name}.yaml", max_steps=STEPS, checkpoint_every=2 * STEPS)
     return write(data_dir, **{"jobs": JOBS, "parallel": 2, **changes})
 
 
@@ -66,7 +67,7 @@ def test_interrupted_side_by_side_all_stop_at_a_checkpoint_and_make_the_same_as_
     with pytest.raises(RunStopped, match="a checkpoint of every job under way"):
         run_pipeline(path, data_dir, root=data_dir)
     stopped = [events(data_dir, name)[-1] for name in ("doctor", "leaflet")]
-    assert all(isinstance(event, Stopped) and event.step < 80 for event in stopped)
+    assert all(isinstance(event, Stopped) and event.step < STEPS for event in stopped)
 
     assert run_pipeline(path, data_dir, root=data_dir) == in_turn
     for name, event in zip(("doctor", "leaflet"), stopped, strict=True):
