@@ -186,7 +186,7 @@ def _begun(service: Service, model: str, n: int = 1) -> openai.Stream[Any]:
         stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
     )  # fmt: skip
     next(iter(stream))
-    return stream  # type: ignore[no-any-return]
+    return stream
 
 
 def _engines(service: Service) -> list[int]:

@@ -72,9 +72,10 @@ def _with_event(event: str) -> Callable[[bytes], bytes]:
 
 def check_comments_in_a_stream_are_no_harm(url: str) -> None:
     with front_of(url, change=_with_event(": ping")) as front:
-        changed = client(front.url).chat.completions.create(**ask(stream=True))
-        answer = "".join(chunk.choices[0].delta.content or "" for chunk in changed if chunk.choices)
-    assert answer == client(url).chat.completions.create(**ask()).choices[0].message.content
+        chunks = [chunk.choices[0] for chunk in client(front.url).chat.completions.create(**ask(stream=True))]
+    (whole,) = client(url).chat.completions.create(**ask()).choices
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == whole.message.content
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == [whole.finish_reason]
 
 
 def check_an_error_in_a_stream_is_raised(url: str) -> None:
