@@ -12,8 +12,8 @@ import uvicorn
 from pydantic import ValidationError
 
 from adapters.wording import in_words
-from app import storm
-from app.access import stored_admin_key
+from app.access.keys import stored_admin_key
+from app.client import storm
 from app.engine import launch
 from app.fetch import checked_prefixes
 from app.fetch.guard import parse_networks

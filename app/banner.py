@@ -1,6 +1,6 @@
 """What `serve` prints once it can answer: where it is, what it serves, and two ways to try it."""
 
-from app.served_models import ServedModels
+from app.lifecycle.served_models import ServedModels
 from app.settings import Settings
 
 _QUESTION = "感冒有什么症状？"

@@ -20,16 +20,19 @@ from starlette.routing import Route
 from adapters import AdapterError, AdapterStore
 from adapters.wording import in_words
 from app import errors
-from app.access import Access, stored_admin_key
-from app.admission import Admission
+from app.access.admission import Admission
+from app.access.keys import Access, stored_admin_key
 from app.engine.base import Endpoint, Engine
 from app.engine.supervisor import Supervisor, in_daemon_thread
-from app.hosts import Host, Hosts
-from app.imports import Imports
-from app.loader import Loader
+from app.exchange.connection import RequestIds, request_id_headers
+from app.exchange.shadow import Shadow
+from app.fetch.imports import Imports
+from app.lifecycle.bases import Host, Hosts
+from app.lifecycle.loader import Loader
+from app.lifecycle.reconciler import Reconciler
+from app.lifecycle.residency import Limits, Residency
+from app.lifecycle.served_models import ServedModels
 from app.metrics import Metrics
-from app.reconciler import Reconciler
-from app.residency import Limits, Residency
 from app.routes import (
     adapters,
     answers,
@@ -43,10 +46,7 @@ from app.routes import (
     traffic,
     vllm_compat,
 )
-from app.routes.connection import RequestIds, request_id_headers
-from app.served_models import ServedModels
 from app.settings import BaseModelSettings, Settings
-from app.shadow import Shadow
 from app.vllm_metrics import VllmMetrics
 
 _MOST_PROBLEMS = 5  # of one request are told

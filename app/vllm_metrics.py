@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from app.engine.stats import Distribution, EngineStats
-from app.hosts import Hosts
+from app.lifecycle.bases import Hosts
 
 LOAD_FORMAT = "endpoint-load-metrics-format"
 """The header by which a client asks for the engine's load beside its answer."""

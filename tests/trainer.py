@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import AdapterRef, AdapterStore, GoldenPrompt, Provenance, read_golden, write_golden
-from training.golden import golden_prompts
+from training.models.golden import golden_prompts
 
 
 class Trainer:

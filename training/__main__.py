@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 from adapters import AdapterError
-from training import commands, progress, ranks
+from training import commands
 from training.config import ConfigError, load_config
 from training.data import DataError
 from training.demo.build import build_demo
-from training.events import (
+from training.runs import processes, progress
+from training.runs.events import (
     EVENTS_FILE,
     Cancelled,
     Checkpoint,
@@ -27,10 +28,10 @@ from training.events import (
     Succeeded,
     read_events,
 )
-from training.job import begin, carry_out, is_running
-from training.pipeline import JobFailed, is_pipeline, run_pipeline
-from training.stop import EXIT_CODE
-from training.stop import Stopped as RunStopped
+from training.runs.execute import begin, carry_out, is_running
+from training.runs.pipeline import JobFailed, is_pipeline, run_pipeline
+from training.runs.stop import EXIT_CODE
+from training.runs.stop import Stopped as RunStopped
 
 _EXAMPLES = """\
 examples:
@@ -58,7 +59,7 @@ After 1, 75, 130 or a kill, `resume` goes on from the run's last checkpoint, and
 def main() -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args()
-    progress.show_lines(logging.INFO if ranks.leads() else logging.ERROR)
+    progress.show_lines(logging.INFO if processes.leads() else logging.ERROR)
     # A run that is told to stop says so in its events; a shell that starts it in the background has SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
@@ -83,13 +84,13 @@ def main() -> int:
 
 
 def _say(message: str) -> None:
-    process = "" if ranks.count() == 1 else f"process {ranks.number()}: "
+    process = "" if processes.count() == 1 else f"process {processes.number()}: "
     print(f"{process}{message}", file=sys.stderr)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     if is_pipeline(arguments.config):
-        if ranks.count() > 1:
+        if processes.count() > 1:
             raise ConfigError(f"{arguments.config}: is a pipeline: launch its jobs one by one, in order")
         for ref in run_pipeline(arguments.config, arguments.data_dir):
             print(f"made {ref}")
@@ -107,7 +108,7 @@ def _carry_out(run_id: str, data_dir: Path, *, accept_changes: bool = False) -> 
         published = carry_out(run_id, data_dir, accept_changes=accept_changes)
     except RunStopped as stopped:
         raise RunStopped(f"{stopped}: `python -m training resume {run_id}` goes on from there") from None
-    if not ranks.leads():
+    if not processes.leads():
         return
     alias = f", and {published.ref.split('@')[0]}@{published.alias} points at it" if published.alias else ""
     print(f"published {published.ref}{alias}")

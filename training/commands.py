@@ -123,9 +123,9 @@ def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
 
 def _preview(arguments: argparse.Namespace) -> None:
     from training import data  # noqa: PLC0415
-    from training.lora import find_base  # noqa: PLC0415
-    from training.preview import preview, wants_colour  # noqa: PLC0415
-    from training.vocabulary import add_tokens  # noqa: PLC0415
+    from training.models.lora import find_base  # noqa: PLC0415
+    from training.tokens.preview import preview, wants_colour  # noqa: PLC0415
+    from training.tokens.vocabulary import add_tokens  # noqa: PLC0415
 
     config = load_config(arguments.config)
     if not isinstance(config, AdapterJob):
@@ -152,7 +152,7 @@ def _preview(arguments: argparse.Namespace) -> None:
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
-    from training.estimate import report  # noqa: PLC0415
+    from training.estimate.estimate import report  # noqa: PLC0415
 
     config = load_config(arguments.config)
     if not isinstance(config, AdapterJob):
@@ -164,7 +164,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from training.convert import convert_adapter  # noqa: PLC0415
+    from training.artifacts.convert import convert_adapter  # noqa: PLC0415
     from training.data import read_chats  # noqa: PLC0415
 
     rows = None
@@ -181,8 +181,8 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from training.lora import base_name  # noqa: PLC0415
-    from training.merge import merge  # noqa: PLC0415
+    from training.artifacts.merge import merge  # noqa: PLC0415
+    from training.models.lora import base_name  # noqa: PLC0415
 
     store = AdapterStore(arguments.data_dir / "store")
     names = [base_name(arguments.base).rpartition("/")[2]]
@@ -201,7 +201,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from training.merge import export_adapter, merge  # noqa: PLC0415
+    from training.artifacts.merge import export_adapter, merge  # noqa: PLC0415
 
     store = AdapterStore(arguments.data_dir / "store")
     if arguments.adapter_only and arguments.trust_remote_code:

@@ -8,12 +8,12 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters import DEFAULT_ALIAS, AdapterRef, Manifest, diff
-from app.access import admin
-from app.access import chat as may_look
+from app.access.keys import admin
+from app.access.keys import chat as may_look
 from app.errors import EngineUnavailable, FolderNotFound, PathNotAllowed
-from app.hosts import Hosts
-from app.reconciler import Reconciler
-from app.residency import Residency
+from app.lifecycle.bases import Hosts
+from app.lifecycle.reconciler import Reconciler
+from app.lifecycle.residency import Residency
 from app.routes.openapi import failures
 
 router = APIRouter(responses=failures(400, 401, 404, 409, 503))

@@ -20,15 +20,15 @@ from starlette.types import Receive, Scope, Send
 from adapters import AdapterError
 from app.engine.base import Answer, Endpoint
 from app.errors import ApiError, BadRequest, ModelNotFound, row
-from app.hosts import Host
+from app.exchange.connection import ClientLeft, WhileConnected, own_id
+from app.exchange.event_stream import CLIENT_LEFT, EventStream
+from app.exchange.shadow import Original
+from app.lifecycle.bases import Host
+from app.lifecycle.residency import Lease
+from app.lifecycle.served_models import Choice
 from app.metrics import Meter
-from app.residency import Lease
-from app.routes.connection import ClientLeft, WhileConnected, own_id
-from app.routes.event_stream import CLIENT_LEFT, EventStream
 from app.routes.examples import request_body
 from app.routes.openapi import AnthropicErrorBody, ErrorBody, failures
-from app.served_models import Choice
-from app.shadow import Original
 from app.vllm_metrics import LOAD_FORMAT, load_header
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.hosts import Host, Hosts
+from app.lifecycle.bases import Host, Hosts
 
 router = APIRouter()
 

@@ -5,9 +5,9 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from adapters import Manifest
-from app.access import chat as may_chat
+from app.access.keys import chat as may_chat
 from app.errors import EngineUnavailable, ModelNotFound
-from app.hosts import Host
+from app.lifecycle.bases import Host
 from app.routes.openapi import failures
 
 router = APIRouter(dependencies=[Depends(may_chat)], responses=failures(401, 404))

@@ -19,13 +19,13 @@ from starlette.requests import ClientDisconnect
 from adapters import DEFAULT_ALIAS
 from adapters.ref import check_alias, check_name
 from adapters.wording import in_words
-from app.access import admin
+from app.access.keys import admin
 from app.errors import BadRequest
+from app.exchange.event_stream import CLIENT_LEFT
 from app.fetch import parse_source
-from app.imports import Imports
-from app.reconciler import Reconciler
+from app.fetch.imports import Imports
+from app.lifecycle.reconciler import Reconciler
 from app.routes.adapters import ACTOR, allowed_folder
-from app.routes.event_stream import CLIENT_LEFT
 from app.routes.openapi import failures
 
 router = APIRouter(dependencies=[Depends(admin)], responses=failures(400, 401, 403, 404, 503))

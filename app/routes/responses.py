@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from app.access import chat as may_chat
+from app.access.keys import chat as may_chat
 from app.engine.base import Engine
 from app.errors import EngineUnavailable, ResponseNotFound
-from app.hosts import Hosts
-from app.routes.event_stream import EventStream
+from app.exchange.event_stream import EventStream
+from app.lifecycle.bases import Hosts
 from app.routes.openapi import failures
 
 T = TypeVar("T")

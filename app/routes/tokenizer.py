@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
-from app.access import chat as may_chat
+from app.access.keys import chat as may_chat
 from app.routes.openapi import failures
 
 router = APIRouter(dependencies=[Depends(may_chat)], responses=failures(401, 404, 503))

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters import CANARY, SHADOW
-from app.access import admin
-from app.reconciler import Reconciler
+from app.access.keys import admin
+from app.lifecycle.reconciler import Reconciler
 from app.routes.adapters import ACTOR
 from app.routes.openapi import failures
 

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import PlainTextResponse
 
 from adapters import DEFAULT_ALIAS, AdapterNotFound, AdapterRef
-from app.access import admin
+from app.access.keys import admin
 from app.errors import BadRequest
-from app.reconciler import Reconciler
+from app.lifecycle.reconciler import Reconciler
 from app.routes.adapters import allowed_folder
 from app.routes.openapi import failures
 

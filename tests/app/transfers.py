@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.fetch import parse_source
-from app.imports import Import, Imports
+from app.fetch.imports import Import, Imports
 from tests.app.fetch.servers import CONFIG, WEIGHTS
 
 FILES = {"adapter_config.json": CONFIG, "adapter_model.safetensors": WEIGHTS}

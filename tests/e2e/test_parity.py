@@ -21,7 +21,7 @@ from training.demo.corpus import (
     is_plain_style,
     write_corpus,
 )
-from training.job import begin, carry_out
+from training.runs.execute import begin, carry_out
 from training.templates import named
 
 PROMPTS = [*bundled_questions("zh")[:30], *bundled_questions("en")[:30]]

@@ -9,8 +9,8 @@ import yaml
 from tests.service import ADMIN_KEY, Service
 from training.config import ConfigError, load_config
 from training.demo.corpus import write_corpus
-from training.events import Progress, read_events
-from training.job import begin, carry_out
+from training.runs.events import Progress, read_events
+from training.runs.execute import begin, carry_out
 
 FLOAT_ERROR = 1e-4  # nats, of one token in float32
 

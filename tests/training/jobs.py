@@ -10,8 +10,8 @@ import yaml
 from training.config import JobConfig, load_config
 from training.demo.corpus import questions
 from training.demo.facts import conditions
-from training.events import Published
-from training.job import begin, carry_out
+from training.runs.events import Published
+from training.runs.execute import begin, carry_out
 
 LoadJob = Callable[..., Any]  # a JobConfig, of the stage that the test knows
 

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from training import __main__ as command
-from training import job, trainer
-from training.events import Checkpoint, Evaluation, EventLog, Published
+from training.runs import execute as job
+from training.runs.events import Checkpoint, Evaluation, EventLog, Published
 from training.stages import sft
+from training.trainers import fit as trainer
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["training.stages.sft"])

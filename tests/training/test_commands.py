@@ -7,10 +7,10 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.training.artifacts.test_merge import adapter_logits, close, logits, trained
 from tests.training.coded_models import modules_below, with_own_code
 from tests.training.jobs import SFT
 from tests.training.test_main import call
-from tests.training.test_merge import adapter_logits, close, logits, trained
 
 WORD = "肾上腺素"
 

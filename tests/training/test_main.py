@@ -14,7 +14,7 @@ from tests.training import processes
 from tests.training.jobs import SFT, LoadJob, load_job, run_job
 from training import __main__ as command
 from training.config import STAGES, dump_config
-from training.events import (
+from training.runs.events import (
     Cancelled,
     Checkpoint,
     Evaluation,
@@ -29,7 +29,7 @@ from training.events import (
     Succeeded,
     read_events,
 )
-from training.job import carry_out
+from training.runs.execute import carry_out
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -169,7 +169,7 @@ def test_a_run_that_is_told_to_stop_before_it_trains_is_cancelled(
     asked: signal.Signals, load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = SimpleNamespace(run=lambda *_: signal.raise_signal(asked))
-    monkeypatch.setattr("training.job._load_stage", lambda name: stage)
+    monkeypatch.setattr("training.runs.execute._load_stage", lambda name: stage)
     (tmp_path / "job.yaml").write_text(dump_config(load_sft()))
     assert call(monkeypatch, "run", tmp_path / "job.yaml", "--data-dir", tmp_path) == 130
     (path,) = tmp_path.glob("runs/*/events.jsonl")

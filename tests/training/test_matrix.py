@@ -20,12 +20,12 @@ from tests.service import Service, free_port
 from tests.training.bases import END_OF_TEXT, IDS, IM_END, OUTSIDE, base
 from tests.training.jobs import SFT, load_job, run_job
 from training.config import OnError
-from training.examples import conversations, feedback, pairs, prompts
-from training.lora import Base, find_base
-from training.masks import encode_prompt
+from training.models.lora import Base, find_base
 from training.rl.policy import Policy
 from training.stages import sft
 from training.templates import named
+from training.tokens.examples import conversations, feedback, pairs, prompts
+from training.tokens.loss_mask import encode_prompt
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "感冒有什么症状？"}]
 ANSWER = {"role": "assistant", "content": "鼻塞、流涕、咽痛。"}

@@ -6,7 +6,8 @@ Relative paths in a config are relative to the current directory. Light on purpo
 from training.config.blocks import BaseModelSize, Golden, Lora, Publish, Reward, RopeScaling
 from training.config.fields import OnError, Source
 from training.config.job import AdapterJob
-from training.config.jobs import (
+from training.config.load import STAGES, ConfigError, dump_config, load_config, read_yaml
+from training.config.stages import (
     BaseConfig,
     DpoConfig,
     GrpoConfig,
@@ -18,7 +19,6 @@ from training.config.jobs import (
     RmConfig,
     SftConfig,
 )
-from training.config.load import STAGES, ConfigError, dump_config, load_config, read_yaml
 
 __all__ = [
     "STAGES",

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from adapters.wording import in_words, no_such_setting
-from training.config.jobs import JobConfig
+from training.config.stages import JobConfig
 
 _JOB_CONFIG: TypeAdapter[JobConfig] = TypeAdapter(Annotated[JobConfig, Field(discriminator="stage")])
 STAGES: dict[str, type[BaseModel]] = {

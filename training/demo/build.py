@@ -4,7 +4,7 @@ import fcntl
 from pathlib import Path
 
 from training.demo.corpus import write_corpus
-from training.pipeline import run_pipeline
+from training.runs.pipeline import run_pipeline
 
 PIPELINE = Path(__file__).parent / "pipeline.yaml"
 

@@ -14,9 +14,9 @@ from transformers import GenerationConfig
 
 from training.config import ConfigError
 from training.data import Row
-from training.lora import Base, continued
-from training.masks import encode_chat, encode_prompt
-from training.reward_head import at_last
+from training.models.lora import Base, continued
+from training.models.reward_head import at_last
+from training.tokens.loss_mask import encode_chat, encode_prompt
 
 Messages = list[dict[str, Any]]
 

@@ -23,10 +23,10 @@ from adapters import AdapterStore
 from adapters.validate import TEMPLATE_FILE
 from training.config import ConfigError
 from training.config import Reward as RewardConfig
-from training.lora import Base, base_folder, base_name, check_base, find_adapter
-from training.masks import encode_chat
-from training.own_code import own_code_refused
+from training.models.lora import Base, base_folder, base_name, check_base, find_adapter
+from training.models.remote_code import own_code_refused
 from training.rl.policy import Messages, Policy
+from training.tokens.loss_mask import encode_chat
 
 log = logging.getLogger(__name__)
 

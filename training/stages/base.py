@@ -15,14 +15,14 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from training.boards import Boards
 from training.config import BaseConfig, BaseModelSize
 from training.data import Row, read_documents
-from training.events import Progress
-from training.progress import Meter
-from training.run import Run
+from training.runs.events import Progress
+from training.runs.progress import Meter
+from training.runs.run import Run
 from training.templates import CHAT_TEMPLATE
-from training.trainer import prepare
+from training.trainers.fit import prepare
+from training.trainers.trackers import Boards
 
 _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _MAX_TOKEN_LENGTH = 12  # bytes: four Han characters; longer ones would be whole phrases of the corpus

@@ -6,14 +6,14 @@ from typing import Any
 from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
 
+from training.artifacts.result import golden_rows, write_result
 from training.config import DpoConfig
 from training.data import read_documents, read_preferences, report
-from training.examples import pairs
-from training.golden import prompts_of
-from training.lora import find_base, trainable
-from training.product import golden_rows, write_result
-from training.run import Run
-from training.trainer import arguments, fit, prepare
+from training.models.golden import prompts_of
+from training.models.lora import find_base, trainable
+from training.runs.run import Run
+from training.tokens.examples import pairs
+from training.trainers.fit import arguments, fit, prepare
 
 
 def run(config: DpoConfig, run: Run) -> Path:

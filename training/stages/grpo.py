@@ -14,15 +14,15 @@ from trl import import_utils
 with patch.object(import_utils, "is_vllm_available", lambda min_version=None: False):
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from training.artifacts.result import golden_rows, write_result
 from training.config import GrpoConfig
 from training.data import read_documents, read_prompts, report
-from training.examples import prompts
-from training.golden import prompts_of
-from training.lora import find_base, trainable
-from training.product import golden_rows, write_result
+from training.models.golden import prompts_of
+from training.models.lora import find_base, trainable
 from training.rl.rewards import Rewards, names, plain_scorer, standalone_scorer
-from training.run import Run
-from training.trainer import arguments, fit, prepare
+from training.runs.run import Run
+from training.tokens.examples import prompts
+from training.trainers.fit import arguments, fit, prepare
 
 
 def run(config: GrpoConfig, run: Run) -> Path:

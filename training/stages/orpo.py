@@ -9,14 +9,14 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read when the module b
 from trl.experimental.orpo import ORPOConfig as TrlConfig
 from trl.experimental.orpo import ORPOTrainer
 
+from training.artifacts.result import golden_rows, write_result
 from training.config import OrpoConfig
 from training.data import read_documents, read_preferences, report
-from training.examples import pairs
-from training.golden import prompts_of
-from training.lora import find_base, trainable
-from training.product import golden_rows, write_result
-from training.run import Run
-from training.trainer import arguments, fit, prepare
+from training.models.golden import prompts_of
+from training.models.lora import find_base, trainable
+from training.runs.run import Run
+from training.tokens.examples import pairs
+from training.trainers.fit import arguments, fit, prepare
 
 _NOT_LEARNT = -100
 

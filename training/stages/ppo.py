@@ -17,17 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.boards import Boards
+from training.artifacts.result import golden_rows, write_for_rollouts, write_result
 from training.config import PpoConfig
 from training.data import Row, read_documents, read_prompts, report
-from training.events import Evaluation, Progress
-from training.events import Stopped as StoppedEvent
-from training.examples import prompts
-from training.forgetting import Forgetting
-from training.golden import prompts_of
-from training.lora import Base, check_base, find_adapter, find_base
-from training.product import golden_rows, write_for_rollouts, write_result
-from training.progress import Meter
+from training.models.golden import prompts_of
+from training.models.lora import Base, check_base, find_adapter, find_base
 from training.rl.objective import (
     KlCoefficient,
     advantages,
@@ -39,9 +33,15 @@ from training.rl.objective import (
 from training.rl.policy import Answers, Policy, conversations
 from training.rl.rewards import Rewards, adapter_scorer, names, plain_scorer
 from training.rl.rollouts import Rollouts, sampler
-from training.run import Run
-from training.stop import Stopped
-from training.trainer import prepare
+from training.runs.events import Evaluation, Progress
+from training.runs.events import Stopped as StoppedEvent
+from training.runs.progress import Meter
+from training.runs.run import Run
+from training.runs.stop import Stopped
+from training.tokens.examples import prompts
+from training.trainers.fit import prepare
+from training.trainers.forgetting import Forgetting
+from training.trainers.trackers import Boards
 
 log = logging.getLogger(__name__)
 

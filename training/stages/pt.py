@@ -11,17 +11,17 @@ from datasets import Dataset
 from peft import TaskType
 from trl import SFTConfig as TrlConfig
 
-from training import packing
+from training.artifacts.result import golden_rows, write_base, write_result
 from training.config import ConfigError, OnError, PtConfig
 from training.data import DataError, Row, read_documents, report
-from training.documents import encode_document, split
-from training.examples import encoded
-from training.lora import Base, find_base, lora_config, vocabulary_name
-from training.product import golden_rows, write_base, write_result
-from training.run import Run
-from training.supervised import SupervisedTrainer
-from training.trainer import arguments, fit, prepare
-from training.vocabulary import Pieces, add_tokens, make_room
+from training.models.lora import Base, find_base, lora_config, vocabulary_name
+from training.runs.run import Run
+from training.tokens import packing
+from training.tokens.documents import encode_document, split
+from training.tokens.examples import encoded
+from training.tokens.vocabulary import Pieces, add_tokens, make_room
+from training.trainers.fit import arguments, fit, prepare
+from training.trainers.supervised import SupervisedTrainer
 
 log = logging.getLogger(__name__)
 

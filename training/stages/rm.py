@@ -10,13 +10,13 @@ from peft import TaskType
 from trl import RewardConfig as TrlConfig
 from trl import RewardTrainer
 
+from training.artifacts.result import write_reward_adapter
 from training.config import RmConfig
 from training.data import read_preferences, report
-from training.examples import conversations
-from training.lora import find_base, lora_config
-from training.product import write_reward_adapter
-from training.run import Run
-from training.trainer import arguments, fit, prepare
+from training.models.lora import find_base, lora_config
+from training.runs.run import Run
+from training.tokens.examples import conversations
+from training.trainers.fit import arguments, fit, prepare
 
 
 def run(config: RmConfig, run: Run) -> Path:

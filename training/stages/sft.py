@@ -6,16 +6,16 @@ from typing import Any
 
 from trl import SFTConfig as TrlConfig
 
-from training import packing
+from training.artifacts.result import golden_rows, write_result
 from training.config import ConfigError, OnError, SftConfig
 from training.data import DataError, Row, read_chats, read_documents, report
-from training.examples import Examples, Tokens, encoded
-from training.lora import find_base, trainable
-from training.masks import Encoded, encode
-from training.product import golden_rows, write_result
-from training.run import Run
-from training.supervised import SupervisedTrainer
-from training.trainer import arguments, fit, prepare
+from training.models.lora import find_base, trainable
+from training.runs.run import Run
+from training.tokens import packing
+from training.tokens.examples import Examples, Tokens, encoded
+from training.tokens.loss_mask import Encoded, encode
+from training.trainers.fit import arguments, fit, prepare
+from training.trainers.supervised import SupervisedTrainer
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ import sys
 from typing import Any
 
 import app.engine.vllm_arguments
-import app.loader
+import app.lifecycle.loader
 from app.__main__ import main
-from app.evidence import Evidence
-from app.proof import Proof
+from app.lifecycle.evidence import Evidence
+from app.lifecycle.proof import Proof
 
 
 async def _no_proof(*_: Any) -> Proof:
@@ -18,5 +18,5 @@ async def _no_proof(*_: Any) -> Proof:
 
 if __name__ == "__main__":  # the engine's processes import this module too
     app.engine.vllm_arguments.CPU_WORKER_EXTENSION = "tests.app.engine.stock_worker.WorkerExtension"
-    app.loader.prove = _no_proof
+    app.lifecycle.loader.prove = _no_proof
     sys.exit(main(["serve"]))

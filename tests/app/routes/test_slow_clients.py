@@ -11,7 +11,8 @@ import pytest
 from starlette.requests import Request
 
 from app.errors import BadRequest
-from app.routes import answers, event_stream
+from app.exchange import event_stream
+from app.routes import answers
 from app.settings import Settings
 from tests.service import Service
 

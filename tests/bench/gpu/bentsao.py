@@ -5,8 +5,8 @@
 
 Measures the training step itself (forward, backward, AdamW) and not stage sft, so that it needs torch, transformers,
 PEFT and, for quantised weights, bitsandbytes, and no TRL. From this package it takes what makes our batches,
-training/packing.py. Both ways compute the loss alike, from the logits of every position; the stage's own head, which
-does not hold them, saves more.
+training/tokens/packing.py. Both ways compute the loss alike, from the logits of every position; the stage's own head,
+which does not hold them, saves more.
 
 Weights are random: speed and memory do not depend on them. Tokens are made up, too, as many as LLaMA's tokenizer makes
 of such text on average (--tokens-per-character; arXiv:2304.08177 counts 35 for 28 characters). Theirs takes rows in
@@ -33,7 +33,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from training.packing import IGNORED, Row, collate, pack
+from training.tokens.packing import IGNORED, Row, collate, pack
 
 _CUTOFF = 256
 _BATCH = 128

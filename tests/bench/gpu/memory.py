@@ -16,8 +16,8 @@ import torch
 
 from adapters import AdapterStore
 from training.config import load_config
-from training.estimate import GIB, estimate
-from training.job import begin, carry_out
+from training.estimate.estimate import GIB, estimate
+from training.runs.execute import begin, carry_out
 
 
 def main() -> None:

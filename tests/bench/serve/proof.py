@@ -32,10 +32,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters import GoldenPrompt, Rounding, read_golden, write_golden
 from app.engine.base import TokenScore
 from app.errors import ProofFailed
-from app.evidence import gather, limits
-from app.proof import _judge
-from training.golden import _mean_difference, golden_prompts, rounding
-from training.stop_tokens import find_stops
+from app.lifecycle.evidence import gather, limits
+from app.lifecycle.proof import _judge
+from training.models.golden import _mean_difference, golden_prompts, rounding
+from training.tokens.stop_tokens import find_stops
 
 Tensors = dict[str, torch.Tensor]
 SCALES = (0.3, 0.6, 1.0, 1.0, 1.5)
@@ -150,7 +150,7 @@ def _make(base: Path, sources: Sequence[Path], target: Path) -> None:
 
 
 def _moved(model: Any, golden: Sequence[GoldenPrompt]) -> tuple[float, float]:
-    """As training.golden.rounding, of the base model and the adapter, for each prompt by itself."""
+    """As training.models.golden.rounding, of the base model and the adapter, for each prompt by itself."""
     with torch.inference_mode(), model.disable_adapter():
         of_base = _mean_difference(model, golden, [prompt.base_logprobs for prompt in golden])
     with torch.inference_mode():

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from adapters import AdapterRef, AdapterStore
-from app.storm.variants import Original, variant
+from app.client.storm.variants import Original, variant
 from tests.bench.serve.load import Load, run_load
 from tests.bench.serve.stock import stock_server, wait_for_health
 from tests.service import ROOT, Service, free_port

@@ -23,14 +23,14 @@ from time import perf_counter
 from typing import Any
 
 from adapters import AdapterStore, fingerprint
-from app.storm import add_parser
-from app.storm.client import Answer, CallFailed, Client
-from app.storm.judge import BASE, Judge, Timeline
-from app.storm.ledger import Ledger
-from app.storm.load import under_load
-from app.storm.report import Figures, figures
-from app.storm.stage import Messages, heard_alone, questions_of, seeded, telling
-from app.storm.variants import Original, find_originals, variant
+from app.client.storm import add_parser
+from app.client.storm.client import Answer, CallFailed, Client
+from app.client.storm.judge import BASE, Judge, Timeline
+from app.client.storm.ledger import Ledger
+from app.client.storm.load import under_load
+from app.client.storm.report import Figures, figures
+from app.client.storm.stage import Messages, heard_alone, questions_of, seeded, telling
+from app.client.storm.variants import Original, find_originals, variant
 from tests.bench.serve.stock import BASE_MODEL, stock_server, wait_for_health
 from tests.conftest import copy_products
 from tests.service import ADMIN_KEY, ROOT, Service, free_port

@@ -24,10 +24,10 @@ import training.stages.sft  # noqa: F401 - both sides' libraries are in memory b
 from adapters import AdapterRef, AdapterStore
 from tests.bench.train import baselines
 from training.config import load_config
-from training.job import begin, carry_out
-from training.masks import encode
+from training.runs.execute import begin, carry_out
 from training.stages.ppo import Ppo
 from training.templates import named
+from training.tokens.loss_mask import encode
 
 _CURVE = 6
 """Points at which the held-out loss is measured."""

@@ -23,7 +23,7 @@ from adapters import AdapterStore
 from tests.training.jobs import BASE, chats, load_job, run_job
 from training.config import load_config
 from training.demo.corpus import plain_answer
-from training.estimate import estimate
+from training.estimate.estimate import estimate
 
 # Millions of weights -> hidden, feed-forward, layers, heads, heads of keys, vocabulary
 SHAPES = {

@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 
 from adapters import AdapterStore
+from training.artifacts.result import write_for_rollouts
 from training.config import PpoConfig, load_config
 from training.data import read_prompts
 from training.demo.build import PIPELINE
-from training.events import EVENTS_FILE, EventLog
-from training.golden import prompts_of
-from training.lora import find_adapter, find_base
-from training.product import write_for_rollouts
+from training.models.golden import prompts_of
+from training.models.lora import find_adapter, find_base
 from training.rl.policy import Policy
 from training.rl.rollouts import Rollouts
-from training.run import Run
+from training.runs.events import EVENTS_FILE, EventLog
+from training.runs.run import Run
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from training.config import load_config
 from training.demo.build import PIPELINE
 from training.demo.corpus import SAFETY_LINE, is_doctor_style
 from training.demo.facts import conditions
-from training.job import begin, carry_out
+from training.runs.execute import begin, carry_out
 
 _PAIRS = {
     "base_model": "models/xinglin-demo",

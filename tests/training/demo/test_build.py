@@ -8,11 +8,11 @@ import yaml
 
 from adapters import AdapterRef, AdapterStore
 from tests.training.processes import FORKED
-from training import pipeline
 from training.config import load_config
 from training.demo import build
 from training.demo.build import build_demo
-from training.pipeline import JobFailed
+from training.runs import pipeline
+from training.runs.pipeline import JobFailed
 
 SMALL: dict[str, dict[str, Any]] = {
     "base": {"steps": 2, "model": {"num_hidden_layers": 1, "hidden_size": 64}},
@@ -152,7 +152,7 @@ def test_a_run_that_fails_leaves_its_job_to_be_done(
 ) -> None:
     (data_dir / "pipelines" / "demo" / "doctor.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("training.job._load_stage", lambda stage: 1 / 0)
+        patch.setattr("training.runs.execute._load_stage", lambda stage: 1 / 0)
         with pytest.raises(JobFailed, match=r"doctor\.yaml did not succeed .*ZeroDivisionError"):
             build_demo(data_dir)
     build_demo(data_dir)

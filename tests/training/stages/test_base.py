@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters import fingerprint
 from tests.training.jobs import LoadJob, run_job
 from training.config import ConfigError
-from training.events import Progress, Started, Succeeded, read_events
+from training.runs.events import Progress, Started, Succeeded, read_events
 from training.stages.base import _batches
 
 

@@ -12,12 +12,12 @@ import yaml
 
 from adapters import AdapterRef, AdapterStore
 from training.config import ConfigError, PpoConfig, load_config
-from training.events import Checkpoint, Evaluation, Event, EventLog, Progress, read_events
-from training.job import begin, carry_out
-from training.lora import find_adapter, find_base
+from training.models.lora import find_adapter, find_base
 from training.rl.policy import Policy
 from training.rl.rewards import adapter_scorer, standalone_scorer
-from training.run import Run
+from training.runs.events import Checkpoint, Evaluation, Event, EventLog, Progress, read_events
+from training.runs.execute import begin, carry_out
+from training.runs.run import Run
 from training.stages.ppo import Ppo
 
 PPO = {

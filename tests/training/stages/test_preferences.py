@@ -14,9 +14,9 @@ from adapters import AdapterRef, AdapterStore, Manifest, read_golden
 from tests.training.jobs import load_job, run_job
 from tests.training.stages.conftest import RM
 from tests.training.stages.test_resume import PREFERENCES
-from tests.training.test_forgetting import naive_loss
+from tests.training.trainers.test_forgetting import naive_loss
 from training.data import read_preferences
-from training.events import Evaluation, read_events
+from training.runs.events import Evaluation, read_events
 
 GRPO = {
     "stage": "grpo",

@@ -16,8 +16,8 @@ from adapters.manifest import MANIFEST_FILE
 from tests.training.jobs import SFT, load_job, run_job
 from tests.training.stages.conftest import RM
 from tests.training.stages.test_ppo import PPO
-from training.events import EVENTS_FILE, Published, Resumed, Succeeded, read_events
-from training.job import begin, carry_out
+from training.runs.events import EVENTS_FILE, Published, Resumed, Succeeded, read_events
+from training.runs.execute import begin, carry_out
 
 KILLS = int(os.environ.get("XINGLIN_TEST_KILLS", "1"))
 

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import AdapterRef, AdapterStore, GoldenPrompt, Manifest, Rounding, fingerprint, read_golden
 from tests.training.jobs import SFT, LoadJob, load_job, run_job
-from training import product
+from training.artifacts import result as product
 from training.config import ConfigError
 from training.data import DataError
-from training.events import (
+from training.models.golden import rounding
+from training.runs.events import (
     Checkpoint,
     Evaluation,
     Failed,
@@ -24,8 +25,7 @@ from training.events import (
     Succeeded,
     read_events,
 )
-from training.golden import rounding
-from training.job import begin
+from training.runs.execute import begin
 from training.stages import sft
 
 

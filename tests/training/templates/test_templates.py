@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tests.training.small_tokenizers import SPECIAL, byte_level, sentence_piece
-from training.masks import encode, is_served_alike
 from training.templates import CHAT_TEMPLATE, NAMES, named
+from training.tokens.loss_mask import encode, is_served_alike
 
 SYSTEM = {"role": "system", "content": "你是一位医生。"}
 TURNS = [

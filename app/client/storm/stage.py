@@ -1,0 +1,227 @@
+"""Before and after a storm: what it needs is found and made, and all that it made is removed."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from adapters import AdapterStore
+from app.client.storm.actions import WHY, Adapter, Operator
+from app.client.storm.client import CallFailed, Client
+from app.client.storm.judge import BASE, Timeline
+from app.client.storm.ledger import Ledger
+from app.client.storm.variants import NAME, Original, find_originals
+
+Messages = list[dict[str, str]]
+
+_QUESTIONS = 6
+_GONE, _CROWD = f"{NAME}gone", f"{NAME}crowd"
+_MOST_CROWD = 40
+_MOST_CROWD_BYTES = 2 << 30
+_DRAIN_SECONDS = 10
+
+
+_HINTS = {
+    0: "no service answers: start one, or say where with --url ({})",
+    401: "the admin key is wrong: set XINGLIN_ADMIN_KEY to the service's",
+    503: "the service is not ready: GET /readyz says when it is ({})",
+}
+
+
+class CannotStart(Exception):
+    """Something is missing; the message says what mends it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a storm is played on."""
+
+    base_model: str
+    questions: list[Messages]
+    references: dict[str, list[str]]
+    """By original, or BASE: the text for each question."""
+    adapters: list[Adapter]
+    gone: Adapter
+    crowd: list[str]
+
+
+async def find(client: Client, store: AdapterStore, ledger: Ledger) -> tuple[str, list[Original]]:
+    """The base model's name and one or two originals, on a service whose key is right.
+
+    Removes what an earlier storm left behind. Raises CannotStart.
+    """
+    try:
+        await _remove_leftovers(client)
+        await _prune_all(client, f"{NAME}0")  # which only the admin may
+        models = (await client.call("GET", "/v1/models"))["data"]
+        base_model = str(next(model["id"] for model in models if not model["parent"]))
+        hello = {"model": base_model, "messages": [{"role": "user", "content": "1"}], "max_tokens": 1}
+        fingerprint = str((await client.call("POST", "/v1/chat/completions", hello))["system_fingerprint"])
+    except CallFailed as error:
+        raise CannotStart(_HINTS.get(error.status, "{}").format(error)) from error
+    originals = list(itertools.islice(find_originals(store, fingerprint.rpartition("@")[2]), 2))
+    if not originals:
+        raise CannotStart(
+            f"the store holds no chat adapter of {base_model} with golden prompts: publish one, or say with "
+            "--data-dir where the service's store is"
+        )
+    if len(originals) == 1:
+        ledger.notes.append(
+            f"only {originals[0].ref} is there to start from: all revisions answer alike, and only x-adapter-revision "
+            "tells them apart"
+        )
+    return base_model, originals
+
+
+async def build(
+    client: Client,
+    operator: Operator,
+    base_model: str,
+    originals: Sequence[Original],
+    timeline: Timeline,
+    ledger: Ledger,
+    *,
+    adapters: int,
+    on_step: Callable[[str], None],
+) -> Stage:
+    """Publish what will be swapped, and hear what each original says when nobody else asks. Raises CannotStart."""
+    made = [Adapter(f"{NAME}{number}") for number in range(adapters)]
+    gone, crowd = Adapter(_GONE), Adapter(_CROWD)
+    questions = questions_of(originals)
+    references: dict[str, list[str]] = {}
+    try:
+        on_step("references")
+        references[BASE] = await heard_alone(client, base_model, questions)
+        for index, original in enumerate(originals):
+            await operator.publish(made[0], made_of=index)
+            references[original.ref] = await heard_alone(client, made[0].name, questions)
+        questions, references = telling(questions, references, ledger)
+        on_step("adapters")
+        for adapter, of in zip([*made[1:], gone], itertools.cycle(range(len(originals))), strict=False):
+            await operator.publish(adapter, made_of=of)
+        names = []
+        limit = (await client.call("GET", "/v1/adapters"))["engines"][0]["max_resident"]
+        size = max(file.stat().st_size for original in originals for file in original.folder.iterdir())
+        if limit > _MOST_CROWD or limit * size > _MOST_CROWD_BYTES:
+            ledger.notes.append(
+                f"nothing was evicted: the service holds {limit} adapters, too many to crowd out"
+            )
+            limit = 0
+        for number in range(limit):
+            on_step(f"crowd {number + 1} of {limit}")
+            alias = f"c{number:02}"
+            began = perf_counter()
+            revision = await operator.publish(crowd, alias, made_of=number % len(originals))
+            timeline.begin(f"{_CROWD}@{alias}", revision, began)
+            names.append(f"{_CROWD}@{alias}")
+    except CallFailed as error:
+        raise CannotStart(str(error)) from error
+    return Stage(base_model, questions, references, made, gone, names)
+
+
+async def clear(client: Client, *, adapters: int) -> list[str] | None:
+    """Remove all that a storm of so many adapters made.
+
+    Returns what the engine still holds though nothing points at it; None if it could not be asked.
+    """
+    try:
+        names = {
+            *await _remove_aliases(client),
+            *(f"{NAME}{number}" for number in range(adapters)),
+            _GONE,
+            _CROWD,
+        }
+        for _ in range(_DRAIN_SECONDS * 4):
+            leaked = _unpointed(await client.call("GET", "/v1/adapters"))
+            if not leaked:
+                break
+            await asyncio.sleep(0.25)
+        for name in names:
+            await _prune_all(client, name)
+    except CallFailed:
+        return None
+    return leaked
+
+
+async def _prune_all(client: Client, name: str) -> None:
+    """Remove what no alias points at; a name that does not exist has none. Raises CallFailed."""
+    try:
+        await client.call("POST", f"/v1/adapters/{name}/prune", {"keep": 0, "why": WHY})
+    except CallFailed as error:
+        if error.status != 404:
+            raise
+
+
+def _unpointed(listed: dict[str, Any]) -> list[str] | None:
+    """What the engine holds and no alias is answered by, nor would be after a rollback."""
+    if listed["engines"][0]["held"] is None:
+        return None
+    wanted = {
+        f"{entry['name']}@{entry[which]}" for entry in listed["data"] for which in ("actual", "rollback_to")
+    }
+    return [ref for ref in listed["engines"][0]["held"] if ref not in wanted]
+
+
+async def _remove_aliases(client: Client) -> set[str]:
+    """Point all aliases of storms at nothing; the names there were. Raises CallFailed."""
+    listed = (await client.call("GET", "/v1/adapters"))["data"]
+    mine = [entry for entry in listed if entry["name"].startswith(NAME)]
+    for entry in mine:
+        await client.call("DELETE", f"/v1/adapters/{entry['name']}/aliases/{entry['alias']}?why={WHY}")
+    return {entry["name"] for entry in mine}
+
+
+async def _remove_leftovers(client: Client) -> None:
+    """What a storm that was killed left. Raises CannotStart if it is not a storm's."""
+    listed = (await client.call("GET", "/v1/adapters"))["data"]
+    for name in sorted({entry["name"] for entry in listed if entry["name"].startswith(NAME)}):
+        log = (await client.call("GET", f"/v1/adapters/{name}"))["log"]
+        if any(entry["action"] == "publish" and entry["why"] != WHY for entry in log):
+            raise CannotStart(f"the adapter {name} is none of a storm, and has a storm's name: rename it")
+    await clear(client, adapters=0)
+
+
+async def heard_alone(client: Client, model: str, questions: Sequence[Messages]) -> list[str]:
+    texts = []
+    for number, question in enumerate(questions):
+        answer = await client.ask(model, number, question)
+        if answer.failure:
+            raise CannotStart(f"{model} does not answer: {answer.failure}")
+        texts.append(answer.text)
+    return texts
+
+
+def questions_of(originals: Sequence[Original]) -> list[Messages]:
+    """Some of each original's golden prompts, in all their languages."""
+    by_kind: list[list[Messages]] = []
+    for original in originals:
+        prompts = original.prompts()
+        for is_ascii in (False, True):
+            by_kind.append([one for one in prompts if one[-1]["content"].isascii() == is_ascii])
+    mixed = [one for together in itertools.zip_longest(*by_kind) for one in together if one]
+    return mixed[:_QUESTIONS]
+
+
+def telling(
+    questions: list[Messages], references: dict[str, list[str]], ledger: Ledger
+) -> tuple[list[Messages], dict[str, list[str]]]:
+    """Only the questions that everybody answers otherwise, if there are any."""
+    told = [
+        at for at, texts in enumerate(zip(*references.values(), strict=True)) if len({*texts}) == len(texts)
+    ]
+    if not told:
+        ledger.notes.append(
+            "the originals answer alike: their texts do not tell a wrong revision from the right one"
+        )
+        return questions, references
+    return [questions[at] for at in told], {
+        who: [texts[at] for at in told] for who, texts in references.items()
+    }
+
+
+def seeded(seed: int, what: str) -> random.Random:
+    """Chance that is the same for the same seed, and its own for each use."""
+    return random.Random(f"{seed} {what}")  # noqa: S311 - chance, and no secret

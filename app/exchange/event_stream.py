@@ -1,0 +1,92 @@
+"""Server-sent events, sent as they come: the part of a response that runs once for every token."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from app.engine.base import DONE, Events
+from app.errors import ApiError, row
+from app.exchange.connection import ClientLeft, WhileConnected
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+SEND_SECONDS = 60  # a client that does not read holds a slot of the engine
+
+
+class EventStream(Response):
+    """Holds a lease and a place until the last event is sent, or the client leaves or stops reading."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: Events,
+        held: ExitStack,
+        headers: dict[str, str],
+        *,
+        on_end: Callable[[int], None],
+        keep: list[bytes] | None,
+    ) -> None:
+        """`on_end` is called once with the outcome as a status; `keep` collects the events."""
+        super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]  # nobody knows it yet
+        self._events = events
+        self._held = held
+        self._on_end = on_end
+        self._keep = keep
+        self._sent = 0
+        self._is_sending = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all of it. What breaks the events has been told by the last of them."""
+        outcome = CLIENT_LEFT
+        looks: list[asyncio.TimerHandle] = []
+        try:
+            async with WhileConnected(receive) as connection:
+                self._look_later(connection, looks)
+                outcome = await self._send(send)
+        except ClientLeft:
+            pass
+        finally:
+            looks.pop().cancel()
+            with self._held:
+                await self._events.aclose()
+            self._on_end(outcome)
+
+    async def _send(self, send: Send) -> int:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        outcome = 200
+        try:
+            self._is_sending = False
+            async for event in self._events:
+                if self._keep is not None:
+                    self._keep.append(event)
+                self._is_sending = True
+                is_last = event.endswith(DONE)
+                await send({"type": "http.response.body", "body": event, "more_body": not is_last})
+                if is_last:
+                    return outcome
+                self._is_sending = False
+                self._sent += 1
+        except ApiError as error:
+            outcome = row(error).status
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return outcome
+
+    def _look_later(
+        self, connection: WhileConnected, looks: list[asyncio.TimerHandle], stood_at: int = -1
+    ) -> None:
+        """Look every SEND_SECONDS whether one event is still being sent: one timer costs less than one an event."""
+
+        def look() -> None:
+            if self._is_sending and self._sent == stood_at:
+                logger.info("a client stopped reading its answer: its request is aborted")
+                connection.leave()
+            self._look_later(connection, looks, self._sent if self._is_sending else -1)
+
+        looks[:] = [asyncio.get_running_loop().call_later(SEND_SECONDS, look)]

@@ -1,0 +1,181 @@
+"""Shadow answers: a revision answers copies of real requests, and only a comparison is kept.
+
+A copy is answered after its original, one at a time, and only with what is free: a resident revision, a
+slot nobody waits for. As soon as anybody has to wait, the copy is aborted. So a shadow delays no answer,
+and never alters one.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, cast
+
+from adapters import Manifest
+from app.engine.base import Endpoint, Engine
+from app.errors import ApiError
+from app.lifecycle.bases import Hosts
+from app.lifecycle.residency import Lease
+from app.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_MAX_WAITING = 64
+_MAX_FILE_BYTES = 64 << 20
+
+
+@dataclass
+class Original:
+    """A request that was answered, and its answer as far as it is known."""
+
+    request_id: str
+    body: Mapping[str, Any]
+    answered_by: Manifest
+    shadow: Manifest
+    started: float
+    """On time.perf_counter's clock."""
+    events: list[bytes] = field(default_factory=list)
+    """Of a streamed answer, as they were sent."""
+    reply: Mapping[str, Any] | None = None
+    """Of a whole answer."""
+    seconds: float = 0.0
+
+
+class Shadow:
+    """Answers copies in the background; `run` it as a task."""
+
+    def __init__(self, folder: Path, hosts: Hosts, metrics: Metrics, *, keep_texts: bool) -> None:
+        """Comparisons go to `<folder>/<name>.jsonl`; the answers themselves only with `keep_texts`."""
+        self._folder = folder
+        self._hosts = hosts
+        self._metrics = metrics
+        self._keep_texts = keep_texts
+        self._waiting: deque[Original] = deque()
+        self._arrived = asyncio.Event()
+        self._files: dict[str, RotatingFileHandler] = {}
+
+    def offer(self, original: Original) -> None:
+        """Hand over an answered request. Returns at once; beyond what can wait, it is dropped."""
+        original.seconds = time.perf_counter() - original.started
+        if len(self._waiting) >= _MAX_WAITING:
+            self._count(original, "dropped")
+            return
+        self._waiting.append(original)
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Answer copies until cancelled."""
+        while True:
+            await self._arrived.wait()
+            while self._waiting:
+                original = self._waiting.popleft()
+                try:
+                    self._count(original, await self._answer(original))
+                except ApiError as error:
+                    logger.info("the shadow %s failed on a copy: %s", original.shadow.name, error)
+                    self._count(original, "failed")
+                except Exception:
+                    logger.exception("a shadow answer failed")
+                    self._count(original, "failed")
+            self._arrived.clear()
+
+    def _count(self, original: Original, outcome: str) -> None:
+        self._metrics.shadow_answers.labels(original.shadow.name, outcome).inc()
+
+    async def _answer(self, original: Original) -> str:
+        residency = self._hosts.of(original.shadow).residency
+        lease = residency.lease_if_free(original.shadow)
+        if lease is None:
+            return "dropped"
+        started = time.perf_counter()
+        residency.has_line.clear()
+        with lease:
+            answer = asyncio.create_task(_whole_answer(lease, original.body))
+            somebody_waits = asyncio.create_task(residency.has_line.wait())
+            try:
+                await asyncio.wait({answer, somebody_waits}, return_when=asyncio.FIRST_COMPLETED)
+                if not answer.done():
+                    return "dropped"
+                reply = answer.result()
+            finally:
+                for task in (answer, somebody_waits):
+                    task.cancel()
+                    with suppress(asyncio.CancelledError, ApiError):
+                        await task
+        theirs, ours = _texts(original), _reply_texts(reply)
+        await asyncio.to_thread(self._write, original, theirs, ours, time.perf_counter() - started)
+        return "same" if theirs == ours else "different"
+
+    def _write(self, original: Original, theirs: list[str], ours: list[str], seconds: float) -> None:
+        same = [_alike(one, other) for one, other in zip(theirs, ours, strict=False)]
+        row = {
+            "at": time.time(),
+            "request_id": original.request_id,
+            "answered_by": original.answered_by.revision,
+            "shadow": original.shadow.revision,
+            "same": theirs == ours,
+            "characters": [len(text) for text in theirs],
+            "shadow_characters": [len(text) for text in ours],
+            "same_characters": same,
+            "seconds": round(original.seconds, 4),
+            "shadow_seconds": round(seconds, 4),
+        }
+        if self._keep_texts:
+            row |= {"messages": original.body["messages"], "texts": theirs, "shadow_texts": ours}
+        name = original.shadow.name
+        if name not in self._files:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path = self._folder / f"{name}.jsonl"
+            self._files[name] = RotatingFileHandler(
+                path, maxBytes=_MAX_FILE_BYTES, backupCount=1, encoding="utf-8"
+            )
+        line = json.dumps(row, ensure_ascii=False)
+        self._files[name].emit(logging.makeLogRecord({"msg": line}))
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
+async def _whole_answer(lease: Lease, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    engine: Engine = lease.engine
+    whole = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
+    answer = await engine.answer(
+        Endpoint.CHAT,
+        whole,
+        request_id=f"shadow-{time.time_ns()}",
+        adapter=lease.adapter,
+        fingerprint="",
+        on_tokens=lambda *_: None,
+    )
+    return cast(dict[str, Any], answer.reply)  # no stream: none was asked for
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    differ = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
+
+
+def _texts(original: Original) -> list[str]:
+    if original.reply is not None:
+        return _reply_texts(original.reply)
+    texts: dict[int, str] = {}
+    for line in b"".join(original.events).decode().split("\n"):
+        if not line.startswith("data: {"):
+            continue
+        for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
+            index = choice["index"]
+            texts[index] = texts.get(index, "") + (choice["delta"].get("content") or "")
+    return [texts[index] for index in sorted(texts)]
+
+
+def _reply_texts(reply: Mapping[str, Any]) -> list[str]:
+    return [choice["message"]["content"] or "" for choice in reply["choices"]]

@@ -1,0 +1,1 @@
+"""Which revision answers to which name: load, prove, point, drain, remove."""

@@ -1,0 +1,263 @@
+"""One execution of a job: a run folder, its events, the stage, and publishing what it made.
+
+<data>/runs/<run_id>/   config.yaml  events.jsonl  tensorboard/  checkpoints/  result/
+<data>/models/<name>/   base models (stage base)
+<data>/store/           adapters (every other stage)
+"""
+
+import fcntl
+import filecmp
+import os
+import secrets
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from adapters import AdapterStore
+from adapters.durable import flock, replace_text
+from adapters.ref import folder_name
+from training.config import AdapterJob, ConfigError, JobConfig, dump_config, load_config, read_yaml
+from training.runs import processes
+from training.runs.events import (
+    EVENTS_FILE,
+    Cancelled,
+    EventLog,
+    Failed,
+    Published,
+    Resumed,
+    Started,
+    Succeeded,
+    read_events,
+)
+from training.runs.events import Stopped as StoppedEvent
+from training.runs.inputs import fixed
+from training.runs.run import Run
+from training.runs.stop import Stopped
+
+CONFIG_FILE = "config.yaml"
+_LOCK = ".lock"
+_RESULT = "result"
+_STAGES_OF_ONE_PROCESS = ("base", "ppo")
+# Whoever looks whether a run is at work holds its lock for an instant.
+_TRIES, _SECONDS_BETWEEN_TRIES = 5, 0.1
+
+# Read by the libraries when they are first imported. What the user has set stays.
+_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def begin(config: JobConfig, data_dir: Path) -> str:
+    """Make the folder of a new run; returns its id.
+
+    Raises ConfigError if the base model to be made exists, or if a launcher started more than one process for a
+    stage that trains in one.
+    """
+    _check_processes(config)
+    return processes.led(lambda: _make_folder(config, data_dir))
+
+
+def _make_folder(config: JobConfig, data_dir: Path) -> str:
+    if config.makes_base:
+        _check_free(_model_folder(config, data_dir))
+    # Named so that runs sort by time, and two begun in one second differ.
+    folder = (
+        data_dir
+        / "runs"
+        / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{folder_name(config.name)}-{secrets.token_hex(2)}"
+    )
+    folder.mkdir(parents=True)
+    replace_text(folder / CONFIG_FILE, dump_config(config))
+    return folder.name
+
+
+def carry_out(run_id: str, data_dir: Path, *, join: bool = False, accept_changes: bool = False) -> Published:
+    """Do the run, or what is left of it, and publish what it made.
+
+    A run that was killed, stopped, interrupted or failed goes on from its last checkpoint, and makes what it
+    would have made undisturbed, bit for bit. What it is made from must be what it was at its first start, unless
+    it may `accept_changes`, which the manifest names then.
+
+    Whatever ends the run ends its events too: an error as `failed`, KeyboardInterrupt as `cancelled`, a stop
+    at a checkpoint as `stopped`; all are raised on. Nothing is half published, however it ends. Raises
+    ConfigError if there is no such run, nothing left to do, another input than at its start, or another process at
+    work on it; with `join` it waits for that process, and takes what is made already.
+    """
+    folder = (data_dir / "runs" / run_id).absolute()
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"there is no run {run_id} in {data_dir}; see `python -m training list`")
+    with _at_work(folder, wait=join) as events:
+        before = processes.led(lambda: read_events(folder / EVENTS_FILE))
+        if any(isinstance(event, Succeeded) for event in before):
+            if join:
+                return next(event for event in reversed(before) if isinstance(event, Published))
+            raise ConfigError(f"{run_id} has succeeded: there is nothing left to do")
+        config = load_config(folder / CONFIG_FILE)
+        _check_processes(config)
+        run = Run(folder, events, AdapterStore(data_dir / "store"))
+        if before:
+            events.write(Resumed(step=run.steps_done()))
+        else:
+            events.write(Started(run_id=run_id, stage=config.stage, name=config.name))
+        return _train_and_publish(config, run, data_dir, accept_changes)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether some process is at work on a run."""
+    try:
+        with (folder / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _train_and_publish(config: JobConfig, run: Run, data_dir: Path, accept_changes: bool) -> Published:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        published = _made_before(config, run, data_dir)
+        if published is None:
+            if processes.leads():  # perhaps half written by a run that was killed
+                shutil.rmtree(run.folder / _RESULT, ignore_errors=True)
+            stage = _load_stage(config.stage)
+            result = stage.run(processes.led(lambda: _with_inputs_fixed(config, run, accept_changes)), run)
+            published = processes.led(lambda: _publish(config, result, data_dir))
+    except KeyboardInterrupt:
+        if run.stop.is_asked or run.last_checkpoint() is None:
+            run.events.write(Cancelled())
+            raise
+        # Told to stop once, outside the loop that listens for it: while the product is made, most often.
+        run.events.write(StoppedEvent(step=run.steps_done()))
+        raise Stopped(f"step {run.steps_done()}, before anything was published") from None
+    except Stopped:
+        raise
+    except Exception as error:
+        failed = Failed(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        run.events.write(failed)
+        raise
+    run.events.write(published)
+    run.events.write(Succeeded())
+    return published
+
+
+def _with_inputs_fixed(config: JobConfig, run: Run, accept_changes: bool) -> JobConfig:
+    base_folder = import_module("training.models.lora").base_folder
+    return fixed(
+        config,
+        run.folder,
+        read_yaml(run.folder / CONFIG_FILE),
+        run.store,
+        lambda name, trust: base_folder(name, trust_remote_code=trust),
+        accept_changes=accept_changes,
+    )
+
+
+def _load_stage(stage: str) -> Any:
+    module = import_module(f"training.stages.{stage}")
+    # Bars for reading and writing files would tear the one that shows how training goes.
+    import_module("transformers.utils.logging").disable_progress_bar()
+    return module
+
+
+def _check_processes(config: JobConfig) -> None:
+    if processes.count() > 1 and config.stage in _STAGES_OF_ONE_PROCESS:
+        raise ConfigError(
+            f"stage {config.stage} trains in one process, and a launcher started {processes.count()}: run it as "
+            "`python -m training run CONFIG`"
+        )
+
+
+@contextmanager
+def _at_work(folder: Path, *, wait: bool) -> Iterator[EventLog]:
+    """The leader holds the run and writes its events; the others take its word that it does."""
+    with ExitStack() as held:
+
+        def hold() -> None:
+            held.enter_context(_locked(folder, wait=wait))
+
+        processes.led(hold)
+        yield held.enter_context(EventLog(folder / EVENTS_FILE)) if processes.leads() else processes.Unheard()
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
+    """One process at a time works on a run; the system frees it if that dies. Raises ConfigError."""
+    with (folder / _LOCK).open("a") as lock:
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not tries_left:
+                    raise ConfigError(
+                        f"{folder.name} is running: another process is at work on it"
+                    ) from error
+                time.sleep(_SECONDS_BETWEEN_TRIES)
+        yield
+
+
+def _check_free(target: Path) -> None:
+    if target.exists():
+        raise ConfigError(
+            f"name: there is a base model {target} already, and adapters may rest on it; choose another name or "
+            "remove that folder"
+        )
+
+
+def _made_before(config: JobConfig, run: Run, data_dir: Path) -> Published | None:
+    """What a run that was killed has published already, where that cannot simply be done again."""
+    if not config.makes_base:
+        return None
+    result, target = run.folder / _RESULT, _model_folder(config, data_dir)
+    if result.is_dir() and _is_copy(target, result):
+        return Published(ref=f"models/{target.name}")
+    _check_free(target)
+    return None
+
+
+def _is_copy(copy: Path, folder: Path) -> bool:
+    names = {file.name for file in folder.iterdir()}
+    if not copy.is_dir() or {file.name for file in copy.iterdir()} != names:
+        return False
+    return all(filecmp.cmp(folder / name, copy / name, shallow=False) for name in names)
+
+
+def _publish(config: JobConfig, result: Path, data_dir: Path) -> Published:
+    if config.makes_base or not isinstance(config, AdapterJob):
+        return _publish_base(result, _model_folder(config, data_dir))
+    actor, why = "training", f"run {result.parent.name}"
+    store = AdapterStore(data_dir / "store")
+    revision = store.publish(result, config.name, actor=actor, why=why).revision
+    alias = config.publish.alias
+    if alias is not None:
+        store.set_alias(config.name, alias, revision, actor=actor, why=why)
+    return Published(ref=f"{config.name}@{revision}", alias=alias)
+
+
+def _publish_base(result: Path, target: Path) -> Published:
+    target.parent.mkdir(exist_ok=True)
+    with flock(target.with_name(".lock")):
+        _check_free(target)
+        partial = target.with_name(f".{target.name}.partial")
+        if partial.exists():  # of a run that was killed
+            shutil.rmtree(partial)
+        shutil.copytree(result, partial)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes 0600, and the server may be another user
+        partial.rename(target)
+    return Published(ref=f"models/{target.name}")
+
+
+def _model_folder(config: JobConfig, data_dir: Path) -> Path:
+    return data_dir / "models" / folder_name(config.name)

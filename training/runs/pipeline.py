@@ -1,0 +1,319 @@
+"""Several jobs in one go, each when what it rests on is made; what is made already is not made again.
+
+    pipeline: huatuo
+    jobs: [pt.yaml, sft.yaml, rm.yaml, ppo.yaml]     # files beside this one
+    parallel: 1                                      # jobs at once
+
+What a job rests on follows from its config: the base model or the adapters that another job of the pipeline
+makes. Interrupt it or kill it at any moment: the next call goes on from the last checkpoint of what was under
+way.
+"""
+
+import fcntl
+import hashlib
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from adapters import AdapterNotFound, AdapterRef, AdapterStore
+from adapters.durable import replace_text
+from adapters.ref import folder_name
+from adapters.wording import in_words, no_such_setting
+from training.config import AdapterJob, ConfigError, JobConfig, load_config, read_yaml
+from training.config.fields import Name
+from training.runs import progress
+from training.runs.execute import begin, carry_out
+from training.runs.stop import EXIT_CODE, SIGNALS, Stopped
+
+log = logging.getLogger(__name__)
+
+_PROCESSES = multiprocessing.get_context("spawn")
+_INTERRUPTED = 130
+
+
+class JobFailed(Exception):
+    """A job of a pipeline did not succeed; its run's events say why."""
+
+
+class _Asked(BaseModel, extra="forbid"):
+    pipeline: Name
+    jobs: Annotated[list[str], Field(min_length=1)]
+    parallel: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class _Note(BaseModel):
+    """How far a job is, and from what it is made."""
+
+    key: str
+    run_id: str
+    ref: str | None = None
+
+
+class _Job:
+    """One job, and what stands about it on disk."""
+
+    def __init__(self, path: Path, config: JobConfig, folder: Path, data_dir: Path) -> None:
+        self.path = path
+        self.config = config
+        self.note_path = folder / f"{path.stem}.json"
+        self.data_dir = data_dir
+        self.after: list[_Job] = []
+        self.key = ""
+        self.turn = ""
+
+    def makes(self, needed: Path | AdapterRef) -> bool:
+        """Whether this is the job that a base model or an adapter comes from."""
+        if self.config.makes_base:
+            return needed == (self.data_dir / "models" / self.config.name).resolve()
+        return isinstance(needed, AdapterRef) and needed.name == self.config.name
+
+    def find_key(self) -> None:
+        """Digest of everything the product is made from; after those of the jobs it rests on."""
+        digest = hashlib.sha256(self.path.read_bytes())
+        for job in self.after:
+            digest.update(f"after {job.key}\n".encode())
+        for role in ("train_files", "evaluation_files", "general_files"):
+            for file in (file for source in getattr(self.config, role, []) for file in source.files):
+                with file.open("rb") as opened:
+                    content = hashlib.file_digest(opened, "sha256").hexdigest()
+                digest.update(f"{role} {file.name} {content}\n".encode())
+        self.key = digest.hexdigest()[:16]
+
+    @property
+    def note(self) -> _Note | None:
+        try:
+            return _Note.model_validate_json(self.note_path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    @property
+    def is_made(self) -> bool:
+        note = self.note
+        return note is not None and note.key == self.key and note.ref is not None and self._exists(note.ref)
+
+    def _exists(self, ref: str) -> bool:
+        if "@" not in ref:  # a base model, models/<name>
+            return (self.data_dir / ref / "config.json").exists()
+        try:
+            AdapterStore(self.data_dir / "store").get(AdapterRef.parse(ref))
+        except AdapterNotFound:
+            return False
+        return True
+
+    def tell(self, what: str = "") -> None:
+        """Log the job with its turn among all."""
+        log.info("[%s] %s (stage %s)%s", self.turn, self.config.name, self.config.stage, what)
+
+    def make(self) -> None:
+        """Begin, or go on with the run that was under way, whoever began it."""
+        self.tell()
+        note = self.note
+        if note is None or not self._is_under_way(note):
+            if note is not None and self.config.makes_base:  # of this job, from something else
+                shutil.rmtree(self.data_dir / "models" / self.config.name, ignore_errors=True)
+            note = _Note(key=self.key, run_id=begin(self.config, self.data_dir))
+            replace_text(self.note_path, note.model_dump_json() + "\n")
+        ref = carry_out(note.run_id, self.data_dir, join=True).ref
+        replace_text(self.note_path, note.model_copy(update={"ref": ref}).model_dump_json() + "\n")
+
+    def _is_under_way(self, note: _Note) -> bool:
+        return note.key == self.key and note.ref is None and (self.data_dir / "runs" / note.run_id).exists()
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether a YAML file asks for several jobs. Raises ConfigError."""
+    return "pipeline" in read_yaml(path)
+
+
+def run_pipeline(path: Path, data_dir: Path, root: Path | None = None) -> list[str]:
+    """Make what is missing or was made from something else; returns the refs of all that is made.
+
+    Relative paths in the jobs' configs start from `root`, or else the current directory. A second call at the
+    same time waits for the first. Raises ConfigError before anything is begun, JobFailed, and Stopped.
+    """
+    data_dir = data_dir.absolute()
+    asked = _read(path)
+    folder = data_dir / "pipelines" / folder_name(asked.pipeline)
+    jobs = _load_jobs(path, asked, folder, data_dir, root)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        for number, job in enumerate(jobs, start=1):
+            job.find_key()
+            job.turn = f"{number} of {len(jobs)}"
+            if job.is_made:
+                job.tell(": already made from this data and config")
+        if asked.parallel == 1:
+            _make_in_turn(jobs)
+        else:
+            _make_side_by_side(jobs, asked.parallel)
+        return [job.note.ref for job in jobs if job.note and job.note.ref]
+
+
+def _read(path: Path) -> _Asked:
+    try:
+        asked = _Asked.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(one)}" for one in error.errors())) from error
+    names = [Path(file).stem for file in asked.jobs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"{path}: jobs: files need different names: {', '.join(sorted(twice))}")
+    return asked
+
+
+def _explain(problem: Any) -> str:
+    field = ".".join(map(str, problem["loc"]))
+    is_unknown = problem["type"] == "extra_forbidden"
+    return f"{field}: {no_such_setting(field, _Asked.model_fields) if is_unknown else in_words(problem)}"
+
+
+def _load_jobs(path: Path, asked: _Asked, folder: Path, data_dir: Path, root: Path | None) -> list[_Job]:
+    """All jobs, each with those it rests on, which stand before it in the list."""
+    files = [path.parent / file for file in asked.jobs]
+    bases = [job["name"] for job in map(read_yaml, files) if _makes_base(job)]
+    to_come = [(data_dir / "models" / str(name)).resolve() for name in bases]
+    jobs = [_Job(file, load_config(file, root=root, to_come=to_come), folder, data_dir) for file in files]
+    for at, job in enumerate(jobs):
+        for needed in _needs(job.config):
+            makers = [other for other in jobs if other is not job and other.makes(needed)]
+            before = [other for other in makers if other in jobs[:at]]
+            if before:
+                job.after.append(before[-1])
+                _check_alias(job, needed, before[-1])
+            elif makers:
+                raise ConfigError(
+                    f"{path}: jobs: {job.path.name} rests on {makers[0].path.name}: list that before it"
+                )
+    return jobs
+
+
+def _makes_base(job: dict[str, Any]) -> bool:
+    """Whether settings as they stand in a file ask for a base model."""
+    return "name" in job and (
+        job.get("stage") == "base" or job.get("merge") is True or job.get("full") is True
+    )
+
+
+def _needs(config: JobConfig) -> list[Path | AdapterRef]:
+    """The base model and the adapters that a job rests on. A revision is what it is, whatever is made."""
+    if not isinstance(config, AdapterJob):
+        return []
+    rewards = [reward.adapter for reward in getattr(config, "reward", [])]
+    refs = [AdapterRef.parse(ref) for ref in (config.starts_from, *rewards) if ref]
+    return [Path(config.base_model).resolve(), *(ref for ref in refs if ref.alias)]
+
+
+def _check_alias(job: _Job, needed: Path | AdapterRef, maker: _Job) -> None:
+    """What is made must be what is then trained on."""
+    if isinstance(needed, AdapterRef) and isinstance(maker.config, AdapterJob):
+        points = maker.config.publish.alias
+        if points != needed.alias:
+            raise ConfigError(
+                f"{job.path}: rests on {needed}, but {maker.path.name} points "
+                f"{'no alias' if points is None else points} at what it makes: set its publish.alias to {needed.alias}"
+            )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting: another process is at work on pipeline %s", folder.name)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system if that process dies
+        yield
+
+
+def _make_in_turn(jobs: list[_Job]) -> None:
+    for job in jobs:
+        if not job.is_made:
+            try:
+                job.make()
+            except Stopped as stopped:
+                raise Stopped(f"{stopped} of {job.path.name}: the same command goes on from there") from None
+            except Exception as error:
+                raise JobFailed(f"{_failure(job)}: {type(error).__name__}: {error}") from error
+
+
+def _failure(job: _Job) -> str:
+    run = f" (run {job.note.run_id})" if job.note else ""
+    return f"{job.path.name} did not succeed{run}"
+
+
+def _make_side_by_side(jobs: list[_Job], parallel: int) -> None:
+    """Each job in a process of its own, as soon as what it rests on is made."""
+    left = [job for job in jobs if not job.is_made]
+    running: dict[BaseProcess, _Job] = {}
+    try:
+        while left or running:
+            under_way = [*left, *running.values()]
+            ready = [job for job in left if not any(other in under_way for other in job.after)]
+            for job in ready[: parallel - len(running)]:
+                place = min(set(range(parallel)) - {int(process.name) for process in running})
+                # A daemon, so that none goes on if this process ends between two lines.
+                process: BaseProcess = _PROCESSES.Process(
+                    target=_in_process, args=(job, place), name=str(place), daemon=True
+                )
+                process.start()
+                running[process] = job
+                left.remove(job)
+            ended = wait([process.sentinel for process in running])
+            for process in [one for one in running if one.sentinel in ended]:
+                process.join()
+                job = running.pop(process)
+                if process.exitcode:
+                    raise JobFailed(f"{_failure(job)}: exit code {process.exitcode}")
+    except KeyboardInterrupt:
+        _stop(running)
+        if all(process.exitcode in (0, EXIT_CODE) for process in running):
+            raise Stopped(
+                "a checkpoint of every job under way: the same command goes on from there"
+            ) from None
+        raise
+    finally:
+        _stop(running)
+
+
+def _stop(running: dict[BaseProcess, _Job]) -> None:
+    """At their next checkpoints."""
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.join()
+
+
+def _in_process(job: _Job, place: int) -> None:
+    progress.show_lines()
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    progress.place = place
+    try:
+        job.make()
+    except Stopped:  # its events say so
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    except Exception as error:  # the traceback is in the run's events
+        log.error("%s: %s: %s", job.path.name, type(error).__name__, error)
+        sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """Nobody is left to begin the next job, and who calls again should find this one at a checkpoint."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
