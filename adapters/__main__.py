@@ -53,7 +53,7 @@ def _publish(store: AdapterStore, arguments: argparse.Namespace) -> None:
         check_alias(arguments.alias)  # before anything is published
     with _folder(arguments.folder) as folder:
         manifest = store.publish(folder, arguments.name, actor=_actor(), why=arguments.why)
-    print(f"{manifest.name}@{manifest.revision}")
+    print(manifest.ref)
     if arguments.alias:
         store.set_alias(manifest.name, arguments.alias, manifest.revision, actor=_actor(), why=arguments.why)
 

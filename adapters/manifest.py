@@ -89,6 +89,11 @@ class Manifest(Provenance):
     created_at: datetime
 
     @property
+    def ref(self) -> str:
+        """`name@revision`, by which clients, logs and engines name it."""
+        return f"{self.name}@{self.revision}"
+
+    @property
     def tensor_digest(self) -> str:
         """SHA-256 of adapter_model.safetensors."""
         return self.files["adapter_model.safetensors"]

@@ -109,10 +109,10 @@ class AdapterStore:
             try:
                 found = sha256(folder / file)
             except OSError as error:
-                raise StoreDamaged(f"{file} of {manifest.name}@{manifest.revision} cannot be read") from error
+                raise StoreDamaged(f"{file} of {manifest.ref} cannot be read") from error
             if found != digest:
                 raise StoreDamaged(
-                    f"{file} of {manifest.name}@{manifest.revision} was changed after it was published: "
+                    f"{file} of {manifest.ref} was changed after it was published: "
                     f"expected SHA-256 {digest[:12]}…, found {found[:12]}…; publish the adapter again"
                 )
         return folder
@@ -191,7 +191,7 @@ class AdapterStore:
             self.get(AdapterRef(name, revision=check_revision(revision)))
             self._point(name, alias, revision, "point", actor, why)
 
-    def rollback_target(self, name: str, alias: str = DEFAULT_ALIAS) -> str:
+    def previous(self, name: str, alias: str = DEFAULT_ALIAS) -> str:
         """The revision `alias` pointed at before the present one. Raises AdapterNotFound, NothingToRollBack."""
         current = self._current(name, alias)
         revisions = way_back(self.log(name), alias, current)
@@ -211,14 +211,14 @@ class AdapterStore:
         why: str = "",
         expected: str | None = None,
     ) -> str:
-        """Point `alias` back at `to`, or at `rollback_target`; the revision is returned.
+        """Point `alias` back at `to`, or at `previous`; the revision is returned.
 
         Raises AdapterNotFound, NothingToRollBack, and AliasMoved if the revision would not be `expected`.
         """
         with self._locked(name):
             self._current(name, alias)
             if to is None:
-                revision = self.rollback_target(name, alias)
+                revision = self.previous(name, alias)
             else:
                 revision = self.get(AdapterRef(name, revision=check_revision(to))).revision
             if expected not in (None, revision):
@@ -267,7 +267,7 @@ class AdapterStore:
             needed = set(aliases.values())
             for alias in aliases:
                 with suppress(NothingToRollBack):
-                    needed.add(self.rollback_target(name, alias))
+                    needed.add(self.previous(name, alias))
             manifests = self.revisions(name)
             old = manifests[: max(len(manifests) - keep, 0)]
             pruned = []
@@ -297,7 +297,7 @@ class AdapterStore:
                 if not (folder / MANIFEST_FILE).exists():  # pruned while we waited
                     raise FileNotFoundError
             except FileNotFoundError as error:
-                raise AdapterNotFound(f"there is no revision {manifest.name}@{manifest.revision}") from error
+                raise AdapterNotFound(f"there is no revision {manifest.ref}") from error
             yield folder
 
     # Primitives

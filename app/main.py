@@ -1,14 +1,12 @@
 """The composition root: settings in, a FastAPI app out. Nothing else reads settings."""
 
 import asyncio
-import functools
-import gc
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,16 +20,19 @@ from adapters.wording import in_words
 from app import errors
 from app.access.admission import Admission
 from app.access.keys import Access, stored_admin_key
-from app.engine.base import Endpoint, Engine
-from app.engine.supervisor import Supervisor, in_daemon_thread
+from app.engine.base import Endpoint
+from app.engine.build import EngineOptions, build_engine
+from app.engine.supervisor import Supervisor
 from app.exchange.connection import RequestIds, request_id_headers
 from app.exchange.shadow import Shadow
 from app.fetch.imports import Imports
-from app.lifecycle.bases import Host, Hosts
+from app.lifecycle.bases import Base, Bases
 from app.lifecycle.loader import Loader
+from app.lifecycle.operations import Operations
 from app.lifecycle.reconciler import Reconciler
 from app.lifecycle.residency import Limits, Residency
 from app.lifecycle.served_models import ServedModels
+from app.lifecycle.transitions import Transitions
 from app.metrics import Metrics
 from app.routes import (
     adapters,
@@ -51,26 +52,23 @@ from app.vllm_metrics import VllmMetrics
 
 _MOST_PROBLEMS = 5  # of one request are told
 
-if TYPE_CHECKING:
-    from app.engine.vllm import VllmEngine
-
-logger = logging.getLogger(__name__)
-
 
 class State(TypedDict):
     """What routes find in `request.state`."""
 
     access: Access
     admission: Admission
-    hosts: Hosts
+    bases: Bases
     imports: Imports
     metrics: Metrics
+    operations: Operations
     publish_roots: tuple[Path, ...]
     reconciler: Reconciler
     served_models: ServedModels
     shadow: Shadow
     sources: tuple[str, ...]
     started_at: int
+    store: AdapterStore
 
 
 def create_app(
@@ -87,88 +85,41 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         metrics = Metrics()
-        bases = settings.bases()
-        served = ServedModels([str(base.served_model_name) for base in bases])
         store = AdapterStore(settings.store_dir)
-        hosts = Hosts([_host(settings, base, store, metrics, served) for base in bases])
-        metrics.registry.register(VllmMetrics(hosts))
-        reconciler = Reconciler(
-            store,
-            served,
-            hosts,
-            metrics,
-            allow_revisions=settings.allow_revisions,
-            interval=settings.reconcile_seconds,
+        served = ServedModels([str(base.served_model_name) for base in settings.bases()])
+        bases = Bases([_base(settings, base, store, metrics, served) for base in settings.bases()])
+        metrics.registry.register(VllmMetrics(bases))
+        transitions = Transitions(store, served, bases)
+        reconciler = Reconciler(store, served, bases, transitions, interval=settings.reconcile_seconds)
+        shadow = Shadow(settings.data_dir / "shadow", bases, metrics, keep_texts=settings.shadow_texts)
+        imports = _imports(settings)
+        state = State(
+            access=Access(_admin_key(settings), is_chat_open=settings.is_loopback),
+            admission=Admission(settings.max_concurrent_requests, metrics.in_flight),
+            bases=bases,
+            imports=imports,
+            metrics=metrics,
+            operations=Operations(
+                store, bases, transitions, metrics, allow_revisions=settings.allow_revisions
+            ),
+            publish_roots=tuple(root.resolve() for root in (settings.data_dir, *settings.publish_roots)),
+            reconciler=reconciler,
+            served_models=served,
+            shadow=shadow,
+            sources=settings.sources,
+            started_at=int(time.time()),
+            store=store,
         )
-        shadow = Shadow(settings.data_dir / "shadow", hosts, metrics, keep_texts=settings.shadow_texts)
-
-        def announce(host: Host) -> None:
-            host.has_come = True
-            # What is there now stays: a full collection that walked through it would stall every stream.
-            gc.unfreeze()  # of an engine before this one
-            gc.collect()
-            gc.freeze()
-            metrics.engine_starts.inc()
-            if all(host.is_settled for host in hosts):
-                on_ready(served)
-
-        one_at_a_time = asyncio.Lock()
-        """Engines that start together take each other's memory for used, and each other's cores."""
-
-        async def build(base: BaseModelSettings) -> Engine:
-            async with one_at_a_time:
-                return await _build_engine(settings, base)
-
-        for host, base in zip(hosts, bases, strict=True):
-            host.supervisor = Supervisor(
-                functools.partial(build, base),
-                prepare=functools.partial(reconciler.attach, host),
-                on_ready=functools.partial(announce, host),
-                on_death=functools.partial(reconciler.detach, host),
-                stall_seconds=settings.stall_seconds,
-            )
-
-        async def keep(host: Host) -> None:
-            try:
-                await host.supervisor.run()
-            except Exception as error:
-                logger.exception("giving up: the engine of %s cannot be started", host.name)
-                host.failure = str(error)
-                if all(other.failure is not None for other in hosts):
-                    on_give_up()
-                elif all(other.is_settled for other in hosts):
-                    on_ready(served)
-
-        imports = Imports(
-            settings.data_dir,
-            allowed=settings.sources,
-            private_networks=settings.private_networks,
-            max_bytes=int(settings.max_adapter_gib * 2**30),
+        running = bases.run(
+            attach=reconciler.attach,
+            detach=reconciler.detach,
+            on_start=metrics.engine_starts.inc,
+            on_settled=partial(on_ready, served),
+            on_give_up=on_give_up,
         )
-        tasks = [
-            *(asyncio.create_task(keep(host), name=f"supervisor of {host.name}") for host in hosts),
-            asyncio.create_task(reconciler.run(), name="reconciler"),
-            asyncio.create_task(shadow.run(), name="shadow"),
-        ]
-        key = (
-            settings.admin_key.get_secret_value()
-            if settings.admin_key
-            else stored_admin_key(settings.data_dir)
-        )
+        tasks = [asyncio.create_task(task) for task in (running, reconciler.run(), shadow.run())]
         try:
-            yield State(
-                access=Access(key, is_chat_open=settings.is_loopback),
-                admission=Admission(settings.max_concurrent_requests, metrics.in_flight),
-                hosts=hosts,
-                imports=imports,
-                metrics=metrics,
-                publish_roots=tuple(root.resolve() for root in (settings.data_dir, *settings.publish_roots)),
-                reconciler=reconciler,
-                served_models=served,
-                shadow=shadow,
-                sources=settings.sources,
-                started_at=int(time.time()),
-            )
+            yield state
         finally:
             for task in tasks:
                 task.cancel()
@@ -209,9 +160,13 @@ def _app(settings: Settings, lifespan: Any) -> FastAPI:
     return app
 
 
-def _host(
+def _base(
     settings: Settings, base: BaseModelSettings, store: AdapterStore, metrics: Metrics, served: ServedModels
-) -> Host:
+) -> Base:
+    name = str(base.served_model_name)
+    supervisor = Supervisor(
+        name, partial(build_engine, _engine_options(settings, base)), stall_seconds=settings.stall_seconds
+    )
     loader = Loader(
         store,
         metrics,
@@ -229,42 +184,49 @@ def _host(
         metrics,
         limits,
         loader,
+        engine=lambda: supervisor.engine,
+        answers=lambda ref: settings.allow_revisions or served.is_answering(ref),
         is_wanted=lambda ref: settings.allow_revisions or served.is_wanted(ref),
     )
-    return Host(str(base.served_model_name), residency)
+    return Base(name, supervisor, residency)
 
 
-async def _build_engine(settings: Settings, base: BaseModelSettings) -> Engine:
-    def build() -> "VllmEngine":
-        # Imported late and here: it takes ten seconds, in which health can be asked already.
-        from app.engine.vllm import VllmEngine  # noqa: PLC0415
-        from app.engine.vllm_arguments import EngineOptions  # noqa: PLC0415
+def _engine_options(settings: Settings, base: BaseModelSettings) -> EngineOptions:
+    return EngineOptions(
+        model=str(base.model),
+        name=str(base.served_model_name),
+        dtype=base.dtype,
+        max_model_len=base.max_model_len,
+        max_num_seqs=base.max_num_seqs,
+        max_lora_rank=base.max_lora_rank,
+        max_loras=base.max_loras,
+        max_resident=base.max_resident,
+        kv_cache_gib=base.kv_cache_gib,
+        gpu_memory_utilization=base.gpu_memory_utilization,
+        tool_call_parser=base.tool_call_parser,
+        reasoning_parser=base.reasoning_parser,
+        stored_responses=settings.stored_responses,
+        truncates=settings.truncation == "auto",
+        control_tokens=settings.control_tokens,
+        max_logprobs=settings.max_logprobs,
+        return_tokens_as_token_ids=settings.return_tokens_as_token_ids,
+        always_usage=settings.always_usage,
+    )
 
-        options = EngineOptions(
-            model=str(base.model),
-            name=str(base.served_model_name),
-            dtype=base.dtype,
-            max_model_len=base.max_model_len,
-            max_num_seqs=base.max_num_seqs,
-            max_lora_rank=base.max_lora_rank,
-            max_loras=base.max_loras,
-            max_resident=base.max_resident,
-            kv_cache_gib=base.kv_cache_gib,
-            gpu_memory_utilization=base.gpu_memory_utilization,
-            tool_call_parser=base.tool_call_parser,
-            reasoning_parser=base.reasoning_parser,
-            stored_responses=settings.stored_responses,
-            truncates=settings.truncation == "auto",
-            control_tokens=settings.control_tokens,
-            max_logprobs=settings.max_logprobs,
-            return_tokens_as_token_ids=settings.return_tokens_as_token_ids,
-            always_usage=settings.always_usage,
-        )
-        return VllmEngine.build(options)
 
-    engine = await in_daemon_thread(build)
-    await engine.start()
-    return engine
+def _admin_key(settings: Settings) -> str:
+    return (
+        settings.admin_key.get_secret_value() if settings.admin_key else stored_admin_key(settings.data_dir)
+    )
+
+
+def _imports(settings: Settings) -> Imports:
+    return Imports(
+        settings.data_dir,
+        allowed=settings.sources,
+        private_networks=settings.private_networks,
+        max_bytes=int(settings.max_adapter_gib * 2**30),
+    )
 
 
 def _error_response(request: Request, error: Exception) -> JSONResponse:

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from app.engine.stats import Distribution, EngineStats
-from app.lifecycle.bases import Hosts
+from app.lifecycle.bases import Bases
 
 LOAD_FORMAT = "endpoint-load-metrics-format"
 """The header by which a client asks for the engine's load beside its answer."""
@@ -66,12 +66,14 @@ _HISTOGRAMS: dict[str, tuple[str, Callable[[EngineStats], Distribution]]] = {
 class VllmMetrics(Collector):
     """What the registry asks, of all engines that are up."""
 
-    def __init__(self, hosts: Hosts) -> None:
-        self._hosts = hosts
+    def __init__(self, bases: Bases) -> None:
+        self._hosts = bases
 
     def collect(self) -> Iterator[Metric]:
         """See Collector."""
-        engines = [(host.name, host.engine.stats) for host in self._hosts if host.supervisor.is_ready]
+        engines = [
+            (base.name, base.supervisor.engine.stats) for base in self._hosts if base.supervisor.is_ready
+        ]
         for name, (text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_BY_MODEL)
             for model, stats in engines:

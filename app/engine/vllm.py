@@ -33,10 +33,11 @@ from adapters import BaseModelFacts, fingerprint
 from app import errors
 from app.engine import launch
 from app.engine.base import Answer, Endpoint, Events, LoadedAdapter, OnTokens, Parameters, TokenScore
+from app.engine.build import EngineOptions
 from app.engine.stats import EngineStats
 from app.engine.stops import resolved
 from app.engine.template import Template, Templates
-from app.engine.vllm_arguments import EngineOptions, engine_config, folder_of
+from app.engine.vllm_arguments import engine_config, folder_of
 from app.engine.vllm_endpoints import Endpoints, parameters
 from app.engine.vllm_errors import api_error, translated, unavailable
 from app.engine.vllm_outputs import FastOutputProcessor

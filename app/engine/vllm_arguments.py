@@ -1,7 +1,6 @@
-"""What one engine is built with, and what vLLM is told for it."""
+"""What vLLM is told to build an engine from our options."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -9,35 +8,13 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
+from app.engine.build import EngineOptions
+
 CPU_WORKER_EXTENSION = "app.engine.cpu_worker.WorkerExtension"
 CUDA_WORKER_EXTENSION = "app.engine.worker.WorkerExtension"
 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _HEAD_DIMS_ON_CPU = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What one engine is built with; the same names and meanings as the settings."""
-
-    model: str
-    name: str
-    dtype: str
-    max_model_len: int | None
-    max_num_seqs: int
-    max_lora_rank: int
-    max_loras: int
-    max_resident: int
-    kv_cache_gib: int
-    gpu_memory_utilization: float
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
-    stored_responses: int = 0
-    truncates: bool = False
-    control_tokens: str = "text"
-    max_logprobs: int = 20
-    return_tokens_as_token_ids: bool = False
-    always_usage: bool = False
 
 
 def folder_of(model: str) -> Path:

@@ -20,7 +20,7 @@ from typing import Any, cast
 from adapters import Manifest
 from app.engine.base import Endpoint, Engine
 from app.errors import ApiError
-from app.lifecycle.bases import Hosts
+from app.lifecycle.bases import Bases
 from app.lifecycle.residency import Lease
 from app.metrics import Metrics
 
@@ -50,10 +50,10 @@ class Original:
 class Shadow:
     """Answers copies in the background; `run` it as a task."""
 
-    def __init__(self, folder: Path, hosts: Hosts, metrics: Metrics, *, keep_texts: bool) -> None:
+    def __init__(self, folder: Path, bases: Bases, metrics: Metrics, *, keep_texts: bool) -> None:
         """Comparisons go to `<folder>/<name>.jsonl`; the answers themselves only with `keep_texts`."""
         self._folder = folder
-        self._hosts = hosts
+        self._hosts = bases
         self._metrics = metrics
         self._keep_texts = keep_texts
         self._waiting: deque[Original] = deque()

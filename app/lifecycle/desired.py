@@ -1,10 +1,19 @@
 """What the store says shall answer. All of it reads files: call it in a thread."""
 
 import logging
+from dataclasses import dataclass
 
 from adapters import AdapterError, AdapterRef, AdapterStore, Manifest, Traffic
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A revision that an alias names, and that cannot be read."""
+
+    revision: str
+    error: AdapterError
 
 
 class Desired:
@@ -14,9 +23,9 @@ class Desired:
         self._store = store
         self._manifests: dict[AdapterRef, Manifest] = {}
 
-    def read(self) -> tuple[dict[tuple[str, str], Manifest | AdapterError], dict[str, Traffic]]:
+    def read(self) -> tuple[dict[tuple[str, str], Manifest | Unreadable], dict[str, Traffic]]:
         """What every chat alias points at, by name and alias, or why that cannot be read; and the shares."""
-        found: dict[tuple[str, str], Manifest | AdapterError] = {}
+        found: dict[tuple[str, str], Manifest | Unreadable] = {}
         pointed = self._store.pointed()
         manifests: dict[AdapterRef, Manifest] = {}
         for (name, alias), revision in pointed.items():
@@ -24,7 +33,7 @@ class Desired:
             try:
                 manifest = self._manifests.get(ref) or self._store.get(ref)
             except AdapterError as error:
-                found[name, alias] = error
+                found[name, alias] = Unreadable(revision, error)
                 continue
             manifests[ref] = manifest
             if manifest.task == "chat":
@@ -52,10 +61,10 @@ class Desired:
         except AdapterError:
             return True  # what answers goes on answering; the next round says what is wrong
 
-    def way_back(self, name: str, alias: str) -> Manifest | None:
+    def previous(self, name: str, alias: str) -> Manifest | None:
         """What a rollback would point the alias at; None where nothing, or nothing readable, is before it."""
         try:
-            revision = self._store.rollback_target(name, alias)
+            revision = self._store.previous(name, alias)
             return self._store.get(AdapterRef(name, revision=revision))
         except AdapterError:  # who rolls back is told
             return None

@@ -63,7 +63,7 @@ class Loader:
 
         Raises AdapterError, AdapterRefused.
         """
-        ref = f"{manifest.name}@{manifest.revision}"
+        ref = manifest.ref
         folder = self._store.verify(manifest)
         try:
             validate(folder, engine.facts)
@@ -85,7 +85,7 @@ class Loader:
         return Staged(ref, manifest, folder, golden, template, recorded)
 
     async def load(self, engine: Engine, staged: Staged) -> LoadedAdapter:
-        """Load and prove. What fails leaves nothing in the engine. Raises AdapterRefused, EngineUnavailable."""
+        """Hand it to the engine; what fails leaves nothing there. Raises AdapterRefused, EngineUnavailable."""
         started = time.perf_counter()
         loaded = await engine.load(
             staged.ref,
@@ -95,6 +95,10 @@ class Loader:
             stop_token_ids=staged.manifest.stop_token_ids,
         )
         self._metrics.load_seconds.labels("load").observe(time.perf_counter() - started)
+        return loaded
+
+    async def prove(self, engine: Engine, loaded: LoadedAdapter, staged: Staged) -> None:
+        """Have it prove itself, or remove it. Raises AdapterRefused, EngineUnavailable."""
         try:
             async with asyncio.timeout(_PROOF_SECONDS):
                 await self._prove(engine, loaded, staged)
@@ -109,7 +113,6 @@ class Loader:
                 ) from error
             raise
         self._metrics.proofs.labels(staged.manifest.name, "passed").inc()
-        return loaded
 
     async def _prove(self, engine: Engine, loaded: LoadedAdapter, staged: Staged) -> None:
         dtype = engine.dtype if staged.recorded else staged.manifest.dtype

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Self
 
 from adapters import AdapterError, AdapterStore, Manifest
@@ -27,6 +28,19 @@ _SERIES_SECONDS = 600.0
 
 RETRY_SECONDS = 30.0
 """A revision that failed is not loaded again by requests before this, nor by the reconciler."""
+
+
+class RevisionStatus(StrEnum):
+    """Where a revision stands in one engine."""
+
+    LOADING = "loading"
+    """It is being read, checked and handed to the engine."""
+    PROVING = "proving"
+    """The engine has it; it is being held against its golden prompts."""
+    READY = "ready"
+    """It is loaded and proved."""
+    DRAINING = "draining"
+    """No new request goes to it: it leaves with its last one, or is kept for a rollback."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class Lease:
 
 
 class Residency:
-    """What one engine holds. `attach` it to each engine that is built."""
+    """What one base model's engine holds. It outlives the engine: `clear` it when that has died."""
 
     def __init__(
         self,
@@ -80,19 +94,25 @@ class Residency:
         limits: Limits,
         loader: Loader,
         *,
+        engine: Callable[[], Engine],
+        answers: Callable[[str], bool],
         is_wanted: Callable[[str], bool],
     ) -> None:
-        """`is_wanted` says of a ref that nobody holds whether it may stay."""
+        """`engine` gives the live engine, or raises EngineUnavailable. `answers` says of a ref whether new requests
+        may go to it, `is_wanted` whether it may stay when nobody holds it.
+        """
         self.limits = limits
         self.has_line = asyncio.Event()
         """Set when somebody has to wait; who only uses what is free clears it and gives way when it is set."""
         self._store = store
         self._metrics = metrics
         self._loader = loader
+        self._live_engine = engine
+        self._answers = answers
         self._is_wanted = is_wanted
-        self._engine: Engine | None = None
         self._residents: dict[str, Resident] = {}
         self._loads: dict[str, asyncio.Task[Resident]] = {}
+        self._proving: set[str] = set()
         self._failures: dict[str, tuple[Exception, float]] = {}
         self._loading = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
@@ -102,14 +122,8 @@ class Residency:
         self._places = Turns(limits.max_resident, on_line=self.has_line.set)
         self._slots = Turns(limits.max_loras, on_line=self.has_line.set)
 
-    def attach(self, engine: Engine) -> None:
-        """Hold adapters in a fresh engine from now on."""
-        self._engine = engine
-        self._failures.clear()
-
-    async def detach(self) -> None:
+    async def clear(self) -> None:
         """The engine is gone, and all it held."""
-        self._engine = None
         for turns in (self._bytes, self._places, self._slots):
             turns.dismiss(
                 EngineUnavailable("the engine stopped and is being restarted; try again in a moment")
@@ -121,18 +135,6 @@ class Residency:
         self._failures.clear()
         self._loader.forget()
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether there is an engine that lives."""
-        return self._engine is not None and not self._engine.is_dead
-
-    @property
-    def engine(self) -> Engine:
-        """The live engine. Raises EngineUnavailable."""
-        if self._engine is None or self._engine.is_dead:
-            raise EngineUnavailable("the engine is not ready; GET /readyz says when it is")
-        return self._engine
-
     # Leases
 
     async def lease(self, manifest: Manifest | None) -> Lease:
@@ -141,8 +143,8 @@ class Residency:
         Raises AdapterUnavailable: its turn did not come in time, or it cannot be loaded. EngineUnavailable.
         """
         if manifest is None:
-            return Lease(self.engine, None, ExitStack())
-        ref = _ref(manifest)
+            return Lease(self._live_engine(), None, ExitStack())
+        ref = manifest.ref
         with ExitStack() as held:
             try:
                 resident = await self._enter_and_load(manifest, held)
@@ -157,11 +159,11 @@ class Residency:
             held.callback(self._slots.leave, ref)
             if self._residents.get(ref) is not resident:
                 raise EngineUnavailable("the engine was restarted meanwhile; try again")
-            return Lease(self.engine, resident, held.pop_all())
+            return Lease(self._live_engine(), resident, held.pop_all())
 
     def lease_if_free(self, manifest: Manifest) -> Lease | None:
         """Lease a revision that is resident and would keep nobody waiting, or None."""
-        ref = _ref(manifest)
+        ref = manifest.ref
         resident = self._residents.get(ref)
         if resident is None or any(turns.has_line for turns in (self._bytes, self._places, self._slots)):
             return None
@@ -171,14 +173,14 @@ class Residency:
                 if not turns.enter_at_once(ref, cost):
                     return None
                 held.callback(turns.leave, ref)
-            return Lease(self.engine, resident, held.pop_all())
+            return Lease(self._live_engine(), resident, held.pop_all())
 
     async def hold(self, manifest: Manifest) -> tuple[Resident, ExitStack]:
         """Load and prove a revision that failed before or not; it stays while the stack is open.
 
         Raises AdapterError, AdapterRefused, AdapterUnavailable (no room), EngineUnavailable.
         """
-        self._failures.pop(_ref(manifest), None)
+        self._failures.pop(manifest.ref, None)
         with ExitStack() as held:
             return await self._enter_and_load(manifest, held), held.pop_all()
 
@@ -197,7 +199,7 @@ class Residency:
             ) from error
 
     async def _enter_and_load(self, manifest: Manifest, held: ExitStack) -> Resident:
-        ref = _ref(manifest)
+        ref = manifest.ref
         resident = self._residents.get(ref)
         size = resident.size if resident else self._size(manifest)
         if size > self.limits.max_resident_bytes:
@@ -231,7 +233,7 @@ class Residency:
 
     async def _load_once(self, manifest: Manifest, size: int) -> Resident:
         """Load, or wait for the load under way. Given up, it still ends before its place is free again."""
-        ref = _ref(manifest)
+        ref = manifest.ref
         error, at = self._failures.get(ref, (None, 0.0))
         if error is not None and time.monotonic() < at + RETRY_SECONDS:
             raise error
@@ -250,7 +252,7 @@ class Residency:
 
     async def _load(self, manifest: Manifest, size: int) -> Resident:
         """Stage, load and prove. What fails leaves nothing in the engine."""
-        ref, engine = _ref(manifest), self.engine
+        ref, engine = manifest.ref, self._live_engine()
         started = time.perf_counter()
         try:
             with ExitStack() as held:
@@ -259,6 +261,8 @@ class Residency:
                 async with self._loading:
                     await self._make_room(size)
                     loaded = await self._loader.load(engine, staged)
+                    self._proving.add(ref)
+                    await self._loader.prove(engine, loaded, staged)
                     resident = Resident(manifest, loaded, size, held.pop_all())
                     self._residents[ref] = resident
         except EngineUnavailable:
@@ -269,6 +273,8 @@ class Residency:
             code = row(error).code if isinstance(error, AdapterError | ApiError) else "unreadable"
             self._metrics.refusals.labels(manifest.name, code).inc()
             raise
+        finally:
+            self._proving.discard(ref)
         self._failures.pop(ref, None)
         self._metrics.loads.labels(manifest.name, manifest.revision).inc()
         self._metrics.load_seconds.labels("ready").observe(time.perf_counter() - started)
@@ -292,11 +298,11 @@ class Residency:
 
     def retire(self, manifest: Manifest) -> None:
         """Let go of a revision that was kept for an alias, unless it is wanted still; end its metrics in a while."""
-        self.let_go(_ref(manifest))
+        self.let_go(manifest.ref)
         asyncio.get_running_loop().call_later(_SERIES_SECONDS, self._end_series, manifest)
 
     def _end_series(self, manifest: Manifest) -> None:
-        if not self._is_wanted(_ref(manifest)):
+        if not self._is_wanted(manifest.ref):
             self._metrics.forget(manifest.name, manifest.revision)
 
     def let_go(self, ref: str) -> None:
@@ -317,7 +323,7 @@ class Residency:
     async def _remove_resident(self, resident: Resident) -> None:
         del self._residents[resident.loaded.name]
         resident.held.close()
-        await self._remove(self.engine, resident.loaded)
+        await self._remove(self._live_engine(), resident.loaded)
 
     async def _remove(self, engine: Engine, adapter: LoadedAdapter) -> None:
         try:
@@ -330,6 +336,20 @@ class Residency:
     def failure(self, ref: str) -> Exception | None:
         """Why a revision could not be loaded the last time it was tried, if it could not."""
         return self._failures.get(ref, (None, 0.0))[0]
+
+    def status(self, ref: str) -> RevisionStatus | None:
+        """Where a revision stands; None where the engine neither holds nor loads it."""
+        if ref in self._residents:
+            is_over = not self._answers(ref) and (self.leases(ref) or not self._is_wanted(ref))
+            return RevisionStatus.DRAINING if is_over else RevisionStatus.READY
+        if ref in self._loads:
+            return RevisionStatus.PROVING if ref in self._proving else RevisionStatus.LOADING
+        return None
+
+    def statuses(self) -> dict[str, RevisionStatus]:
+        """Of every revision that the engine holds or loads, by ref."""
+        found = ((ref, self.status(ref)) for ref in sorted({*self._residents, *self._loads}))
+        return {ref: status for ref, status in found if status}
 
     def residents(self) -> list[Resident]:
         """What the engine holds, by ref."""
@@ -361,8 +381,4 @@ class Residency:
     async def held_by_engine(self) -> list[str]:
         """The refs the engine's workers hold, asked from them: ours by name, others by `id:N`."""
         names = {r.loaded.engine_id: ref for ref, r in self._residents.items()}
-        return sorted(names.get(id_, f"id:{id_}") for id_ in await self.engine.resident())
-
-
-def _ref(manifest: Manifest) -> str:
-    return f"{manifest.name}@{manifest.revision}"
+        return sorted(names.get(id_, f"id:{id_}") for id_ in await self._live_engine().resident())

@@ -7,13 +7,15 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters import DEFAULT_ALIAS, AdapterRef, Manifest, diff
+from adapters import CANARY, DEFAULT_ALIAS, SHADOW, AdapterRef, Manifest, Traffic, diff
 from app.access.keys import admin
 from app.access.keys import chat as may_look
 from app.errors import EngineUnavailable, FolderNotFound, PathNotAllowed
-from app.lifecycle.bases import Hosts
+from app.lifecycle.bases import Bases
+from app.lifecycle.operations import Operations
 from app.lifecycle.reconciler import Reconciler
 from app.lifecycle.residency import Residency
+from app.lifecycle.served_models import ServedModels
 from app.routes.openapi import failures
 
 router = APIRouter(responses=failures(400, 401, 404, 409, 503))
@@ -51,39 +53,39 @@ class PruneRequest(BaseModel):
 
 @router.get("/v1/adapters", dependencies=[Depends(may_look)])
 async def list_adapters(request: Request) -> dict[str, Any]:
-    """Every alias with its desired and actual revision, and what each engine holds and who waits for it."""
+    """Every alias with its desired and actual revision, and what each engine holds and who waits for it.
+
+    An alias is `loading` or `proving` until the revision that it names answers, then `ready`, or `failed` with the
+    reason in `last_error`. A revision in an engine is `loading`, `proving`, `ready` or `draining`: no new request goes
+    to it, and it leaves when its last request has ended, unless a rollback would need it.
+    """
     reconciler: Reconciler = request.state.reconciler
-    hosts: Hosts = request.state.hosts
+    served: ServedModels = request.state.served_models
+    bases: Bases = request.state.bases
     aliases = [
         {
             "name": name,
             "alias": alias,
-            "desired": status.desired,
-            "actual": status.actual,
-            "status": status.state,
-            "proven": status.is_proven,
-            "resident": any(host.residency.is_resident(f"{name}@{status.actual}") for host in hosts),
-            "percent": _percent(request, name, alias),
-            "rollback_to": _rollback_to(request, name, alias),
-            "last_error": status.last_error,
+            "desired": known.desired,
+            "actual": known.actual,
+            "status": reconciler.status(name, known),
+            "proven": bool(known.answering and known.answering.golden_prompts),
+            "resident": any(base.residency.is_resident(f"{name}@{known.actual}") for base in bases),
+            "percent": _percent(served.traffic(name), alias),
+            "rollback_to": known.previous.revision if known.previous else None,
+            "last_error": known.last_error,
         }
-        for (name, alias), status in sorted(reconciler.status.items())
+        for (name, alias), known in served.aliases()
     ]
-    engines = [{"base_model": host.name, **await _engine(host.residency)} for host in hosts]
+    engines = [{"base_model": base.name, **await _engine(base.residency)} for base in bases]
     return {"object": "list", "data": aliases, "engines": engines}
 
 
-def _percent(request: Request, name: str, alias: str) -> float | None:
-    """The alias's share of the requests for `name`; None for an alias that shares in none."""
-    traffic = request.state.served_models.traffic.get(name)
-    share: float | None = getattr(traffic, alias, None) if alias in ("canary", "shadow") else None
-    return share
-
-
-def _rollback_to(request: Request, name: str, alias: str) -> str | None:
-    """The revision that a rollback would point the alias at; it stays in the engine while there is room."""
-    manifest: Manifest | None = request.state.served_models.way_back(name, alias)
-    return manifest.revision if manifest else None
+def _percent(traffic: Traffic | None, alias: str) -> float | None:
+    """The alias's share of the requests for its adapter; None for an alias that shares in none."""
+    if traffic is None or alias not in (CANARY, SHADOW):
+        return None
+    return traffic.canary if alias == CANARY else traffic.shadow
 
 
 async def _engine(residency: Residency) -> dict[str, Any]:
@@ -95,6 +97,7 @@ async def _engine(residency: Residency) -> dict[str, Any]:
     return {
         "held": held,
         "leases": {resident.loaded.name: residency.leases(resident.loaded.name) for resident in residents},
+        "revisions": residency.statuses(),
         "residents": [
             {
                 "ref": resident.loaded.name,
@@ -116,7 +119,7 @@ async def _engine(residency: Residency) -> dict[str, Any]:
 @router.get("/v1/adapters/{name:path}/diff", dependencies=[Depends(may_look)])
 async def diff_revisions(request: Request, name: str, old: str, new: str = DEFAULT_ALIAS) -> dict[str, Any]:
     """Which modules moved between two revisions, given as aliases or revisions, and by how much."""
-    store = request.state.reconciler.store
+    store = request.state.store
 
     def compare() -> dict[str, Any]:
         manifests: list[Manifest] = [store.get(AdapterRef.parse(f"{name}@{one}")) for one in (old, new)]
@@ -134,7 +137,7 @@ async def diff_revisions(request: Request, name: str, old: str, new: str = DEFAU
 @router.get("/v1/adapters/{name:path}", dependencies=[Depends(may_look)])
 async def show_adapter(request: Request, name: str) -> dict[str, Any]:
     """Every revision of an adapter with its manifest, the aliases and their shares, and the log."""
-    store = request.state.reconciler.store
+    store = request.state.store
 
     def read() -> dict[str, Any]:
         return {
@@ -151,16 +154,16 @@ async def show_adapter(request: Request, name: str) -> dict[str, Any]:
 @router.put("/v1/adapters/{name:path}/aliases/{alias}", dependencies=[Depends(admin)])
 async def point_alias(request: Request, name: str, alias: str, wanted: PointRequest) -> dict[str, Any]:
     """Load and prove a published revision, then point the alias at it."""
-    reconciler: Reconciler = request.state.reconciler
-    await reconciler.point(name, alias, wanted.revision, actor=ACTOR, why=wanted.why)
+    operations: Operations = request.state.operations
+    await operations.point(name, alias, wanted.revision, actor=ACTOR, why=wanted.why)
     return {"name": name, "revision": wanted.revision, "alias": alias}
 
 
 @router.delete("/v1/adapters/{name:path}/aliases/{alias}", dependencies=[Depends(admin)])
 async def remove_alias(request: Request, name: str, alias: str, why: str = "") -> dict[str, Any]:
     """Point the alias at nothing: its revision leaves the engine, and stays in the store."""
-    reconciler: Reconciler = request.state.reconciler
-    await reconciler.remove(name, alias, actor=ACTOR, why=why)
+    operations: Operations = request.state.operations
+    await operations.remove(name, alias, actor=ACTOR, why=why)
     return {"name": name, "alias": alias, "deleted": True}
 
 
@@ -168,8 +171,8 @@ async def remove_alias(request: Request, name: str, alias: str, why: str = "") -
 async def roll_back(request: Request, name: str, wanted: RollbackRequest | None = None) -> dict[str, Any]:
     """Point the alias back at its revision before, or at any earlier one."""
     wanted = wanted or RollbackRequest()
-    reconciler: Reconciler = request.state.reconciler
-    revision = await reconciler.rollback(name, wanted.alias, to=wanted.revision, actor=ACTOR, why=wanted.why)
+    operations: Operations = request.state.operations
+    revision = await operations.rollback(name, wanted.alias, to=wanted.revision, actor=ACTOR, why=wanted.why)
     return {"name": name, "revision": revision, "alias": wanted.alias}
 
 
@@ -177,7 +180,7 @@ async def roll_back(request: Request, name: str, wanted: RollbackRequest | None 
 async def prune(request: Request, name: str, wanted: PruneRequest | None = None) -> dict[str, Any]:
     """Remove old revisions that no alias, rollback or engine needs."""
     wanted = wanted or PruneRequest()
-    store = request.state.reconciler.store
+    store = request.state.store
     removed = await asyncio.to_thread(store.prune, name, keep=wanted.keep, actor=ACTOR, why=wanted.why)
     return {"name": name, "removed": removed}
 

@@ -23,7 +23,7 @@ from app.errors import ApiError, BadRequest, ModelNotFound, row
 from app.exchange.connection import ClientLeft, WhileConnected, own_id
 from app.exchange.event_stream import CLIENT_LEFT, EventStream
 from app.exchange.shadow import Original
-from app.lifecycle.bases import Host
+from app.lifecycle.bases import Base
 from app.lifecycle.residency import Lease
 from app.lifecycle.served_models import Choice
 from app.metrics import Meter
@@ -131,15 +131,15 @@ async def _respond(request: Request, endpoint: Endpoint | None) -> Response:
             held.enter_context(state.admission.place())
             body = await _body_in_time(request)
             endpoint = endpoint or _meant(body)
-            state.hosts.check_ready()
+            state.bases.check_ready()
             choice = await _choose(request, body)
-            host = state.hosts.of(choice.manifest) if choice.manifest else state.hosts.named(choice.base)
-            host.check_ready()
+            base = state.bases.of(choice.manifest) if choice.manifest else state.bases.named(choice.base)
+            base.supervisor.check_ready()
             meter = _meter(request, choice, started)
             request_id = own_id(request)
             async with WhileConnected(request.receive):
-                answer = await _answer(host, endpoint, body, choice, request_id, meter, held)
-            headers = _headers(request, host, choice, answer)
+                answer = await _answer(base, endpoint, body, choice, request_id, meter, held)
+            headers = _headers(request, base, choice, answer)
             reply, rest = answer.reply, answer.rest
             if rest is not None:
                 goes_on = True
@@ -191,7 +191,7 @@ async def _choose(request: Request, body: dict[str, Any]) -> Choice:
     try:
         choice: Choice = request.state.served_models.choose(body["model"], session)
     except ModelNotFound:
-        manifest = await request.state.reconciler.published(body["model"])
+        manifest = await request.state.operations.published(body["model"])
         if manifest is None:
             raise
         return Choice(manifest)
@@ -205,7 +205,7 @@ def _meter(request: Request, choice: Choice, started: float) -> Meter:
 
 
 async def _answer(
-    host: Host,
+    base: Base,
     endpoint: Endpoint,
     body: dict[str, Any],
     choice: Choice,
@@ -214,26 +214,26 @@ async def _answer(
     held: ExitStack,
 ) -> Answer:
     """Lease what was chosen, which may take a turn in a queue and a load, and ask it."""
-    lease: Lease = held.enter_context(await host.residency.lease(choice.manifest))
+    lease: Lease = held.enter_context(await base.residency.lease(choice.manifest))
     manifest = lease.manifest
     return await lease.engine.answer(
         endpoint,
         body,
         request_id=request_id,
         adapter=lease.adapter,
-        fingerprint=f"{manifest.name}@{manifest.revision}" if manifest else host.fingerprint,
+        fingerprint=manifest.ref if manifest else base.fingerprint,
         on_tokens=meter.on_tokens,
     )
 
 
-def _headers(request: Request, host: Host, choice: Choice, answer: Answer) -> dict[str, str]:
+def _headers(request: Request, base: Base, choice: Choice, answer: Answer) -> dict[str, str]:
     headers = {}
     if choice.manifest:
         headers["x-adapter-revision"] = choice.manifest.revision
     if answer.cut:
         headers["x-truncated"] = f"messages={answer.cut.messages}; tokens={answer.cut.tokens}"
-    if (asked := request.headers.get(LOAD_FORMAT)) and host.supervisor.is_ready:
-        headers |= load_header(host.engine.stats, asked)
+    if (asked := request.headers.get(LOAD_FORMAT)) and base.supervisor.is_ready:
+        headers |= load_header(base.supervisor.engine.stats, asked)
     return headers
 
 

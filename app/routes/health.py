@@ -6,7 +6,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.lifecycle.bases import Host, Hosts
+from app.engine.supervisor import BaseStatus
+from app.lifecycle.bases import Bases
 
 router = APIRouter()
 
@@ -19,24 +20,24 @@ async def livez() -> dict[str, str]:
 
 @router.get("/readyz", responses={503: {"description": "Not yet; the body says what is waited for"}})
 async def readyz(request: Request) -> Response:
-    """200 once every base model answers that can, and while one does; until then 503 with what is waited for."""
-    hosts: Hosts = request.state.hosts
-    models = {host.name: _standing(host) for host in hosts}
-    is_ready = any(host.supervisor.is_ready for host in hosts)
-    has_come = all(host.has_come or host.failure is not None for host in hosts)
-    if is_ready and has_come:
+    """200 once every base model has started or failed, and while one answers; otherwise 503 with the reason.
+
+    Each base model is shown with its status (starting, proving, ready, restarting, failed), what it does at present,
+    and since when, in seconds since the epoch.
+    """
+    bases: Bases = request.state.bases
+    states = {base.name: base.supervisor.state for base in bases}
+    models = {
+        name: {"status": state.status, "phase": state.phase, "since": round(state.since, 3)}
+        for name, state in states.items()
+    }
+    is_ready = any(state.status is BaseStatus.READY for state in states.values())
+    if is_ready and all(base.supervisor.is_settled for base in bases):
         return JSONResponse({"status": "ready", "models": models})
-    waiting = next((host.supervisor.waiting_for for host in hosts if not host.is_settled), "nothing")
+    over = (BaseStatus.READY, BaseStatus.FAILED)
+    waiting = next((state.phase for state in states.values() if state.status not in over), "nothing")
     content: dict[str, Any] = {"status": "waiting", "waiting_for": waiting, "models": models}
     return JSONResponse(content, status_code=503, headers={"retry-after": "1"})
-
-
-def _standing(host: Host) -> dict[str, str]:
-    if host.failure is not None:
-        return {"status": "failed"}  # why may name host paths: the log says it
-    if host.supervisor.is_ready:
-        return {"status": "ready"}
-    return {"status": "waiting", "waiting_for": host.supervisor.waiting_for}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request
 from adapters import Manifest
 from app.access.keys import chat as may_chat
 from app.errors import EngineUnavailable, ModelNotFound
-from app.lifecycle.bases import Host
+from app.lifecycle.bases import Base
 from app.routes.openapi import failures
 
 router = APIRouter(dependencies=[Depends(may_chat)], responses=failures(401, 404))
@@ -29,21 +29,21 @@ async def show_model(request: Request, model: str) -> dict[str, Any]:
     try:
         manifest = served.choose(model).manifest
     except ModelNotFound:
-        manifest = await request.state.reconciler.published(model)
+        manifest = await request.state.operations.published(model)
     if manifest is None:
         raise served.not_found(model)
     return _card(request, model, manifest)
 
 
 def _cards(request: Request) -> list[dict[str, Any]]:
-    cards = [_card(request, host.name, None, host) for host in request.state.hosts]
+    cards = [_card(request, base.name, None, base) for base in request.state.bases]
     return cards + [_card(request, name, manifest) for name, manifest in request.state.served_models.named()]
 
 
-def _card(request: Request, id_: str, manifest: Manifest | None, host: Host | None = None) -> dict[str, Any]:
-    host = host or request.state.hosts.of(manifest)
+def _card(request: Request, id_: str, manifest: Manifest | None, base: Base | None = None) -> dict[str, Any]:
+    base = base or request.state.bases.of(manifest)
     try:
-        max_model_len = host.engine.max_model_len
+        max_model_len = base.supervisor.engine.max_model_len
     except EngineUnavailable:
         max_model_len = None
     return {
@@ -51,8 +51,8 @@ def _card(request: Request, id_: str, manifest: Manifest | None, host: Host | No
         "object": "model",
         "created": int(manifest.created_at.timestamp()) if manifest else request.state.started_at,
         "owned_by": "xinglin",
-        "root": f"{manifest.name}@{manifest.revision}" if manifest else id_,
-        "parent": host.name if manifest else None,
+        "root": manifest.ref if manifest else id_,
+        "parent": base.name if manifest else None,
         "max_model_len": max_model_len,
         "permission": [],
     }

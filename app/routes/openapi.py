@@ -64,9 +64,9 @@ async def openapi(request: Request) -> JSONResponse:
     page = request.app.openapi()
     if request.app.root_path:
         page = {**page, "servers": [{"url": request.app.root_path}]}
-    for host in request.state.hosts:
+    for base in request.state.bases:
         try:
-            engine = host.engine
+            engine = base.supervisor.engine
         except EngineUnavailable:
             continue
         page = with_parameters(page, await asyncio.to_thread(engine.parameters))

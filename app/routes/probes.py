@@ -13,7 +13,7 @@ router = APIRouter()
 @router.post("/ping", response_class=Response, include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 while an engine lives and can answer. `/readyz` also waits for all base models, and says what for."""
-    return Response(status_code=200 if any(host.supervisor.is_ready for host in request.state.hosts) else 503)
+    return Response(status_code=200 if any(base.supervisor.is_ready for base in request.state.bases) else 503)
 
 
 @router.get("/version")

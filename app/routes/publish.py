@@ -24,7 +24,7 @@ from app.errors import BadRequest
 from app.exchange.event_stream import CLIENT_LEFT
 from app.fetch import parse_source
 from app.fetch.imports import Imports
-from app.lifecycle.reconciler import Reconciler
+from app.lifecycle.operations import Operations
 from app.routes.adapters import ACTOR, allowed_folder
 from app.routes.openapi import failures
 
@@ -144,10 +144,10 @@ def _shown(one: Any) -> dict[str, Any]:
 async def _publish(
     request: Request, wanted: PublishRequest, folder: Path, source: str | None = None
 ) -> dict[str, Any]:
-    reconciler: Reconciler = request.state.reconciler
-    manifest = await reconciler.publish(folder, wanted.name, actor=ACTOR, why=wanted.why, source=source)
+    operations: Operations = request.state.operations
+    manifest = await operations.publish(folder, wanted.name, actor=ACTOR, why=wanted.why, source=source)
     if wanted.alias:
-        await reconciler.point(wanted.name, wanted.alias, manifest.revision, actor=ACTOR, why=wanted.why)
+        await operations.point(wanted.name, wanted.alias, manifest.revision, actor=ACTOR, why=wanted.why)
     return {"name": manifest.name, "revision": manifest.revision, "alias": wanted.alias or None}
 
 

@@ -11,7 +11,7 @@ from app.access.keys import chat as may_chat
 from app.engine.base import Engine
 from app.errors import EngineUnavailable, ResponseNotFound
 from app.exchange.event_stream import EventStream
-from app.lifecycle.bases import Hosts
+from app.lifecycle.bases import Bases
 from app.routes.openapi import failures
 
 T = TypeVar("T")
@@ -49,13 +49,13 @@ async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
 
 async def _of_one(request: Request, ask: Callable[[Engine], Awaitable[T]]) -> T:
     """What the engine says that has it; each keeps its own."""
-    hosts: Hosts = request.state.hosts
-    hosts.check_ready()
+    bases: Bases = request.state.bases
+    bases.check_ready()
     missing: ResponseNotFound | None = None
-    for host in hosts:
-        if host.supervisor.is_ready:
+    for base in bases:
+        if base.supervisor.is_ready:
             try:
-                return await ask(host.engine)
+                return await ask(base.supervisor.engine)
             except ResponseNotFound as error:
                 missing = error
     raise missing or EngineUnavailable("the engine stopped and is being restarted; try again in a moment")

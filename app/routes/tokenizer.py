@@ -13,11 +13,11 @@ router = APIRouter(dependencies=[Depends(may_chat)], responses=failures(401, 404
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
     """The configuration of the tokenizer of `model`'s base model, or of the first base model."""
-    hosts = request.state.hosts
+    bases = request.state.bases
     if model is None:
-        host = next(iter(hosts))
+        base = next(iter(bases))
     else:
         choice = request.state.served_models.choose(model)
-        host = hosts.of(choice.manifest) if choice.manifest else hosts.named(choice.base)
-    info: dict[str, Any] = await host.engine.tokenizer_info()
+        base = bases.of(choice.manifest) if choice.manifest else bases.named(choice.base)
+    info: dict[str, Any] = await base.supervisor.engine.tokenizer_info()
     return info

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from adapters import CANARY, SHADOW
 from app.access.keys import admin
-from app.lifecycle.reconciler import Reconciler
+from app.lifecycle.operations import Operations
 from app.routes.adapters import ACTOR
 from app.routes.openapi import failures
 
@@ -43,8 +43,8 @@ async def set_canary(request: Request, name: str, wanted: ShareRequest) -> dict[
 @router.post("/v1/adapters/{name:path}/canary/promote")
 async def promote_canary(request: Request, name: str, wanted: WhyRequest | None = None) -> dict[str, Any]:
     """Point `default` at the canary's revision, and end the canary."""
-    reconciler: Reconciler = request.state.reconciler
-    revision = await reconciler.promote(name, actor=ACTOR, why=wanted.why if wanted else "")
+    operations: Operations = request.state.operations
+    revision = await operations.promote(name, actor=ACTOR, why=wanted.why if wanted else "")
     return {"name": name, "revision": revision, "alias": "default"}
 
 
@@ -67,14 +67,14 @@ async def end_shadow(request: Request, name: str, why: str = "") -> dict[str, An
 
 
 async def _split(request: Request, name: str, alias: str, wanted: ShareRequest) -> dict[str, Any]:
-    reconciler: Reconciler = request.state.reconciler
-    revision = await reconciler.split(
+    operations: Operations = request.state.operations
+    revision = await operations.split(
         name, alias, wanted.revision, wanted.percent, actor=ACTOR, why=wanted.why
     )
     return {"name": name, "revision": revision, "alias": alias, "percent": wanted.percent}
 
 
 async def _end(request: Request, name: str, alias: str, why: str) -> dict[str, Any]:
-    reconciler: Reconciler = request.state.reconciler
-    await reconciler.remove(name, alias, actor=ACTOR, why=why)
+    operations: Operations = request.state.operations
+    await operations.remove(name, alias, actor=ACTOR, why=why)
     return {"name": name, "alias": alias, "deleted": True}

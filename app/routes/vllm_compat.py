@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse
 from adapters import DEFAULT_ALIAS, AdapterNotFound, AdapterRef
 from app.access.keys import admin
 from app.errors import BadRequest
-from app.lifecycle.reconciler import Reconciler
+from app.lifecycle.operations import Operations
 from app.routes.adapters import allowed_folder
 from app.routes.openapi import failures
 
@@ -28,7 +28,7 @@ async def load_lora_adapter(
     request: Request, lora_name: Text, lora_path: Text, load_inplace: Annotated[bool, Body()] = False
 ) -> str:
     """Publish `lora_path` as `lora_name` and serve it; with `load_inplace` also when it is served already."""
-    reconciler: Reconciler = request.state.reconciler
+    operations: Operations = request.state.operations
     if not load_inplace and request.state.served_models.find(AdapterRef.parse(lora_name)):
         raise BadRequest(
             f"The lora adapter '{lora_name}' has already been loaded. If you want to load the adapter in place, "
@@ -36,8 +36,8 @@ async def load_lora_adapter(
             param="lora_name",
         )
     folder = allowed_folder(lora_path, request.state.publish_roots)
-    manifest = await reconciler.publish(folder, lora_name, actor=ACTOR, why="load_lora_adapter")
-    await reconciler.point(lora_name, DEFAULT_ALIAS, manifest.revision, actor=ACTOR, why="load_lora_adapter")
+    manifest = await operations.publish(folder, lora_name, actor=ACTOR, why="load_lora_adapter")
+    await operations.point(lora_name, DEFAULT_ALIAS, manifest.revision, actor=ACTOR, why="load_lora_adapter")
     return f"Success: LoRA adapter '{lora_name}' added successfully."
 
 
@@ -47,7 +47,7 @@ async def unload_lora_adapter(
 ) -> str:
     """Stop serving `lora_name`; its revisions stay in the store. `lora_int_id` is accepted, as in vLLM."""
     try:
-        await request.state.reconciler.remove(
+        await request.state.operations.remove(
             lora_name, DEFAULT_ALIAS, actor=ACTOR, why="unload_lora_adapter"
         )
     except AdapterNotFound as error:

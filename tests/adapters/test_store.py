@@ -215,7 +215,7 @@ def test_what_is_not_there(store: AdapterStore, revisions: list[str]) -> None:
         lambda: store.remove_alias("nobody", "default", actor=WHO),
         lambda: store.rollback(NAME, "canary", actor=WHO),
         lambda: store.rollback("nobody", actor=WHO),
-        lambda: store.rollback_target("nobody"),
+        lambda: store.previous("nobody"),
         lambda: store.prune("nobody", keep=0, actor=WHO),
     ):
         with pytest.raises(AdapterNotFound):

@@ -44,14 +44,14 @@ def test_a_line_torn_by_a_crash_swallows_no_other(store: AdapterStore, revisions
         store.set_alias(NAME, "canary", revisions[end % 2], actor=WHO)
         store.remove_alias(NAME, "canary", actor=WHO)
         assert [entry.action for entry in store.log(NAME)[-2:]] == ["point", "unpoint"]
-        assert store.rollback_target(NAME) == revisions[3]
+        assert store.previous(NAME) == revisions[3]
 
 
 def test_rollbacks_in_a_row_go_back_step_by_step(store: AdapterStore, revisions: list[str]) -> None:
     one, two, three, four = revisions
     for revision in (one, four):  # moves of another alias do not count
         store.set_alias(NAME, "canary", revision, actor=WHO)
-    assert store.rollback_target(NAME) == three
+    assert store.previous(NAME) == three
     assert [store.rollback(NAME, actor=WHO) for _ in range(3)] == [three, two, one]
     with pytest.raises(NothingToRollBack, match=f"before {one}"):
         store.rollback(NAME, actor=WHO)

@@ -69,9 +69,9 @@ def test_damaged_shares(store: AdapterStore, canary: str) -> None:
 def test_roll_back_to_any_earlier_revision(store: AdapterStore, revisions: list[str]) -> None:
     one, two, three, four = revisions
     assert store.rollback(NAME, to=two, actor=WHO) == two
-    assert store.rollback_target(NAME) == one
+    assert store.previous(NAME) == one
     store.set_alias(NAME, "default", four, actor=WHO)
-    assert store.rollback_target(NAME) == two
+    assert store.previous(NAME) == two
     assert store.rollback(NAME, to=three, actor=WHO) == three  # not on the way back any more: a move
     assert store.rollback(NAME, actor=WHO) == four
     with pytest.raises(AdapterNotFound):

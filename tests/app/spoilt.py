@@ -78,7 +78,7 @@ class Unharmed:
         )
 
 
-def begun(service: Service, model: str, tokens: int = 300, **options: Any) -> Iterator[str]:
+def begun(service: Service, model: str, tokens: int = 900, **options: Any) -> Iterator[str]:
     """A stream of so many tokens that has begun; iterate to read it to its end, which must be a good one."""
     events = service.client().chat.completions.create(
         model=model,

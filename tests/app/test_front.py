@@ -17,7 +17,7 @@ PAGE = "https://app.example.org"
 
 @asynccontextmanager
 async def nothing(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-    yield {"hosts": []}
+    yield {"bases": []}
 
 
 def client(**settings: Any) -> TestClient:

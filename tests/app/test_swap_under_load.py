@@ -27,6 +27,8 @@ QUESTIONS = (
     "What are the symptoms of gout?",
     "How can I prevent influenza?",
 )
+LIFE = ("loading", "proving", "ready", "draining")
+GONE = "gone"
 MODELS = ("doctor", "doctor", "leaflet", "xinglin-demo")
 
 
@@ -35,6 +37,8 @@ class Report:
     answers: list[tuple[str, str, str]] = field(default_factory=list)
     """(revision or base, question, text)"""
     failures: list[str] = field(default_factory=list)
+    lives: dict[str, list[str]] = field(default_factory=dict)
+    """By revision, the statuses that GET /v1/adapters showed, one after the other."""
 
 
 async def _stream(client: openai.AsyncOpenAI, report: Report, until: float, seed: int) -> None:
@@ -76,12 +80,29 @@ async def _operate(service: Service, folders: list[str]) -> None:
             await call("POST", "/v1/adapters/doctor/rollback", {})
 
 
+async def _watch(service: Service, report: Report) -> None:
+    """Note every change of a revision's status, until cancelled."""
+    while True:
+        shown = await asyncio.to_thread(service.adapters)
+        statuses = shown["engine"]["revisions"]
+        for ref, seen in report.lives.items():
+            if ref not in statuses and seen[-1] != GONE:
+                seen.append(GONE)
+        for ref, status in statuses.items():
+            seen = report.lives.setdefault(ref, [])
+            if not seen or seen[-1] != status:
+                seen.append(status)
+        await asyncio.sleep(0.005)
+
+
 async def _run(service: Service, folders: list[str]) -> Report:
     report = Report()
     until = time.monotonic() + SECONDS
     async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0) as client:
         streams = [_stream(client, report, until, seed) for seed in range(STREAMS)]
+        watching = asyncio.create_task(_watch(service, report))
         await asyncio.gather(_operate(service, folders), *streams)
+        watching.cancel()
     return report
 
 
@@ -108,6 +129,12 @@ def test_swap_under_load(service: Service, folders: list[str], first: str) -> No
     report = asyncio.run(_run(service, folders))
 
     assert not report.failures, Counter(report.failures).most_common(3)
+    for ref, seen in report.lives.items():
+        life = seen[: seen.index("draining") + 1] if "draining" in seen else seen  # a rollback begins another
+        steps = [LIFE.index(status) for status in life if status != GONE]
+        assert steps == sorted(steps), (ref, seen)
+    assert {status for seen in report.lives.values() for status in seen} >= {*LIFE}, report.lives
+    assert any(seen[:4] == [*LIFE] for seen in report.lives.values()), report.lives
     answered_by = Counter(who for who, _, _ in report.answers)
     assert len([who for who in answered_by if who.startswith("doctor@")]) >= REVISIONS // 2, answered_by
 

@@ -160,7 +160,7 @@ def _read(text: str, store: AdapterStore) -> _Given:
     if _is_ref(text, store):
         manifest = store.get(AdapterRef.parse(text))
         with store.hold(manifest):
-            return _given(f"{manifest.name}@{manifest.revision}", store.verify(manifest), manifest)
+            return _given(manifest.ref, store.verify(manifest), manifest)
     folder = Path(text)
     adapter = _given(folder.resolve().name, folder, _provenance(folder))
     embeds = any(_is_vocabulary(name) for name in adapter.adapter.whole)

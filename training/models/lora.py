@@ -355,7 +355,7 @@ def release(model: Any) -> None:
 
 def check_base(manifest: Manifest, base: Base, task: str = "chat") -> None:
     """Raises ConfigError unless an adapter is of that task and rests on this very base model."""
-    ref = f"{manifest.name}@{manifest.revision}"
+    ref = manifest.ref
     if manifest.task != task:
         raise ConfigError(f"{ref} is a {manifest.task} adapter; a {task} adapter is needed here")
     if manifest.base_fingerprint != base.fingerprint:

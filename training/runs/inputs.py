@@ -119,7 +119,7 @@ def _revision(ref: str, store: AdapterStore, run: Path) -> str:
         manifest = store.get(AdapterRef.parse(ref))
     except AdapterError as error:
         raise ConfigError(f"{ref}: {error}; `python -m adapters list` shows what there is") from error
-    found = f"{manifest.name}@{manifest.revision}"
+    found = manifest.ref
     return read_inputs(run).refs.get(ref, found) if manifest.run_id == run.name else found
 
 

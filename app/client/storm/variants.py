@@ -49,7 +49,7 @@ class Original:
     @property
     def ref(self) -> str:
         """`name@revision`"""
-        return f"{self.manifest.name}@{self.manifest.revision}"
+        return self.manifest.ref
 
     def prompts(self) -> list[list[dict[str, str]]]:
         """The messages of its golden prompts."""

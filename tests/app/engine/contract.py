@@ -164,8 +164,8 @@ async def _hold_to_leaving(engine: Engine) -> None:
 async def _hold_vllm_to(data_dir: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from app.engine.build import EngineOptions  # noqa: PLC0415
     from app.engine.vllm import VllmEngine  # noqa: PLC0415 - after the environment
-    from app.engine.vllm_arguments import EngineOptions  # noqa: PLC0415
 
     store = AdapterStore(data_dir / "store")
     good = store.folder("doctor", store.aliases("doctor")["default"])

@@ -8,7 +8,7 @@ import pytest
 from adapters import AdapterStore, read_golden
 from app.engine.base import LoadedAdapter
 from app.errors import AdapterRefused, ProofFailed
-from app.lifecycle.loader import Loader
+from app.lifecycle.loader import Loader, Staged
 from app.metrics import Metrics
 from tests.adapters.folders import GOLDEN, make_folder
 from tests.app.fake_engine import FakeEngine
@@ -33,7 +33,12 @@ class Rig:
         self.folder.provenance["stop"] = [*stop]
         manifest = self.store.publish(self.folder.write(), "doctor", actor="test")
         staged = self.loader.stage(self.engine, manifest)
-        return asyncio.run(self.loader.load(self.engine, staged))
+        return asyncio.run(self._load(staged))
+
+    async def _load(self, staged: Staged) -> LoadedAdapter:
+        loaded = await self.loader.load(self.engine, staged)
+        await self.loader.prove(self.engine, loaded, staged)
+        return loaded
 
 
 @pytest.fixture

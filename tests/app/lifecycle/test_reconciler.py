@@ -10,57 +10,34 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import CANARY, AdapterError, AdapterRef, AdapterStore, Traffic, write_golden
+from adapters import CANARY, AdapterError, AdapterRef, Traffic, write_golden
 from app.engine.base import Endpoint
 from app.errors import AdapterRefused, AdapterUnavailable, ApiError, ModelNotFound
-from app.lifecycle.bases import Host, Hosts
-from app.lifecycle.loader import Loader
-from app.lifecycle.reconciler import Reconciler
-from app.lifecycle.residency import Limits, Residency
-from app.lifecycle.served_models import ServedModels
-from app.metrics import Metrics
 from tests.adapters.folders import GOLDEN, SCORE, make_folder
 from tests.app.fake_engine import FakeEngine
+from tests.app.lifecycle.rig import Rig, until
 
 REVISIONS = 5
 
 
-class Rig:
-    """A reconciler on a fake engine, and a store with several revisions of `doctor`."""
+class OneBase(Rig):
+    """One base model, and a store with several revisions of `doctor`."""
 
-    def __init__(self, folder: Path, *, max_resident: int = 3, allow_revisions: bool = False) -> None:
-        self.store = AdapterStore(folder / "store")
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
         self.revisions = []
         for seed in range(REVISIONS):
             path = make_folder(folder / str(seed), seed=seed).write()
             write_golden(path / "golden.jsonl", [GOLDEN])
             self.revisions.append(self.store.publish(path, "doctor", actor="test").revision)
-        metrics = Metrics()
-        self.served = ServedModels(["tiny"])
-        loader = Loader(self.store, metrics, recorded_dir=folder / "recorded", allow_unproven=False)
-        limits = Limits(
-            max_resident=max_resident, max_resident_bytes=2**30, max_loras=max_resident - 1, wait_seconds=10
-        )
-        self.residency = Residency(
-            self.store, metrics, limits, loader,
-            is_wanted=lambda ref: allow_revisions or self.served.is_wanted(ref),
-        )  # fmt: skip
-        self.host = Host("tiny", self.residency)
-        self.reconciler = Reconciler(
-            self.store, self.served, Hosts([self.host]), metrics,
-            allow_revisions=allow_revisions, interval=0.01,
-        )  # fmt: skip
         self.engine = FakeEngine()
+        self.residency = self.base.residency
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["Rig"]:
-        await self.reconciler.attach(self.host, self.engine)
-        task = asyncio.create_task(self.reconciler.run())
-        try:
+    async def running(self) -> AsyncIterator["OneBase"]:
+        async with super().running():
+            await self.start("tiny", self.engine)
             yield self
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     def break_revision(self, revision: str) -> None:
         (self.store.folder("doctor", revision) / "adapter_model.safetensors").write_bytes(b"broken")
@@ -78,16 +55,13 @@ class Rig:
                 if manifest := self.served.find(AdapterRef("doctor", alias=alias)):
                     with await self.residency.lease(manifest):
                         pass
-            status = {alias: one.actual for (_, alias), one in self.reconciler.status.items()}
+            status = {alias: one.actual for (_, alias), one in self.served.aliases()}
             served = {alias: self.actual(alias) for alias in aliases}
             held = {adapter.name for adapter in self.engine.held.values()}
             pointed = {f"doctor@{revision}" for revision in aliases.values()}
-            traffic = self.served.traffic.get("doctor", Traffic())
-            kept = {
-                f"doctor@{way_back.revision}"
-                for alias in aliases
-                if (way_back := self.served.way_back("doctor", alias))
-            }
+            traffic = self.served.traffic("doctor") or Traffic()
+            previous = (one.previous for _, one in self.served.aliases())
+            kept = {manifest.ref for manifest in previous if manifest}
             is_tidy = pointed <= held <= pointed | kept
             if aliases == status == served and is_tidy and traffic == self.store.traffic("doctor"):
                 return
@@ -95,28 +69,28 @@ class Rig:
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Rig:
-    return Rig(tmp_path)
+def rig(tmp_path: Path) -> OneBase:
+    return OneBase(tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_everybody_at_once(rig: Rig, seed: int) -> None:
+def test_everybody_at_once(rig: OneBase, seed: int) -> None:
     choice = random.Random(seed)
     who: dict[str, Any] = {"actor": "test", "why": ""}
 
     async def operate() -> None:
-        reconciler = rig.reconciler
+        operations = rig.operations
         for _ in range(25):
             revision = choice.choice(rig.revisions)
             call = choice.choice(
                 [
-                    lambda r=revision: reconciler.point("doctor", "default", r, **who),
-                    lambda r=revision: reconciler.rollback(
+                    lambda r=revision: operations.point("doctor", "default", r, **who),
+                    lambda r=revision: operations.rollback(
                         "doctor", "default", to=choice.choice([None, r]), **who
                     ),
-                    lambda r=revision: reconciler.split("doctor", CANARY, r, choice.randrange(101), **who),
-                    lambda: reconciler.promote("doctor", **who),
-                    lambda: reconciler.remove("doctor", CANARY, **who),
+                    lambda r=revision: operations.split("doctor", CANARY, r, choice.randrange(101), **who),
+                    lambda: operations.promote("doctor", **who),
+                    lambda: operations.remove("doctor", CANARY, **who),
                 ]
             )
             with suppress(AdapterError, ApiError):
@@ -165,7 +139,7 @@ def test_one_that_breaks_on_disk_falls_back_when_it_is_loaded_again(tmp_path: Pa
     """Evicted, then spoilt, then asked for: the revision before answers, and the status says why."""
 
     async def check() -> None:
-        rig = Rig(tmp_path, max_resident=2)
+        rig = OneBase(tmp_path, max_resident=2)
         first, second, *others = rig.revisions
         for revision in (first, second):
             rig.store.set_alias("doctor", "default", revision, actor="test")
@@ -183,9 +157,10 @@ def test_one_that_breaks_on_disk_falls_back_when_it_is_loaded_again(tmp_path: Pa
                 await asyncio.sleep(0.01)
                 if rig.actual() == first:
                     break
-            status = rig.reconciler.status["doctor", "default"]
-            assert (status.desired, status.actual, status.state) == (second, first, "failed")
-            assert "changed after it was published" in str(status.last_error)
+            known = rig.served.alias("doctor", "default")
+            assert known is not None
+            assert (known.desired, known.actual, rig.statuses()["doctor"]) == (second, first, "failed")
+            assert "changed after it was published" in str(known.last_error)
             with await rig.residency.lease(rig.served.choose("doctor").manifest) as lease:
                 assert lease.manifest
                 assert lease.manifest.revision == first
@@ -198,25 +173,25 @@ def test_the_way_back_stays_while_there_is_room(tmp_path: Path) -> None:
     """A rollback loads nothing; what is not on the way back any more leaves."""
 
     async def check() -> None:
-        rig = Rig(tmp_path)
+        rig = OneBase(tmp_path)
         first, second, third, fourth, _ = rig.revisions
         who: dict[str, Any] = {"actor": "test", "why": ""}
         rig.store.set_alias("doctor", "default", first, actor="test")
         async with rig.running():
-            await rig.reconciler.point("doctor", "default", second, **who)
+            await rig.operations.point("doctor", "default", second, **who)
             await rig.agree()
             assert rig.residency.is_resident(f"doctor@{first}")
             loads = rig.engine.loads.total()
-            assert await rig.reconciler.rollback("doctor", "default", to=None, **who) == first
+            assert await rig.operations.rollback("doctor", "default", to=None, **who) == first
             assert rig.engine.loads.total() == loads
             await rig.agree()
             assert not rig.residency.is_resident(f"doctor@{second}"), "rolled back from, it is not wanted"
             for revision in (second, third):
-                await rig.reconciler.point("doctor", "default", revision, **who)
+                await rig.operations.point("doctor", "default", revision, **who)
             await rig.agree()
             assert not rig.residency.is_resident(f"doctor@{first}")
-            await rig.reconciler.point("doctor", "other", first, **who)
-            await rig.reconciler.point("doctor", "more", fourth, **who)
+            await rig.operations.point("doctor", "other", first, **who)
+            await rig.operations.point("doctor", "more", fourth, **who)
             assert not rig.residency.is_resident(f"doctor@{second}"), "it makes room for what answers"
             await rig.agree()
             assert not rig.engine.broken_rules
@@ -226,7 +201,7 @@ def test_the_way_back_stays_while_there_is_room(tmp_path: Path) -> None:
 
 def test_more_aliases_than_fit_are_all_served_after_a_start(tmp_path: Path) -> None:
     async def check() -> None:
-        rig = Rig(tmp_path, max_resident=2)
+        rig = OneBase(tmp_path, max_resident=2)
         for number, revision in enumerate(rig.revisions):
             rig.store.set_alias("doctor", f"v{number}", revision, actor="test")
         async with rig.running():
@@ -242,27 +217,27 @@ def test_more_aliases_than_fit_are_all_served_after_a_start(tmp_path: Path) -> N
 
 def test_a_revision_by_its_name_only_where_allowed(tmp_path: Path) -> None:
     async def check() -> None:
-        rig = Rig(tmp_path, allow_revisions=True)
+        rig = OneBase(tmp_path, allow_revisions=True)
         async with rig.running():
             name = f"doctor@{rig.revisions[2]}"
-            manifest = await rig.reconciler.published(name)
+            manifest = await rig.operations.published(name)
             assert manifest is not None
             with await rig.residency.lease(manifest):
                 pass
             assert rig.residency.is_resident(name), "it may be asked for again"
             for unknown in ("doctor", "doctor@default", "doctor@000000000000", "no body"):
-                assert await rig.reconciler.published(unknown) is None
+                assert await rig.operations.published(unknown) is None
 
     asyncio.run(asyncio.wait_for(check(), 60))
 
 
-def test_a_new_canary_does_not_inherit_the_share_of_the_old_one(rig: Rig) -> None:
+def test_a_new_canary_does_not_inherit_the_share_of_the_old_one(rig: OneBase) -> None:
     async def check() -> None:
         rig.store.set_alias("doctor", "default", rig.revisions[0], actor="test")
         async with rig.running():
             who: dict[str, Any] = {"actor": "test", "why": ""}
-            await rig.reconciler.split("doctor", CANARY, rig.revisions[1], 50, **who)
-            await rig.reconciler.split("doctor", CANARY, rig.revisions[2], 1, **who)
+            await rig.operations.split("doctor", CANARY, rig.revisions[1], 50, **who)
+            await rig.operations.split("doctor", CANARY, rig.revisions[2], 1, **who)
         moves = [entry for entry in rig.store.log("doctor") if entry.alias == CANARY]
         assert [(entry.action, entry.percent) for entry in moves] == [
             ("point", None), ("split", 50), ("split", 0), ("point", None), ("split", 1),
@@ -271,7 +246,7 @@ def test_a_new_canary_does_not_inherit_the_share_of_the_old_one(rig: Rig) -> Non
     asyncio.run(check())
 
 
-def test_an_alias_moved_to_a_reward_adapter_answers_no_more(rig: Rig, tmp_path: Path) -> None:
+def test_an_alias_moved_to_a_reward_adapter_answers_no_more(rig: OneBase, tmp_path: Path) -> None:
     async def check() -> None:
         rig.store.set_alias("doctor", "default", rig.revisions[0], actor="test")
         reward = make_folder(tmp_path / "reward", seed=60)
@@ -293,7 +268,7 @@ def test_an_alias_moved_to_a_reward_adapter_answers_no_more(rig: Rig, tmp_path: 
     asyncio.run(asyncio.wait_for(check(), 30))
 
 
-def test_what_lies_about_in_the_store_stops_nobody(rig: Rig) -> None:
+def test_what_lies_about_in_the_store_stops_nobody(rig: OneBase) -> None:
     async def check() -> None:
         (rig.store.root / "No Adapter" / "aliases").mkdir(parents=True)
         (rig.store.root / "No Adapter" / "aliases" / "x").write_text("x")
@@ -305,27 +280,63 @@ def test_what_lies_about_in_the_store_stops_nobody(rig: Rig) -> None:
     asyncio.run(check())
 
 
-def test_not_allowed_by_default(rig: Rig) -> None:
-    assert asyncio.run(rig.reconciler.published(f"doctor@{rig.revisions[0]}")) is None
+def test_each_status_in_turn(rig: OneBase) -> None:
+    """Of an alias that another process moves, and of the revisions; the previous one has a request."""
+    aliases: list[str] = []
+    revisions: dict[str, list[str]] = {}
+
+    def note() -> bool:
+        for seen, status in [
+            (aliases, rig.statuses().get("doctor")),
+            *((revisions.setdefault(ref, []), one) for ref, one in rig.residency.statuses().items()),
+        ]:
+            if status and status not in seen[-1:]:
+                seen.append(str(status))
+        return aliases[-1:] == ["ready"]
+
+    async def check() -> None:
+        first, second, *_ = rig.revisions
+        rig.engine.seconds = 0.05
+        rig.store.set_alias("doctor", "default", first, actor="elsewhere")
+        async with rig.running():
+            with await rig.residency.lease(rig.served.choose("doctor").manifest):
+                note()
+                rig.store.set_alias("doctor", "default", second, actor="elsewhere")
+                await until(lambda: not note())
+                await until(note)
+                assert rig.residency.statuses()[f"doctor@{first}"] == "draining"
+            await until(lambda: note() and rig.residency.statuses()[f"doctor@{first}"] == "ready")
+            rig.break_revision(rig.revisions[2])
+            rig.store.set_alias("doctor", "default", rig.revisions[2], actor="elsewhere")
+            await until(lambda: not note() and aliases[-1] == "failed")
+        assert aliases[:4] == ["ready", "loading", "proving", "ready"]
+        assert revisions[f"doctor@{first}"][:3] == ["ready", "draining", "ready"]
+        assert revisions[f"doctor@{second}"][:3] == ["loading", "proving", "ready"]
+
+    asyncio.run(asyncio.wait_for(check(), 60))
 
 
-def test_a_canary_needs_a_default(rig: Rig) -> None:
+def test_not_allowed_by_default(rig: OneBase) -> None:
+    assert asyncio.run(rig.operations.published(f"doctor@{rig.revisions[0]}")) is None
+
+
+def test_a_canary_needs_a_default(rig: OneBase) -> None:
     async def check() -> None:
         async with rig.running():
             with pytest.raises(AdapterError, match="doctor@default"):
-                await rig.reconciler.split("doctor", CANARY, rig.revisions[0], 10, actor="test", why="")
+                await rig.operations.split("doctor", CANARY, rig.revisions[0], 10, actor="test", why="")
             assert rig.store.aliases("doctor") == {}
 
     asyncio.run(check())
 
 
-def test_without_golden_prompts_nothing_is_served_unless_allowed(rig: Rig, tmp_path: Path) -> None:
+def test_without_golden_prompts_nothing_is_served_unless_allowed(rig: OneBase, tmp_path: Path) -> None:
     async def check() -> None:
         plain = make_folder(tmp_path / "plain", seed=50).write()
         async with rig.running():
-            manifest = await rig.reconciler.publish(plain, "doctor", actor="test", why="")
+            manifest = await rig.operations.publish(plain, "doctor", actor="test", why="")
             with pytest.raises(AdapterRefused, match="XINGLIN_ALLOW_UNPROVEN"):
-                await rig.reconciler.point("doctor", "default", manifest.revision, actor="test", why="")
+                await rig.operations.point("doctor", "default", manifest.revision, actor="test", why="")
             assert rig.store.aliases("doctor") == {}
 
     asyncio.run(check())

@@ -37,16 +37,23 @@ class Rig:
         def is_wanted(ref: str) -> bool:
             return self.wanted(ref)
 
-        self.residency = Residency(self.store, self.metrics, self.limits, loader, is_wanted=is_wanted)
         self.engine = FakeEngine()
-        self.residency.attach(self.engine)
+        self.residency = Residency(
+            self.store, self.metrics, self.limits, loader,
+            engine=self.live_engine, answers=is_wanted, is_wanted=is_wanted,
+        )  # fmt: skip
+
+    def live_engine(self) -> FakeEngine:
+        if self.engine.is_dead:
+            raise EngineUnavailable("the engine stopped")
+        return self.engine
 
     def manifest(self, number: int) -> Manifest:
         return self.store.get(AdapterRef(f"a{number}", alias="default"))
 
     def ref(self, number: int) -> str:
         manifest = self.manifest(number)
-        return f"{manifest.name}@{manifest.revision}"
+        return manifest.ref
 
     def held(self) -> list[str]:
         return sorted(adapter.name.partition("@")[0] for adapter in self.engine.held.values())
@@ -246,12 +253,11 @@ def test_an_engine_that_dies_takes_nobody_along(filled: Path) -> None:
         requests = [asyncio.create_task(rig.use(number % 4)) for number in range(12)]
         await asyncio.sleep(0.05)
         dead.is_dead = True
-        await rig.residency.detach()
+        await rig.residency.clear()
         results = await asyncio.gather(*requests, return_exceptions=True)
         wrong = [r for r in results if isinstance(r, BaseException) and not isinstance(r, EngineUnavailable)]
         assert not wrong
         rig.engine = FakeEngine()
-        rig.residency.attach(rig.engine)
         for number in range(4):
             assert (await rig.use(number)).startswith(f"a{number}@")
         assert not rig.engine.broken_rules

@@ -38,7 +38,7 @@ def test_name_alias_and_revision_lead_to_the_same(served: ServedModels, name: st
     "name", ["", "nobody", "doctor@canary", f"doctor@{B.revision}", "../etc/passwd", "a@b@c", "x" * 9999]
 )
 def test_what_is_not_served_is_not_found(served: ServedModels, name: str) -> None:
-    served.expected = {("doctor", "default")}
+    served.expect("doctor", "default", A.revision)
     for number in range(50):
         served.point(f"more-{number}", "default", A)
     with pytest.raises(ModelNotFound) as caught:
@@ -48,8 +48,8 @@ def test_what_is_not_served_is_not_found(served: ServedModels, name: str) -> Non
 
 
 def test_a_known_name_that_is_not_ready_says_so(served: ServedModels) -> None:
-    served.unpoint("doctor", "default")
-    served.expected = {("doctor", "default")}
+    served.forget("doctor", "default")
+    served.expect("doctor", "default", A.revision)
     with pytest.raises(AdapterUnavailable):
         served.choose("doctor")
 
@@ -58,7 +58,7 @@ def test_default_goes_by_the_bare_name(served: ServedModels) -> None:
     served.point("doctor", "canary", B)
     assert [name for name, _ in served.named()] == ["doctor@canary", "doctor"]
     assert served.is_wanted(f"doctor@{B.revision}")
-    served.unpoint("doctor", "canary")
+    served.forget("doctor", "canary")
     assert not served.is_wanted(f"doctor@{B.revision}")
 
 
@@ -67,7 +67,7 @@ SESSIONS = [f"patient-{number}" for number in range(2000)]
 
 def test_a_canary_gets_its_share_and_no_session_changes_side(served: ServedModels) -> None:
     served.point("doctor", "canary", B)
-    served.traffic["doctor"] = Traffic(canary=10)
+    served.share("doctor", Traffic(canary=10))
     sides = {session: served.choose("doctor", session).manifest for session in SESSIONS}
     share = Counter(manifest.revision for manifest in sides.values() if manifest)[B.revision]
     assert abs(share - 200) <= 2.576 * (2000 * 0.1 * 0.9) ** 0.5, "outside the binomial 99 % interval"
@@ -80,25 +80,25 @@ def test_a_canary_gets_its_share_and_no_session_changes_side(served: ServedModel
     drawn = Counter(served.choose("doctor").manifest == B for _ in range(2000))[True]
     assert abs(drawn - 200) < 100
 
-    served.traffic["doctor"] = Traffic(canary=30)
+    served.share("doctor", Traffic(canary=30))
     assert all(
         served.choose("doctor", session).manifest == B for session, side in sides.items() if side == B
     ), "a larger share took a session off the canary"
 
-    served.traffic.pop("doctor")
+    served.share("doctor", Traffic())
     assert all(served.choose("doctor", session).manifest == A for session in SESSIONS)
 
 
 def test_a_canary_that_does_not_stand_gets_nothing(served: ServedModels) -> None:
-    served.traffic["doctor"] = Traffic(canary=100, shadow=100)
+    served.share("doctor", Traffic(canary=100, shadow=100))
     assert served.choose("doctor", "x") == Choice(A)
 
 
 def test_a_shadow_gets_copies_whoever_answers(served: ServedModels) -> None:
     served.point("doctor", "canary", B)
     served.point("doctor", "shadow", C)
-    served.traffic["doctor"] = Traffic(canary=50, shadow=100)
+    served.share("doctor", Traffic(canary=50, shadow=100))
     assert all(served.choose("doctor", session).shadow == C for session in SESSIONS)
-    served.traffic["doctor"] = Traffic(canary=50, shadow=25)
+    served.share("doctor", Traffic(canary=50, shadow=25))
     copies = sum(served.choose("doctor", session).shadow == C for session in SESSIONS)
     assert 400 < copies < 600

@@ -183,8 +183,8 @@ def _noisy(base: Path, scratch: Path, percent: int) -> Path:
 
 async def _score(base: Path, folders: Sequence[Path], dtype: str, only: str | None) -> list[dict[str, Any]]:
     """What an engine finds of each adapter of each folder, or of one kind only, without and with it."""
+    from app.engine.build import EngineOptions  # noqa: PLC0415
     from app.engine.vllm import VllmEngine  # noqa: PLC0415 - after the environment
-    from app.engine.vllm_arguments import EngineOptions  # noqa: PLC0415
 
     engine = VllmEngine.build(
         EngineOptions(
