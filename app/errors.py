@@ -134,6 +134,13 @@ def row(error: Exception) -> Row:
     return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
 
 
+def status_of(error: BaseException) -> int:
+    """The status that a request which ends with `error` is counted by; 499 if it was given up."""
+    if isinstance(error, ApiError | AdapterError):
+        return row(error).status
+    return 500 if isinstance(error, Exception) else 499
+
+
 def body(error: Exception) -> dict[str, Any]:
     """What the client reads: OpenAI's error object, and the single problems of a refused adapter."""
     detail: dict[str, Any] = {

@@ -5,8 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,6 +24,7 @@ from app.engine.build import EngineOptions, build_engine
 from app.engine.supervisor import Supervisor
 from app.exchange.connection import RequestIds, request_id_headers
 from app.exchange.shadow import Shadow
+from app.exchange.state import State
 from app.fetch.imports import Imports
 from app.lifecycle.bases import Base, Bases
 from app.lifecycle.loader import Loader
@@ -51,24 +51,6 @@ from app.settings import BaseModelSettings, Settings
 from app.vllm_metrics import VllmMetrics
 
 _MOST_PROBLEMS = 5  # of one request are told
-
-
-class State(TypedDict):
-    """What routes find in `request.state`."""
-
-    access: Access
-    admission: Admission
-    bases: Bases
-    imports: Imports
-    metrics: Metrics
-    operations: Operations
-    publish_roots: tuple[Path, ...]
-    reconciler: Reconciler
-    served_models: ServedModels
-    shadow: Shadow
-    sources: tuple[str, ...]
-    started_at: int
-    store: AdapterStore
 
 
 def create_app(

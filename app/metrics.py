@@ -1,8 +1,6 @@
 """Prometheus metrics of the service. vLLM's own are off: a second engine would unregister the first's."""
 
 import math
-import time
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
@@ -11,7 +9,7 @@ from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _WHO = ["adapter", "revision"]
 
 
@@ -32,7 +30,7 @@ class Metrics:
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From a request to the first token of its answer", *_WHO
         )
-        self.inter_token_latency = _Gaps(
+        self.inter_token_latency = Gaps(
             "xinglin_inter_token_latency_seconds", "From one token of a streamed answer to the next"
         )
         self.registry.register(self.inter_token_latency)
@@ -79,10 +77,10 @@ class Metrics:
         return Gauge(f"xinglin_{name}", text, registry=self.registry)
 
     def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
-        return Histogram(f"xinglin_{name}", text, labels, registry=self.registry, buckets=_SECONDS)
+        return Histogram(f"xinglin_{name}", text, labels, registry=self.registry, buckets=SECONDS)
 
 
-class _Gaps(Collector):
+class Gaps(Collector):
     """A histogram that takes a whole answer at once: to observe each token costs as much as to send it."""
 
     def __init__(self, name: str, text: str) -> None:
@@ -105,47 +103,7 @@ class _Gaps(Collector):
     def collect(self) -> Iterator[Metric]:
         """What the registry asks for."""
         family = HistogramMetricFamily(self._name, self._text, labels=_WHO)
-        bounds = [*map(floatToGoString, (*_SECONDS, math.inf))]
+        bounds = [*map(floatToGoString, (*SECONDS, math.inf))]
         for who, counts in [*self._counts.items()]:
             family.add_metric(who, [*zip(bounds, accumulate(counts), strict=True)], self._sums[who])
         yield family
-
-
-class Meter:
-    """Measures one answer. `on_tokens` is called by the engine, `end` once with the outcome."""
-
-    def __init__(self, metrics: Metrics, adapter: str, revision: str, started: float) -> None:
-        """`started`: of the request, on time.perf_counter's clock."""
-        self._metrics = metrics
-        self._who = (adapter, revision)
-        self._last = started
-        self._tokens = 0
-        self._prompt_tokens = 0
-        self._first: float | None = None
-        self._gaps = [0] * (len(_SECONDS) + 1)
-        self._gaps_seconds = 0.0
-
-    def on_tokens(self, prompt_tokens: int, new_tokens: int) -> None:
-        """An answer grew."""
-        self._prompt_tokens += prompt_tokens
-        if not new_tokens:
-            return
-        now = time.perf_counter()
-        if self._first is None:
-            self._first = now - self._last
-        else:
-            gap = now - self._last
-            self._gaps[bisect_left(_SECONDS, gap)] += 1
-            self._gaps_seconds += gap
-        self._last = now
-        self._tokens += new_tokens
-
-    def end(self, status: int, *, is_stream: bool) -> None:
-        """Count it all. Of an answer that came whole, nobody saw when its first token came."""
-        metrics, who = self._metrics, self._who
-        metrics.requests.labels(*who, status).inc()
-        metrics.prompt_tokens.labels(*who).inc(self._prompt_tokens)
-        metrics.completion_tokens.labels(*who).inc(self._tokens)
-        if is_stream and self._first is not None:
-            metrics.time_to_first_token.labels(*who).observe(self._first)
-            metrics.inter_token_latency.add(who, self._gaps, self._gaps_seconds)

@@ -3,7 +3,6 @@
 Per base model, whatever adapter answered, as there. They are counted by the engines, and read when asked for.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,6 @@ from prometheus_client.utils import floatToGoString
 
 from app.engine.stats import Distribution, EngineStats
 from app.lifecycle.bases import Bases
-
-LOAD_FORMAT = "endpoint-load-metrics-format"
-"""The header by which a client asks for the engine's load beside its answer."""
 
 _BY_MODEL = ["model_name", "engine"]
 _REASONS = ("stop", "length", "abort", "error", "repetition")  # all are there from the start
@@ -113,20 +109,3 @@ def _adapters(engines: Sequence[EngineStats]) -> Metric:
 def _add(family: HistogramMetricFamily, labels: list[str], found: Distribution) -> None:
     bounds = map(floatToGoString, (*found.bounds, math.inf))
     family.add_metric(labels, [*zip(bounds, accumulate(found.counts), strict=True)], found.total)
-
-
-def load_header(stats: EngineStats, asked: str) -> dict[str, str]:
-    """An engine's load as a header in the format `asked` for, TEXT or JSON; nothing for another.
-
-    Open Request Cost Aggregation: https://github.com/cncf/xds/blob/main/xds/data/orca/v3/orca_load_report.proto
-    """
-    load = {"kv_cache_usage_perc": stats.kv_cache_usage, "num_requests_waiting": float(stats.waiting)}
-    match asked.upper():
-        case "TEXT":
-            return {
-                "endpoint-load-metrics": "TEXT "
-                + ", ".join(f"named_metrics.{k}={v}" for k, v in load.items())
-            }
-        case "JSON":
-            return {"endpoint-load-metrics": "JSON " + json.dumps({"named_metrics": load})}
-    return {}

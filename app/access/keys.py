@@ -4,6 +4,7 @@ import hmac
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from fastapi import Request
 
@@ -21,7 +22,7 @@ class Access:
         self._admin_key = admin_key.encode()
         self._is_chat_open = is_chat_open
 
-    def require_admin(self, request: Request) -> None:
+    def require_admin(self, request: Request[Any]) -> None:
         """Raises Unauthorized without the admin key."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if not scheme:  # what Anthropic's clients send instead
@@ -29,20 +30,10 @@ class Access:
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self._admin_key):
             raise Unauthorized("this needs the admin key: send Authorization: Bearer XINGLIN_ADMIN_KEY")
 
-    def require_chat(self, request: Request) -> None:
+    def require_chat(self, request: Request[Any]) -> None:
         """Raises Unauthorized without the admin key, unless chat is open."""
         if not self._is_chat_open:
             self.require_admin(request)
-
-
-async def admin(request: Request) -> None:
-    """Route dependency: only with the admin key."""
-    request.state.access.require_admin(request)
-
-
-async def chat(request: Request) -> None:
-    """Route dependency: whoever may chat."""
-    request.state.access.require_chat(request)
 
 
 def stored_admin_key(data_dir: Path) -> str:

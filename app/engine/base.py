@@ -1,7 +1,7 @@
 """What the service needs of an engine. app.engine.vllm is the one there is."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -38,8 +38,29 @@ class TokenScore:
     """The same for the likeliest token at this place."""
 
 
-OnTokens = Callable[[int, int], None]
-"""Called whenever an answer grows: with the number of prompt tokens the first time and then 0, and of new tokens."""
+class Observer(Protocol):
+    """Follows an answer as the engine writes it: text as the model wrote it, before tool calls are taken out of it.
+
+    Called on the event loop, between the engine and the client: to be quick, and to raise nothing.
+    """
+
+    def read(self, prompt_tokens: int) -> None:
+        """The engine read a prompt of so many tokens."""
+        ...
+
+    def wrote(self, choice: int, text: str, tokens: int) -> None:
+        """The engine added text and tokens to a choice; `text` may be empty. A whole answer comes in one call."""
+        ...
+
+
+class Unobserved:
+    """The observer of an answer that nobody follows."""
+
+    def read(self, prompt_tokens: int) -> None:
+        """See Observer."""
+
+    def wrote(self, choice: int, text: str, tokens: int) -> None:
+        """See Observer."""
 
 
 DONE = b"data: [DONE]\n\n"
@@ -162,7 +183,7 @@ class Engine(Protocol):
         request_id: str,
         adapter: LoadedAdapter | None,
         fingerprint: str,
-        on_tokens: OnTokens,
+        observer: Observer,
     ) -> Answer:
         """Answer one request.
 

@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestState
 
 from app import errors
-from app.engine.base import DONE, OnTokens
+from app.engine.base import DONE, Observer
 from app.engine.vllm_outputs import Deltas
 
 _OBJECT: Final = "chat.completion.chunk"
@@ -84,15 +84,16 @@ class Generation:
             self.prompt_tokens = state.prompt_len
         return deltas
 
-    async def outputs(self, on_tokens: OnTokens) -> AsyncGenerator[RequestOutput, None]:
-        """Hand it to the engine, and read what vLLM makes of what it writes."""
+    async def outputs(self, observer: Observer, first_choice: int) -> AsyncGenerator[RequestOutput, None]:
+        """Hand it to the engine, and read what vLLM makes of what it writes. Choices count from `first_choice`."""
         request_id, prompt, sampling_params = self._arguments
         is_first = True
         async for output in self._llm.generate(prompt, sampling_params, request_id, **self._options):
-            new_tokens = sum(len(one.token_ids) for one in output.outputs)
-            on_tokens(len(output.prompt_token_ids or ()) if is_first else 0, new_tokens)
-            is_first = False
+            if is_first:
+                observer.read(len(output.prompt_token_ids or ()))
+                is_first = False
             for one in output.outputs:
+                observer.wrote(first_choice + one.index, one.text, len(one.token_ids))
                 one.stop_reason = self.stop_reason(one.stop_reason)
             yield output
 
@@ -169,7 +170,7 @@ async def chat_chunks(
     *,
     role: str,
     fingerprint: str,
-    on_tokens: OnTokens,
+    observer: Observer,
     translated: Callable[[Exception], errors.ApiError],
 ) -> AsyncGenerator[bytes]:
     """The chunks of a plain stream, ready to send: together what there is at a time.
@@ -186,7 +187,8 @@ async def chat_chunks(
         _raise_if_error(deltas)
         before, after = ((head + shapes.delta[0]).encode(), shapes.delta[1].encode())
         text, tokens = deltas.take()
-        on_tokens(generation.prompt_tokens, tokens)
+        observer.read(generation.prompt_tokens)
+        observer.wrote(0, text, tokens)
         total = tokens
         ready = (head + shapes.role.replace(_ROLE, _text(role))).encode()
         has_begun = True
@@ -196,7 +198,7 @@ async def chat_chunks(
             await deltas.wait()
             _raise_if_error(deltas)
             text, tokens = deltas.take()
-            on_tokens(0, tokens)
+            observer.wrote(0, text, tokens)
             total += tokens
         is_over = True
         last = head + shapes.last.replace(_REASON, _text(deltas.finish_reason)).replace(

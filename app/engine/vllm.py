@@ -32,7 +32,16 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from adapters import BaseModelFacts, fingerprint
 from app import errors
 from app.engine import launch
-from app.engine.base import Answer, Endpoint, Events, LoadedAdapter, OnTokens, Parameters, TokenScore
+from app.engine.base import (
+    Answer,
+    Endpoint,
+    Events,
+    LoadedAdapter,
+    Observer,
+    Parameters,
+    TokenScore,
+    Unobserved,
+)
 from app.engine.build import EngineOptions
 from app.engine.stats import EngineStats
 from app.engine.stops import resolved
@@ -126,7 +135,7 @@ class VllmEngine:
                 request_id=request_id,
                 adapter=None,
                 fingerprint="",
-                on_tokens=lambda *_: None,
+                observer=Unobserved(),
             )
         await self.score([0], [0], None)
 
@@ -300,7 +309,7 @@ class VllmEngine:
         request_id: str,
         adapter: LoadedAdapter | None,
         fingerprint: str,
-        on_tokens: OnTokens,
+        observer: Observer,
     ) -> Answer:
         """See Engine.answer."""
         asked = Asked(
@@ -311,7 +320,7 @@ class VllmEngine:
             has_own_template=adapter is not None and adapter.engine_id in self._own_templates,
             stop=(*adapter.stop, *adapter.stop_token_ids) if adapter else (),
             fingerprint=fingerprint,
-            on_tokens=on_tokens,
+            observer=observer,
         )
         return await self._endpoints.answer(endpoint, body, asked)
 

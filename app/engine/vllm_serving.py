@@ -28,7 +28,7 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from app import errors
-from app.engine.base import OnTokens
+from app.engine.base import Observer
 from app.engine.fast_stream import Generation, chat_chunks, is_plain
 from app.engine.template import Template
 from app.engine.token_bytes import token_bytes
@@ -58,7 +58,7 @@ class Asked:
     stop: tuple[str | int, ...]
     """Texts and tokens that end the adapter's answers."""
     fingerprint: str
-    on_tokens: OnTokens
+    observer: Observer
 
 
 class _OneModel(OpenAIServingModels):
@@ -87,6 +87,8 @@ class _Client:
         self._asked = asked
         self.is_guided = False
         """Whether an answer has to follow a grammar."""
+        self._choices = 0
+        """Of the prompts generated for so far."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
@@ -95,7 +97,9 @@ class _Client:
         self.is_guided = sampling_params.structured_outputs is not None
         own = self._end_as_taught(sampling_params)
         generation = Generation(self._llm, prompt, sampling_params, request_id, options, own)
-        return _Outputs(generation, self._asked.on_tokens)
+        first_choice = self._choices
+        self._choices += sampling_params.n
+        return _Outputs(generation, generation.outputs(self._asked.observer, first_choice))
 
     def _end_as_taught(self, parameters: Any) -> list[int | str]:
         """Add what ends the adapter's answers; returns what of it the client did not ask for itself."""
@@ -115,9 +119,9 @@ class _Client:
 class _Outputs:
     """What `AsyncLLM.generate` returns, as long as nobody reads its `generation` in another way."""
 
-    def __init__(self, generation: Generation, on_tokens: OnTokens) -> None:
+    def __init__(self, generation: Generation, outputs: AsyncGenerator[RequestOutput, None]) -> None:
         self.generation = generation
-        self._outputs = generation.outputs(on_tokens)
+        self._outputs = outputs
 
     def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
         return self._outputs
@@ -216,7 +220,7 @@ class Chat(Ours, OpenAIServingChat):
             model_name,
             role=self.get_chat_request_role(request),
             fingerprint=self.asked.fingerprint,
-            on_tokens=self.asked.on_tokens,
+            observer=self.asked.observer,
             translated=self.translated,
         )
 

@@ -11,15 +11,18 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+CLIENT_LEFT = 499
+"""The status of a request whose client left, as nginx counts it. No client sees it."""
+
 _AN_ID = re.compile(r"[!-~]{1,128}")
 
 
-def own_id(request: Request) -> str:
+def own_id(request: Request[Any]) -> str:
     """The service's id of a request, which no other has."""
     return str(request.scope.setdefault("xinglin.request_id", uuid.uuid4().hex))
 
 
-def request_id_headers(request: Request) -> dict[str, str]:
+def request_id_headers(request: Request[Any]) -> dict[str, str]:
     """One id for a request, however it ends: where OpenAI's clients look for it, and where Anthropic's do.
 
     It is the client's own X-Request-Id, if that is of at most 128 printable characters; else the service's.

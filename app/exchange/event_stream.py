@@ -3,42 +3,30 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
 
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.engine.base import DONE, Events
 from app.errors import ApiError, row
-from app.exchange.connection import ClientLeft, WhileConnected
+from app.exchange.connection import CLIENT_LEFT, ClientLeft, WhileConnected
 
 logger = logging.getLogger(__name__)
 
-CLIENT_LEFT = 499
 SEND_SECONDS = 60  # a client that does not read holds a slot of the engine
 
 
 class EventStream(Response):
-    """Holds a lease and a place until the last event is sent, or the client leaves or stops reading."""
+    """Sends events until the last, or until the client leaves or stops reading."""
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self,
-        events: Events,
-        held: ExitStack,
-        headers: dict[str, str],
-        *,
-        on_end: Callable[[int], None],
-        keep: list[bytes] | None,
-    ) -> None:
-        """`on_end` is called once with the outcome as a status; `keep` collects the events."""
+    def __init__(self, events: Events, headers: dict[str, str], *, on_end: Callable[[int], None]) -> None:
+        """`on_end` is called once with the outcome as a status, when the engine writes no more."""
         super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]  # nobody knows it yet
         self._events = events
-        self._held = held
         self._on_end = on_end
-        self._keep = keep
         self._sent = 0
         self._is_sending = True
 
@@ -54,9 +42,10 @@ class EventStream(Response):
             pass
         finally:
             looks.pop().cancel()
-            with self._held:
+            try:
                 await self._events.aclose()
-            self._on_end(outcome)
+            finally:
+                self._on_end(outcome)
 
     async def _send(self, send: Send) -> int:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -64,8 +53,6 @@ class EventStream(Response):
         try:
             self._is_sending = False
             async for event in self._events:
-                if self._keep is not None:
-                    self._keep.append(event)
                 self._is_sending = True
                 is_last = event.endswith(DONE)
                 await send({"type": "http.response.body", "body": event, "more_body": not is_last})

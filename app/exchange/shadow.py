@@ -12,14 +12,15 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from adapters import Manifest
-from app.engine.base import Endpoint, Engine
+from app.engine.base import Endpoint
 from app.errors import ApiError
+from app.exchange.observers import Texts
 from app.lifecycle.bases import Bases
 from app.lifecycle.residency import Lease
 from app.metrics import Metrics
@@ -38,12 +39,10 @@ class Original:
     body: Mapping[str, Any]
     answered_by: Manifest
     shadow: Manifest
+    texts: Texts
+    """What was answered."""
     started: float
     """On time.perf_counter's clock."""
-    events: list[bytes] = field(default_factory=list)
-    """Of a streamed answer, as they were sent."""
-    reply: Mapping[str, Any] | None = None
-    """Of a whole answer."""
     seconds: float = 0.0
 
 
@@ -102,13 +101,13 @@ class Shadow:
                 await asyncio.wait({answer, somebody_waits}, return_when=asyncio.FIRST_COMPLETED)
                 if not answer.done():
                     return "dropped"
-                reply = answer.result()
+                ours = answer.result().whole()
             finally:
                 for task in (answer, somebody_waits):
                     task.cancel()
                     with suppress(asyncio.CancelledError, ApiError):
                         await task
-        theirs, ours = _texts(original), _reply_texts(reply)
+        theirs = original.texts.whole()
         await asyncio.to_thread(self._write, original, theirs, ours, time.perf_counter() - started)
         return "same" if theirs == ours else "different"
 
@@ -144,38 +143,21 @@ class Shadow:
             file.close()
 
 
-async def _whole_answer(lease: Lease, body: Mapping[str, Any]) -> Mapping[str, Any]:
-    engine: Engine = lease.engine
+async def _whole_answer(lease: Lease, body: Mapping[str, Any]) -> Texts:
     whole = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
-    answer = await engine.answer(
+    texts = Texts()
+    await lease.engine.answer(
         Endpoint.CHAT,
         whole,
         request_id=f"shadow-{time.time_ns()}",
         adapter=lease.adapter,
         fingerprint="",
-        on_tokens=lambda *_: None,
+        observer=texts,
     )
-    return cast(dict[str, Any], answer.reply)  # no stream: none was asked for
+    return texts
 
 
 def _alike(one: str, other: str) -> int:
     """How many characters both begin with."""
     differ = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differ, min(len(one), len(other)))
-
-
-def _texts(original: Original) -> list[str]:
-    if original.reply is not None:
-        return _reply_texts(original.reply)
-    texts: dict[int, str] = {}
-    for line in b"".join(original.events).decode().split("\n"):
-        if not line.startswith("data: {"):
-            continue
-        for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
-            index = choice["index"]
-            texts[index] = texts.get(index, "") + (choice["delta"].get("content") or "")
-    return [texts[index] for index in sorted(texts)]
-
-
-def _reply_texts(reply: Mapping[str, Any]) -> list[str]:
-    return [choice["message"]["content"] or "" for choice in reply["choices"]]

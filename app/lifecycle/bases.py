@@ -5,11 +5,13 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
-from adapters import Provenance
+from adapters import Manifest, Provenance
 from app.engine.supervisor import BaseStatus, Supervisor
 from app.errors import AdapterRefused, AdapterUnavailable, ApiError
 from app.lifecycle.residency import Residency
+from app.lifecycle.served_models import Choice
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,10 @@ class Bases:
             failed = BaseStatus.FAILED
             waiting = next((base for base in self if base.supervisor.state.status is not failed), None)
             (waiting or next(iter(self))).supervisor.check_ready()
+
+    def answering(self, choice: Choice) -> Base:
+        """The base model that a choice is made on. Raises what `of` raises."""
+        return self._by_name[choice.base] if choice.base else self.of(cast(Manifest, choice.manifest))
 
     def of(self, trained: Provenance) -> Base:
         """The base model that a revision was trained on.

@@ -4,18 +4,15 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters import CANARY, DEFAULT_ALIAS, SHADOW, AdapterRef, Manifest, Traffic, diff
-from app.access.keys import admin
-from app.access.keys import chat as may_look
 from app.errors import EngineUnavailable, FolderNotFound, PathNotAllowed
-from app.lifecycle.bases import Bases
-from app.lifecycle.operations import Operations
-from app.lifecycle.reconciler import Reconciler
+from app.exchange.state import AppRequest
 from app.lifecycle.residency import Residency
-from app.lifecycle.served_models import ServedModels
+from app.routes.access import admin
+from app.routes.access import chat as may_look
 from app.routes.openapi import failures
 
 router = APIRouter(responses=failures(400, 401, 404, 409, 503))
@@ -52,16 +49,16 @@ class PruneRequest(BaseModel):
 
 
 @router.get("/v1/adapters", dependencies=[Depends(may_look)])
-async def list_adapters(request: Request) -> dict[str, Any]:
+async def list_adapters(request: AppRequest) -> dict[str, Any]:
     """Every alias with its desired and actual revision, and what each engine holds and who waits for it.
 
     An alias is `loading` or `proving` until the revision that it names answers, then `ready`, or `failed` with the
     reason in `last_error`. A revision in an engine is `loading`, `proving`, `ready` or `draining`: no new request goes
     to it, and it leaves when its last request has ended, unless a rollback would need it.
     """
-    reconciler: Reconciler = request.state.reconciler
-    served: ServedModels = request.state.served_models
-    bases: Bases = request.state.bases
+    reconciler = request.state["reconciler"]
+    served = request.state["served_models"]
+    bases = request.state["bases"]
     aliases = [
         {
             "name": name,
@@ -117,9 +114,11 @@ async def _engine(residency: Residency) -> dict[str, Any]:
 
 
 @router.get("/v1/adapters/{name:path}/diff", dependencies=[Depends(may_look)])
-async def diff_revisions(request: Request, name: str, old: str, new: str = DEFAULT_ALIAS) -> dict[str, Any]:
+async def diff_revisions(
+    request: AppRequest, name: str, old: str, new: str = DEFAULT_ALIAS
+) -> dict[str, Any]:
     """Which modules moved between two revisions, given as aliases or revisions, and by how much."""
-    store = request.state.store
+    store = request.state["store"]
 
     def compare() -> dict[str, Any]:
         manifests: list[Manifest] = [store.get(AdapterRef.parse(f"{name}@{one}")) for one in (old, new)]
@@ -135,9 +134,9 @@ async def diff_revisions(request: Request, name: str, old: str, new: str = DEFAU
 
 
 @router.get("/v1/adapters/{name:path}", dependencies=[Depends(may_look)])
-async def show_adapter(request: Request, name: str) -> dict[str, Any]:
+async def show_adapter(request: AppRequest, name: str) -> dict[str, Any]:
     """Every revision of an adapter with its manifest, the aliases and their shares, and the log."""
-    store = request.state.store
+    store = request.state["store"]
 
     def read() -> dict[str, Any]:
         return {
@@ -152,35 +151,35 @@ async def show_adapter(request: Request, name: str) -> dict[str, Any]:
 
 
 @router.put("/v1/adapters/{name:path}/aliases/{alias}", dependencies=[Depends(admin)])
-async def point_alias(request: Request, name: str, alias: str, wanted: PointRequest) -> dict[str, Any]:
+async def point_alias(request: AppRequest, name: str, alias: str, wanted: PointRequest) -> dict[str, Any]:
     """Load and prove a published revision, then point the alias at it."""
-    operations: Operations = request.state.operations
+    operations = request.state["operations"]
     await operations.point(name, alias, wanted.revision, actor=ACTOR, why=wanted.why)
     return {"name": name, "revision": wanted.revision, "alias": alias}
 
 
 @router.delete("/v1/adapters/{name:path}/aliases/{alias}", dependencies=[Depends(admin)])
-async def remove_alias(request: Request, name: str, alias: str, why: str = "") -> dict[str, Any]:
+async def remove_alias(request: AppRequest, name: str, alias: str, why: str = "") -> dict[str, Any]:
     """Point the alias at nothing: its revision leaves the engine, and stays in the store."""
-    operations: Operations = request.state.operations
+    operations = request.state["operations"]
     await operations.remove(name, alias, actor=ACTOR, why=why)
     return {"name": name, "alias": alias, "deleted": True}
 
 
 @router.post("/v1/adapters/{name:path}/rollback", dependencies=[Depends(admin)])
-async def roll_back(request: Request, name: str, wanted: RollbackRequest | None = None) -> dict[str, Any]:
+async def roll_back(request: AppRequest, name: str, wanted: RollbackRequest | None = None) -> dict[str, Any]:
     """Point the alias back at its revision before, or at any earlier one."""
     wanted = wanted or RollbackRequest()
-    operations: Operations = request.state.operations
+    operations = request.state["operations"]
     revision = await operations.rollback(name, wanted.alias, to=wanted.revision, actor=ACTOR, why=wanted.why)
     return {"name": name, "revision": revision, "alias": wanted.alias}
 
 
 @router.post("/v1/adapters/{name:path}/prune", dependencies=[Depends(admin)])
-async def prune(request: Request, name: str, wanted: PruneRequest | None = None) -> dict[str, Any]:
+async def prune(request: AppRequest, name: str, wanted: PruneRequest | None = None) -> dict[str, Any]:
     """Remove old revisions that no alias, rollback or engine needs."""
     wanted = wanted or PruneRequest()
-    store = request.state.store
+    store = request.state["store"]
     removed = await asyncio.to_thread(store.prune, name, keep=wanted.keep, actor=ACTOR, why=wanted.why)
     return {"name": name, "removed": removed}
 

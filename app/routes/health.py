@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.engine.supervisor import BaseStatus
-from app.lifecycle.bases import Bases
+from app.exchange.state import AppRequest
 
 router = APIRouter()
 
@@ -19,13 +19,13 @@ async def livez() -> dict[str, str]:
 
 
 @router.get("/readyz", responses={503: {"description": "Not yet; the body says what is waited for"}})
-async def readyz(request: Request) -> Response:
+async def readyz(request: AppRequest) -> Response:
     """200 once every base model has started or failed, and while one answers; otherwise 503 with the reason.
 
     Each base model is shown with its status (starting, proving, ready, restarting, failed), what it does at present,
     and since when, in seconds since the epoch.
     """
-    bases: Bases = request.state.bases
+    bases = request.state["bases"]
     states = {base.name: base.supervisor.state for base in bases}
     models = {
         name: {"status": state.status, "phase": state.phase, "since": round(state.since, 3)}
@@ -41,6 +41,6 @@ async def readyz(request: Request) -> Response:
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(request: Request) -> Response:
+async def metrics(request: AppRequest) -> Response:
     """Prometheus metrics."""
-    return Response(request.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return Response(request.state["metrics"].render(), media_type=CONTENT_TYPE_LATEST)

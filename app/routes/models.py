@@ -2,46 +2,43 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 
 from adapters import Manifest
-from app.access.keys import chat as may_chat
-from app.errors import EngineUnavailable, ModelNotFound
+from app.errors import EngineUnavailable
+from app.exchange.choice import choose_model
+from app.exchange.state import AppRequest
 from app.lifecycle.bases import Base
+from app.routes.access import chat as may_chat
 from app.routes.openapi import failures
 
 router = APIRouter(dependencies=[Depends(may_chat)], responses=failures(401, 404))
 
 
 @router.get("/v1/models")
-async def list_models(request: Request) -> dict[str, Any]:
+async def list_models(request: AppRequest) -> dict[str, Any]:
     """The base models first, then every adapter that is pointed at."""
     return {"object": "list", "data": _cards(request)}
 
 
 @router.get("/v1/models/{model:path}")
-async def show_model(request: Request, model: str) -> dict[str, Any]:
+async def show_model(request: AppRequest, model: str) -> dict[str, Any]:
     """One served model."""
     for card in _cards(request):
         if card["id"] == model:
             return card
-    served = request.state.served_models
-    try:
-        manifest = served.choose(model).manifest
-    except ModelNotFound:
-        manifest = await request.state.operations.published(model)
-    if manifest is None:
-        raise served.not_found(model)
-    return _card(request, model, manifest)
+    choice = await choose_model(request, model)
+    return _card(request, model, request.state["bases"].answering(choice), choice.manifest)
 
 
-def _cards(request: Request) -> list[dict[str, Any]]:
-    cards = [_card(request, base.name, None, base) for base in request.state.bases]
-    return cards + [_card(request, name, manifest) for name, manifest in request.state.served_models.named()]
+def _cards(request: AppRequest) -> list[dict[str, Any]]:
+    bases = request.state["bases"]
+    cards = [_card(request, base.name, base, None) for base in bases]
+    named = request.state["served_models"].named()
+    return cards + [_card(request, name, bases.of(manifest), manifest) for name, manifest in named]
 
 
-def _card(request: Request, id_: str, manifest: Manifest | None, base: Base | None = None) -> dict[str, Any]:
-    base = base or request.state.bases.of(manifest)
+def _card(request: AppRequest, id_: str, base: Base, manifest: Manifest | None) -> dict[str, Any]:
     try:
         max_model_len = base.supervisor.engine.max_model_len
     except EngineUnavailable:
@@ -49,7 +46,7 @@ def _card(request: Request, id_: str, manifest: Manifest | None, base: Base | No
     return {
         "id": id_,
         "object": "model",
-        "created": int(manifest.created_at.timestamp()) if manifest else request.state.started_at,
+        "created": int(manifest.created_at.timestamp()) if manifest else request.state["started_at"],
         "owned_by": "xinglin",
         "root": manifest.ref if manifest else id_,
         "parent": base.name if manifest else None,

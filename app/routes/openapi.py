@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.requests import Request
 
 from app.engine.base import Endpoint, Parameters
 from app.errors import TABLE, EngineUnavailable
+from app.exchange.state import AppRequest
 
 
 class ErrorDetail(BaseModel):
@@ -59,12 +59,12 @@ def failures(*statuses: int, model: type[BaseModel] = ErrorBody) -> dict[int | s
     return described
 
 
-async def openapi(request: Request) -> JSONResponse:
+async def openapi(request: AppRequest) -> JSONResponse:
     """The page; parameters that engines alone know are in it from when the first one is up."""
     page = request.app.openapi()
     if request.app.root_path:
         page = {**page, "servers": [{"url": request.app.root_path}]}
-    for base in request.state.bases:
+    for base in request.state["bases"]:
         try:
             engine = base.supervisor.engine
         except EngineUnavailable:

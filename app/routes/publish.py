@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
@@ -19,12 +19,11 @@ from starlette.requests import ClientDisconnect
 from adapters import DEFAULT_ALIAS
 from adapters.ref import check_alias, check_name
 from adapters.wording import in_words
-from app.access.keys import admin
 from app.errors import BadRequest
-from app.exchange.event_stream import CLIENT_LEFT
+from app.exchange.connection import CLIENT_LEFT
+from app.exchange.state import AppRequest
 from app.fetch import parse_source
-from app.fetch.imports import Imports
-from app.lifecycle.operations import Operations
+from app.routes.access import admin
 from app.routes.adapters import ACTOR, allowed_folder
 from app.routes.openapi import failures
 
@@ -82,7 +81,7 @@ _DOCUMENTED = {
 
 
 @router.post("/v1/adapters", openapi_extra=_DOCUMENTED)
-async def publish_adapter(request: Request) -> Response:
+async def publish_adapter(request: AppRequest) -> Response:
     """Publish an adapter; with an alias, load and prove it and only then point the alias at it.
 
     JSON with `path` publishes a folder, with `source` starts an import (202); multipart uploads an archive.
@@ -93,19 +92,19 @@ async def publish_adapter(request: Request) -> Response:
         return Response(status_code=CLIENT_LEFT)
 
 
-async def _publish_adapter(request: Request) -> Response:
+async def _publish_adapter(request: AppRequest) -> Response:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
         async with _upload(request) as (wanted, folder):
             return JSONResponse(await _publish(request, wanted, folder))
     wanted = _checked(await _json(request))
     if wanted.source is not None:
-        source = parse_source(wanted.source, request.state.sources)
+        source = parse_source(wanted.source, request.state["sources"])
 
         async def then(folder: Path, resolved: str) -> dict[str, Any]:
             return await _publish(request, wanted, folder, resolved)
 
-        imports: Imports = request.state.imports
+        imports = request.state["imports"]
         started = imports.start(source, then)
         return JSONResponse(_shown(started), 202, {"location": f"/v1/imports/{started.id}"})
     if wanted.path is None:
@@ -114,27 +113,27 @@ async def _publish_adapter(request: Request) -> Response:
             code="missing_required_parameter",
             param="path",
         )
-    folder = allowed_folder(wanted.path, request.state.publish_roots)
+    folder = allowed_folder(wanted.path, request.state["publish_roots"])
     return JSONResponse(await _publish(request, wanted, folder))
 
 
 @router.get("/v1/imports")
-async def list_imports(request: Request) -> dict[str, Any]:
+async def list_imports(request: AppRequest) -> dict[str, Any]:
     """Transfers under way, and the last that ended."""
-    return {"object": "list", "data": [_shown(one) for one in request.state.imports.list()]}
+    return {"object": "list", "data": [_shown(one) for one in request.state["imports"].list()]}
 
 
 @router.get("/v1/imports/{id}")
-async def show_import(request: Request, id: str) -> dict[str, Any]:
+async def show_import(request: AppRequest, id: str) -> dict[str, Any]:
     """How far a transfer is, and how it ended."""
-    return _shown(request.state.imports.get(id))
+    return _shown(request.state["imports"].get(id))
 
 
 @router.delete("/v1/imports/{id}")
-async def cancel_import(request: Request, id: str) -> dict[str, Any]:
+async def cancel_import(request: AppRequest, id: str) -> dict[str, Any]:
     """Stop a transfer; nothing of it is left."""
-    await request.state.imports.cancel(id)
-    return _shown(request.state.imports.get(id))
+    await request.state["imports"].cancel(id)
+    return _shown(request.state["imports"].get(id))
 
 
 def _shown(one: Any) -> dict[str, Any]:
@@ -142,16 +141,16 @@ def _shown(one: Any) -> dict[str, Any]:
 
 
 async def _publish(
-    request: Request, wanted: PublishRequest, folder: Path, source: str | None = None
+    request: AppRequest, wanted: PublishRequest, folder: Path, source: str | None = None
 ) -> dict[str, Any]:
-    operations: Operations = request.state.operations
+    operations = request.state["operations"]
     manifest = await operations.publish(folder, wanted.name, actor=ACTOR, why=wanted.why, source=source)
     if wanted.alias:
         await operations.point(wanted.name, wanted.alias, manifest.revision, actor=ACTOR, why=wanted.why)
     return {"name": manifest.name, "revision": manifest.revision, "alias": wanted.alias or None}
 
 
-async def _json(request: Request) -> Any:
+async def _json(request: AppRequest) -> Any:
     content = bytearray()
     async for chunk in request.stream():
         content += chunk
@@ -180,9 +179,9 @@ def _checked(fields: Any) -> PublishRequest:
 
 
 @asynccontextmanager
-async def _upload(request: Request) -> AsyncIterator[tuple[PublishRequest, Path]]:
+async def _upload(request: AppRequest) -> AsyncIterator[tuple[PublishRequest, Path]]:
     """The fields and the unpacked file of a multipart upload; both are gone afterwards."""
-    limit: int = request.state.imports.max_bytes
+    limit: int = request.state["imports"].max_bytes
 
     async def limited() -> AsyncIterator[bytes]:
         received = 0
@@ -213,10 +212,10 @@ async def _upload(request: Request) -> AsyncIterator[tuple[PublishRequest, Path]
         wanted = _checked(fields)
         if wanted.path is not None or wanted.source is not None:
             raise BadRequest("give a file, or path, or source: only one of them", code="invalid_value")
-        with tempfile.TemporaryDirectory(dir=request.state.imports.folder) as temporary:
+        with tempfile.TemporaryDirectory(dir=request.state["imports"].folder) as temporary:
             archive = Path(temporary, "upload")
             await asyncio.to_thread(_save, file, archive)
-            async with request.state.imports.unpack_upload(archive) as folder:
+            async with request.state["imports"].unpack_upload(archive) as folder:
                 yield wanted, folder
 
 

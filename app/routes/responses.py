@@ -1,17 +1,16 @@
 """Stored responses of POST /v1/responses: look at them, stop them, delete them."""
 
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
 
-from app.access.keys import chat as may_chat
 from app.engine.base import Engine
 from app.errors import EngineUnavailable, ResponseNotFound
 from app.exchange.event_stream import EventStream
-from app.lifecycle.bases import Bases
+from app.exchange.state import AppRequest
+from app.routes.access import chat as may_chat
 from app.routes.openapi import failures
 
 T = TypeVar("T")
@@ -23,7 +22,7 @@ router = APIRouter(
 
 @router.get("/{response_id}")
 async def retrieve_response(
-    request: Request, response_id: str, stream: bool = False, starting_after: int | None = None
+    request: AppRequest, response_id: str, stream: bool = False, starting_after: int | None = None
 ) -> Response:
     """A stored response; with `stream` the events of one made in the background, those after a sequence number."""
     found = await _of_one(
@@ -31,25 +30,25 @@ async def retrieve_response(
     )
     if isinstance(found, dict):
         return JSONResponse(found)
-    return EventStream(found, ExitStack(), {}, on_end=lambda _: None, keep=None)
+    return EventStream(found, {}, on_end=lambda _: None)
 
 
 @router.post("/{response_id}/cancel")
-async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
+async def cancel_response(request: AppRequest, response_id: str) -> dict[str, Any]:
     """End a response that is being made in the background."""
     return await _of_one(request, lambda engine: engine.cancel(response_id))
 
 
 @router.delete("/{response_id}")
-async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
+async def delete_response(request: AppRequest, response_id: str) -> dict[str, Any]:
     """Forget a stored response."""
     await _of_one(request, lambda engine: engine.delete(response_id))
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-async def _of_one(request: Request, ask: Callable[[Engine], Awaitable[T]]) -> T:
+async def _of_one(request: AppRequest, ask: Callable[[Engine], Awaitable[T]]) -> T:
     """What the engine says that has it; each keeps its own."""
-    bases: Bases = request.state.bases
+    bases = request.state["bases"]
     bases.check_ready()
     missing: ResponseNotFound | None = None
     for base in bases:

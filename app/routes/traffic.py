@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters import CANARY, SHADOW
-from app.access.keys import admin
-from app.lifecycle.operations import Operations
+from app.exchange.state import AppRequest
+from app.routes.access import admin
 from app.routes.adapters import ACTOR
 from app.routes.openapi import failures
 
@@ -35,46 +35,46 @@ class WhyRequest(BaseModel):
 
 
 @router.put("/v1/adapters/{name:path}/canary")
-async def set_canary(request: Request, name: str, wanted: ShareRequest) -> dict[str, Any]:
+async def set_canary(request: AppRequest, name: str, wanted: ShareRequest) -> dict[str, Any]:
     """Prove a revision and have it answer a share of the requests, always the same sessions."""
     return await _split(request, name, CANARY, wanted)
 
 
 @router.post("/v1/adapters/{name:path}/canary/promote")
-async def promote_canary(request: Request, name: str, wanted: WhyRequest | None = None) -> dict[str, Any]:
+async def promote_canary(request: AppRequest, name: str, wanted: WhyRequest | None = None) -> dict[str, Any]:
     """Point `default` at the canary's revision, and end the canary."""
-    operations: Operations = request.state.operations
+    operations = request.state["operations"]
     revision = await operations.promote(name, actor=ACTOR, why=wanted.why if wanted else "")
     return {"name": name, "revision": revision, "alias": "default"}
 
 
 @router.delete("/v1/adapters/{name:path}/canary")
-async def abort_canary(request: Request, name: str, why: str = "") -> dict[str, Any]:
+async def abort_canary(request: AppRequest, name: str, why: str = "") -> dict[str, Any]:
     """End the canary: new requests go to `default` at once."""
     return await _end(request, name, CANARY, why)
 
 
 @router.put("/v1/adapters/{name:path}/shadow")
-async def set_shadow(request: Request, name: str, wanted: ShareRequest) -> dict[str, Any]:
+async def set_shadow(request: AppRequest, name: str, wanted: ShareRequest) -> dict[str, Any]:
     """Prove a revision and give it copies of a share of the requests; its answers are only compared."""
     return await _split(request, name, SHADOW, wanted)
 
 
 @router.delete("/v1/adapters/{name:path}/shadow")
-async def end_shadow(request: Request, name: str, why: str = "") -> dict[str, Any]:
+async def end_shadow(request: AppRequest, name: str, why: str = "") -> dict[str, Any]:
     """End the shadow."""
     return await _end(request, name, SHADOW, why)
 
 
-async def _split(request: Request, name: str, alias: str, wanted: ShareRequest) -> dict[str, Any]:
-    operations: Operations = request.state.operations
+async def _split(request: AppRequest, name: str, alias: str, wanted: ShareRequest) -> dict[str, Any]:
+    operations = request.state["operations"]
     revision = await operations.split(
         name, alias, wanted.revision, wanted.percent, actor=ACTOR, why=wanted.why
     )
     return {"name": name, "revision": revision, "alias": alias, "percent": wanted.percent}
 
 
-async def _end(request: Request, name: str, alias: str, why: str) -> dict[str, Any]:
-    operations: Operations = request.state.operations
+async def _end(request: AppRequest, name: str, alias: str, why: str) -> dict[str, Any]:
+    operations = request.state["operations"]
     await operations.remove(name, alias, actor=ACTOR, why=why)
     return {"name": name, "alias": alias, "deleted": True}

@@ -6,13 +6,13 @@ same validation and proof as everywhere; unloading removes the alias, and the we
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Depends, Request
+from fastapi import APIRouter, Body, Depends
 from fastapi.responses import PlainTextResponse
 
 from adapters import DEFAULT_ALIAS, AdapterNotFound, AdapterRef
-from app.access.keys import admin
 from app.errors import BadRequest
-from app.lifecycle.operations import Operations
+from app.exchange.state import AppRequest
+from app.routes.access import admin
 from app.routes.adapters import allowed_folder
 from app.routes.openapi import failures
 
@@ -25,17 +25,17 @@ Text = Annotated[str, Body()]
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
 async def load_lora_adapter(
-    request: Request, lora_name: Text, lora_path: Text, load_inplace: Annotated[bool, Body()] = False
+    request: AppRequest, lora_name: Text, lora_path: Text, load_inplace: Annotated[bool, Body()] = False
 ) -> str:
     """Publish `lora_path` as `lora_name` and serve it; with `load_inplace` also when it is served already."""
-    operations: Operations = request.state.operations
-    if not load_inplace and request.state.served_models.find(AdapterRef.parse(lora_name)):
+    operations = request.state["operations"]
+    if not load_inplace and request.state["served_models"].find(AdapterRef.parse(lora_name)):
         raise BadRequest(
             f"The lora adapter '{lora_name}' has already been loaded. If you want to load the adapter in place, "
             "set 'load_inplace' to True.",
             param="lora_name",
         )
-    folder = allowed_folder(lora_path, request.state.publish_roots)
+    folder = allowed_folder(lora_path, request.state["publish_roots"])
     manifest = await operations.publish(folder, lora_name, actor=ACTOR, why="load_lora_adapter")
     await operations.point(lora_name, DEFAULT_ALIAS, manifest.revision, actor=ACTOR, why="load_lora_adapter")
     return f"Success: LoRA adapter '{lora_name}' added successfully."
@@ -43,11 +43,11 @@ async def load_lora_adapter(
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
 async def unload_lora_adapter(
-    request: Request, lora_name: Text, lora_int_id: Annotated[int | None, Body()] = None
+    request: AppRequest, lora_name: Text, lora_int_id: Annotated[int | None, Body()] = None
 ) -> str:
     """Stop serving `lora_name`; its revisions stay in the store. `lora_int_id` is accepted, as in vLLM."""
     try:
-        await request.state.operations.remove(
+        await request.state["operations"].remove(
             lora_name, DEFAULT_ALIAS, actor=ACTOR, why="unload_lora_adapter"
         )
     except AdapterNotFound as error:
@@ -56,12 +56,12 @@ async def unload_lora_adapter(
 
 
 @router.post("/adapters", response_class=PlainTextResponse)
-async def register_adapter(request: Request, name: Text, src: Text) -> str:
+async def register_adapter(request: AppRequest, name: Text, src: Text) -> str:
     """As SageMaker loads one: `/v1/load_lora_adapter` under other names. `preload` and `pin` are accepted."""
     return await load_lora_adapter(request, name, src)
 
 
 @router.delete("/adapters/{name:path}", response_class=PlainTextResponse)
-async def unregister_adapter(request: Request, name: str) -> str:
+async def unregister_adapter(request: AppRequest, name: str) -> str:
     """As SageMaker unloads one."""
     return await unload_lora_adapter(request, name)

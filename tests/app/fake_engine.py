@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import BaseModelFacts, read_golden
-from app.engine.base import Answer, Endpoint, LoadedAdapter, OnTokens, Parameters, TokenScore
+from app.engine.base import Answer, Endpoint, LoadedAdapter, Observer, Parameters, TokenScore
 from app.engine.stats import EngineStats
 from app.errors import AdapterRefused, BadRequest, EngineUnavailable, ResponseNotFound
 from tests.adapters.folders import BASE
@@ -115,15 +115,16 @@ class FakeEngine:
         request_id: str,
         adapter: LoadedAdapter | None,
         fingerprint: str,
-        on_tokens: OnTokens,
+        observer: Observer,
     ) -> Answer:
         if not isinstance(body["messages"], list):
             raise BadRequest("messages: must be a list")
         async with self._request(adapter):
-            on_tokens(2, 1)
             content = adapter.name if adapter else "base"
             for stop in adapter.stop if adapter else ():
                 content = content.partition(stop)[0]
+            observer.read(2)
+            observer.wrote(0, content, 1)
             assert endpoint is Endpoint.CHAT, "the fake engine only chats"
             reply = {
                 "id": request_id,

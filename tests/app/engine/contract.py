@@ -16,8 +16,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapters import AdapterStore, read_golden
-from app.engine.base import Answer, Endpoint, Engine, LoadedAdapter
+from app.engine.base import Answer, Endpoint, Engine, LoadedAdapter, Unobserved
 from app.errors import AdapterRefused, BadRequest, EngineUnavailable
+from app.exchange.observers import Texts
 
 _HAND_OVER_SECONDS = 0.02
 
@@ -60,7 +61,6 @@ async def hold_to(rig: Rig) -> None:
         assert await engine.render(prompt.messages, again) == prompt.prompt_token_ids
     assert 1 <= len(await engine.greedy([1, 2], again, 3)) <= 3
 
-    seen: list[tuple[int, int]] = []
     body = {"model": "doctor", "messages": [{"role": "user", "content": "头痛怎么办?"}], "max_tokens": 4}
     answer = await engine.answer(
         Endpoint.CHAT,
@@ -68,13 +68,13 @@ async def hold_to(rig: Rig) -> None:
         request_id="r1",
         adapter=again,
         fingerprint="f1",
-        on_tokens=lambda *new: seen.append(new),
+        observer=Unobserved(),
     )
     reply = answer.reply
     assert isinstance(reply, dict)
     assert (reply["model"], reply["system_fingerprint"]) == ("doctor", "f1")
     assert isinstance(reply["choices"][0]["message"]["content"], str)
-    assert sum(new for _, new in seen) >= 1
+    await _hold_to_observing(engine, again)
     await engine.remove(again)
     await _hold_to_templates(rig)
     await _hold_to_leaving(engine)
@@ -82,7 +82,7 @@ async def hold_to(rig: Rig) -> None:
     with pytest.raises(BadRequest):
         await engine.answer(
             Endpoint.CHAT, {"model": "doctor", "messages": 5}, request_id="r2", adapter=None, fingerprint="",
-            on_tokens=lambda *_: None,
+            observer=Unobserved(),
         )  # fmt: skip
     parameters = engine.parameters()
     assert parameters.bodies.keys() == {*Endpoint}
@@ -120,7 +120,7 @@ async def _hold_to_templates(rig: Rig) -> None:
             request_id=adapter.name,
             adapter=adapter,
             fingerprint="",
-            on_tokens=lambda *_: None,
+            observer=Unobserved(),
         )
         reply = answer.reply
         assert isinstance(reply, dict)
@@ -138,6 +138,52 @@ async def _hold_to_templates(rig: Rig) -> None:
     assert await engine.resident() == held
 
 
+class _Seen(Texts):
+    """The texts of an answer, and how many tokens they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt_tokens = self.tokens = 0
+
+    def read(self, prompt_tokens: int) -> None:
+        self.prompt_tokens += prompt_tokens
+
+    def wrote(self, choice: int, text: str, tokens: int) -> None:
+        super().wrote(choice, text, tokens)
+        self.tokens += tokens
+
+
+async def _hold_to_observing(engine: Engine, adapter: LoadedAdapter) -> None:
+    """Who observes an answer sees the text that the client gets, whichever way it is made."""
+    messages = [{"role": "user", "content": "头痛怎么办?"}]
+    body = {"model": "doctor", "messages": messages, "max_tokens": 12, "temperature": 0}
+    for more in (
+        {},
+        {"n": 2, "temperature": 1.0},
+        {"stream": True},
+        {"stream": True, "logprobs": True},
+        {"stream": True, "n": 2, "temperature": 1.0},
+    ):
+        seen = _Seen()
+        answer = await engine.answer(
+            Endpoint.CHAT, {**body, **more}, request_id=f"seen-{more}", adapter=adapter, fingerprint="",
+            observer=seen,
+        )  # fmt: skip
+        reply = answer.reply
+        given: dict[int, str] = {}
+        if isinstance(reply, dict):
+            given = {choice["index"]: choice["message"]["content"] for choice in reply["choices"]}
+        else:
+            events = b"".join([event async for event in reply]).decode().split("\n\n")
+            for chunk in (json.loads(event.removeprefix("data: ")) for event in events if "{" in event):
+                for choice in chunk["choices"]:
+                    index, content = choice["index"], choice["delta"].get("content") or ""
+                    given[index] = given.get(index, "") + content
+        assert seen.whole() == [given[index] for index in sorted(given)], more
+        assert 1 <= seen.tokens <= 12 * len(given), more
+        assert seen.prompt_tokens > 0, more
+
+
 async def _hold_to_leaving(engine: Engine) -> None:
     """Of an answer that nobody waits for any more nothing is left, whenever that is."""
     messages = [{"role": "user", "content": "头痛怎么办?"}]
@@ -150,7 +196,7 @@ async def _hold_to_leaving(engine: Engine) -> None:
                 request_id=f"leaves-{stream}-{moment}",
                 adapter=None,
                 fingerprint="",
-                on_tokens=lambda *_: None,
+                observer=Unobserved(),
             )
         )
         await asyncio.sleep(moment * _HAND_OVER_SECONDS / 4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from adapters import CANARY, AdapterError, AdapterRef, Traffic, write_golden
-from app.engine.base import Endpoint
+from app.engine.base import Endpoint, Unobserved
 from app.errors import AdapterRefused, AdapterUnavailable, ApiError, ModelNotFound
 from tests.adapters.folders import GOLDEN, SCORE, make_folder
 from tests.app.fake_engine import FakeEngine
@@ -113,7 +113,7 @@ def test_everybody_at_once(rig: OneBase, seed: int) -> None:
                 with await rig.residency.lease(chosen.manifest) as lease:
                     answer = await lease.engine.answer(
                         Endpoint.CHAT, {"model": "doctor", "messages": []}, request_id="", adapter=lease.adapter,
-                        fingerprint="", on_tokens=lambda *_: None,
+                        fingerprint="", observer=Unobserved(),
                     )  # fmt: skip
                 assert isinstance(answer.reply, dict)
                 assert chosen.manifest

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adapters import AdapterRef, AdapterStore, Manifest, read_golden, write_golden
-from app.engine.base import Endpoint
+from app.engine.base import Endpoint, Unobserved
 from app.errors import AdapterRefused, AdapterUnavailable, EngineUnavailable, ProofFailed
 from app.lifecycle.loader import Loader
 from app.lifecycle.residency import Limits, Residency
@@ -67,7 +67,7 @@ class Rig:
                 request_id="",
                 adapter=lease.adapter,
                 fingerprint="",
-                on_tokens=lambda *_: None,
+                observer=Unobserved(),
             )
         assert isinstance(answer.reply, dict)
         return str(answer.reply["choices"][0]["message"]["content"])

@@ -4,15 +4,14 @@ import asyncio
 import http.client
 import time
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from starlette.requests import Request
 
 from app.errors import BadRequest
-from app.exchange import event_stream
-from app.routes import answers
+from app.exchange import body, event_stream
+from app.exchange.connection import CLIENT_LEFT
 from app.settings import Settings
 from tests.service import Service
 
@@ -33,21 +32,19 @@ def test_a_client_that_stops_reading_gives_back_what_it_held(monkeypatch: pytest
             ended.append("aborted")
 
     async def check() -> None:
-        held = ExitStack()
-        held.callback(ended.append, "lease")
-        stream = event_stream.EventStream(events(), held, {}, on_end=ended.append, keep=None)
+        stream = event_stream.EventStream(events(), {}, on_end=ended.append)
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
         await asyncio.wait_for(stream(scope, _never, _never), 5)
 
     asyncio.run(check())
-    assert ended in (["lease", event_stream.CLIENT_LEFT], ["aborted", "lease", event_stream.CLIENT_LEFT])
+    assert ended in ([CLIENT_LEFT], ["aborted", CLIENT_LEFT])
 
 
 def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(body, "BODY_SECONDS", 0.05)
     request = Request({"type": "http", "method": "POST", "headers": []}, _never)
     with pytest.raises(BadRequest, match=r"longer than 0\.05 s"):
-        asyncio.run(answers._body_in_time(request))
+        asyncio.run(body.read_body(request))
 
 
 def test_an_idle_connection_is_kept_longer_than_proxies_keep_it(service: Service) -> None:

@@ -1,0 +1,65 @@
+"""The body of a request: bounded in size and time, JSON, and with a model."""
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import Request
+
+from app.engine.base import Endpoint
+from app.errors import BadRequest
+
+MAX_BODY_BYTES = 4 << 20  # parsing blocks everybody; the longest contexts are below this
+BODY_SECONDS = 60
+
+_BY_FIELD = {"messages": Endpoint.CHAT, "prompt": Endpoint.COMPLETIONS, "input": Endpoint.RESPONSES}
+_SAGEMAKERS_ADAPTER = "x-amzn-sagemaker-adapter-identifier"
+
+
+def meant(body: dict[str, Any]) -> Endpoint:
+    """What a body without a path of its own is for. Raises BadRequest."""
+    for field, endpoint in _BY_FIELD.items():
+        if field in body:
+            return endpoint
+    raise BadRequest(
+        "one of messages, prompt and input is required",
+        code="missing_required_parameter",
+        param="messages",
+    )
+
+
+async def read_body(request: Request[Any]) -> dict[str, Any]:
+    """The JSON object in the body, in which `model` is a string. Raises BadRequest, ClientDisconnect."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            content = await _content(request)
+    except TimeoutError as error:
+        raise BadRequest(
+            f"the request took longer than {BODY_SECONDS} s to arrive", code="request_timeout"
+        ) from error
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("the request body is not JSON", code="invalid_json") from error
+    if not isinstance(body, dict):
+        raise BadRequest("the request body must be a JSON object", code="invalid_json")
+    if adapter := request.headers.get(_SAGEMAKERS_ADAPTER):
+        body["model"] = adapter
+    if "model" not in body:  # nobody should be answered by weights they did not name
+        raise BadRequest(
+            "model: this parameter is required", code="missing_required_parameter", param="model"
+        )
+    if not isinstance(body["model"], str):
+        raise BadRequest("model: must be a string", code="invalid_value", param="model")
+    return body
+
+
+async def _content(request: Request[Any]) -> bytearray:
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > MAX_BODY_BYTES:
+            raise BadRequest(
+                f"the request is larger than {MAX_BODY_BYTES >> 20} MiB", code="request_too_large"
+            )
+    return content
