@@ -2,27 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from adapters import AdapterError, AdapterStore
-from adapters.wording import in_words
-from app import errors
+from adapters import AdapterStore
 from app.access.admission import Admission
 from app.access.keys import Access, stored_admin_key
-from app.engine.base import Endpoint
 from app.engine.build import EngineOptions, build_engine
 from app.engine.supervisor import Supervisor
-from app.exchange.connection import RequestIds, request_id_headers
+from app.exchange.connection import RequestIds
 from app.exchange.shadow import Shadow
 from app.exchange.state import State
 from app.fetch.imports import Imports
@@ -37,6 +31,7 @@ from app.metrics import Metrics
 from app.routes import (
     adapters,
     answers,
+    failures,
     health,
     models,
     openapi,
@@ -49,8 +44,6 @@ from app.routes import (
 )
 from app.settings import BaseModelSettings, Settings
 from app.vllm_metrics import VllmMetrics
-
-_MOST_PROBLEMS = 5  # of one request are told
 
 
 def create_app(
@@ -134,11 +127,7 @@ def _app(settings: Settings, lifespan: Any) -> FastAPI:
         app.include_router(tokenizer.router)
     for module in (answers, responses, models, publish, adapters, traffic, vllm_compat, health, probes):
         app.include_router(module.router)
-    for kind in (errors.ApiError, AdapterError):
-        app.add_exception_handler(kind, _error_response)
-    app.add_exception_handler(RequestValidationError, _validation_response)
-    app.add_exception_handler(HTTPException, _http_response)
-    app.add_exception_handler(Exception, _unexpected_response)
+    failures.answer_for(app)
     return app
 
 
@@ -208,57 +197,4 @@ def _imports(settings: Settings) -> Imports:
         allowed=settings.sources,
         private_networks=settings.private_networks,
         max_bytes=int(settings.max_adapter_gib * 2**30),
-    )
-
-
-def _error_response(request: Request, error: Exception) -> JSONResponse:
-    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-    is_anthropics = path.startswith(Endpoint.MESSAGES)
-    body = errors.anthropic_body if is_anthropics else errors.body
-    headers = {**errors.headers(error), **request_id_headers(request)}
-    return JSONResponse(body(error), errors.row(error).status, headers)
-
-
-def _validation_response(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's list of problems as one OpenAI error; the offending values are not repeated."""
-    problems = cast(RequestValidationError, error).errors()
-    first = problems[0]
-    param = _param(first)
-    missing = first["type"] == "missing"
-    code = (
-        "invalid_json"
-        if first["type"] == "json_invalid"
-        else "missing_required_parameter"
-        if missing
-        else None
-    )
-    told = [
-        f"{where}: {in_words(problem)}" if (where := _param(problem)) else in_words(problem)
-        for problem in problems[:_MOST_PROBLEMS]
-    ]
-    message = "; ".join(told)
-    return _error_response(request, errors.BadRequest(message, code=code or "invalid_value", param=param))
-
-
-def _param(problem: Mapping[str, Any]) -> str | None:
-    return ".".join(str(part) for part in problem["loc"] if part not in ("body", "query", "path")) or None
-
-
-def _http_response(request: Request, error: Exception) -> JSONResponse:
-    """Starlette's own 404 and 405."""
-    error = cast(HTTPException, error)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    detail: dict[str, Any] = {
-        "message": f"{error.detail}: GET /docs lists what there is",
-        "type": "invalid_request_error",
-        "param": None,
-        "code": code,
-    }
-    return JSONResponse({"error": detail}, error.status_code, error.headers)
-
-
-def _unexpected_response(request: Request, error: Exception) -> JSONResponse:
-    """A defect of ours; Starlette logs the traceback, the client learns that it is not to blame."""
-    return _error_response(
-        request, errors.EngineFailed("the service failed on this request; its log says why")
     )

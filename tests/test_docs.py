@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.engine.base import Endpoint
+from app.errors import Code
 from app.main import create_app
 from app.settings import Settings
 
@@ -45,6 +46,18 @@ def test_every_endpoint_is_documented(readme: str) -> None:
     }
     assert len(routes) >= 11
     assert not [route for route in routes if f"`{route}`" not in text]
+
+
+def test_every_error_code_is_in_its_table() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\d+) \| (no|yes, after (\d+) s) \| (.*) \|$",
+        (ROOT / "docs/errors.md").read_text(),
+        re.M,
+    )
+    documented = [(code, int(status), retry and int(retry), text) for code, status, _, retry, text in rows]
+    assert documented == [
+        (code.value, code.answer.status, code.answer.retry_after or "", code.answer.meaning) for code in Code
+    ]
 
 
 def test_the_openapi_page_has_a_body_to_try_for_each_endpoint_of_an_engine() -> None:

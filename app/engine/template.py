@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from app.engine.template_process import CPU_SECONDS, as_line
-from app.errors import AdapterUnavailable, BadRequest
+from app.errors import AdapterUnavailable, BadRequest, Code
 
 _ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")
@@ -161,5 +161,5 @@ async def _end(process: Process) -> None:
 
 def _failed(reason: str) -> BadRequest:
     return BadRequest(
-        f"the adapter's chat template cannot be rendered: {reason}", code="chat_template_failed"
+        f"the adapter's chat template cannot be rendered: {reason}", code=Code.CHAT_TEMPLATE_FAILED
     )

@@ -230,7 +230,7 @@ class Endpoints:
             raise errors.BadRequest(
                 f"{key}: the last turn and the system prompt are {tokens} tokens, and the context holds {context}: "
                 "shorten them (context_length_exceeded)",
-                code="context_length_exceeded",
+                code=errors.Code.CONTEXT_LENGTH_EXCEEDED,
                 param=key,
             )
         lowered = {name: min(bound, context - tokens) for name, bound in bounds.items()}
@@ -261,7 +261,7 @@ def _truncation(body: Mapping[str, Any]) -> Any:
     truncation = body.get("truncation")
     if truncation not in (None, "auto", "disabled"):
         raise errors.BadRequest(
-            "truncation: must be `auto` or `disabled`", code="invalid_value", param="truncation"
+            "truncation: must be `auto` or `disabled`", code=errors.Code.INVALID_VALUE, param="truncation"
         )
     return truncation
 
@@ -287,7 +287,7 @@ def _check_batch(body: Mapping[str, Any]) -> None:
         if body.get(field):
             raise errors.BadRequest(
                 f"{field}: not for several conversations at once; ask one by one",
-                code="invalid_value",
+                code=errors.Code.INVALID_VALUE,
                 param=field,
             )
 
@@ -319,7 +319,7 @@ def _check_sequences(request: Any) -> None:
     n = getattr(request, "n", None) or 1
     if n > vllm.envs.VLLM_MAX_N_SEQUENCES:
         raise errors.BadRequest(
-            f"n: at most {vllm.envs.VLLM_MAX_N_SEQUENCES}", code="invalid_value", param="n"
+            f"n: at most {vllm.envs.VLLM_MAX_N_SEQUENCES}", code=errors.Code.INVALID_VALUE, param="n"
         )
     param = "messages" if isinstance(request, BatchChatCompletionRequest) else "prompt"
     prompts = getattr(request, param, None)
@@ -328,7 +328,7 @@ def _check_sequences(request: Any) -> None:
     if count * n > MAX_SEQUENCES:
         raise errors.BadRequest(
             f"{param}: {count} prompts with {n} answers each are more than {MAX_SEQUENCES}",
-            code="invalid_value",
+            code=errors.Code.INVALID_VALUE,
             param=param,
         )
 

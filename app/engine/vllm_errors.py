@@ -43,7 +43,7 @@ def translated(error: Exception, *, is_dead: bool = False) -> errors.ApiError:
         return errors.BadRequest(
             "this base model has no chat template: ask for an adapter that brings its own, or start the service "
             "with a chat_template.jinja in the base model's folder",
-            code="no_chat_template",
+            code=errors.Code.NO_CHAT_TEMPLATE,
             param="model",
         )
     return api_error(create_error_response(error))
@@ -55,7 +55,7 @@ def bad_request(error: Exception) -> errors.BadRequest:
         param = getattr(error, "parameter", None)
         is_slip = isinstance(error, _SLIPS)
         text = "a field has a value of the wrong type" if is_slip else _APPENDIX.sub("", str(error))
-        return errors.BadRequest(text or "invalid request", code="invalid_value", param=param)
+        return errors.BadRequest(text or "invalid request", code=errors.Code.INVALID_VALUE, param=param)
     by_field: dict[str, list[Any]] = {}
     for one in error.errors(include_input=False, include_url=False):
         by_field.setdefault(next(iter(_fields(one["loc"])), ""), []).append(one)
@@ -68,7 +68,7 @@ def bad_request(error: Exception) -> errors.BadRequest:
     missing = all(one["type"] == "missing" for one in problems)
     return errors.BadRequest(
         "; ".join(told[:_MOST_PROBLEMS]),
-        code="missing_required_parameter" if missing else "invalid_value",
+        code=errors.Code.MISSING_REQUIRED_PARAMETER if missing else errors.Code.INVALID_VALUE,
         param=params[0],
     )
 
@@ -112,12 +112,12 @@ def api_error(response: ErrorResponse) -> errors.ApiError:
         # LangChain looks for the code in the text.
         text = _APPENDIX.sub("", error.message)
         message = f"{text} (context_length_exceeded; `truncation: auto` leaves out the oldest turns)"
-        return errors.BadRequest(message, code="context_length_exceeded", param=error.param)
+        return errors.BadRequest(message, code=errors.Code.CONTEXT_LENGTH_EXCEEDED, param=error.param)
     if "--tool-call-parser" in error.message or "--enable-auto-tool-choice" in error.message:
         return no_tool_parser()
     text = _APPENDIX.sub("", error.message)
     field = _FIELD.match(text)
-    return errors.BadRequest(text, code="invalid_value", param=error.param or (field and field[1]))
+    return errors.BadRequest(text, code=errors.Code.INVALID_VALUE, param=error.param or (field and field[1]))
 
 
 def cannot_be_followed() -> errors.BadRequest:
@@ -128,7 +128,7 @@ def cannot_be_followed() -> errors.BadRequest:
     return errors.BadRequest(
         "the engine cannot make a grammar of what the answer is to follow: its grammar, JSON schema, expression or "
         "structural tag is empty, or refers to itself without end",
-        code="invalid_value",
+        code=errors.Code.INVALID_VALUE,
     )
 
 
@@ -138,11 +138,11 @@ def _not_found(error: ErrorInfo) -> errors.ApiError:
     return errors.ResponseNotFound(
         "there is no such response (any more): it was not stored, had to make room, or was deleted; send the "
         "conversation itself",
-        code="previous_response_not_found",
+        code=errors.Code.PREVIOUS_RESPONSE_NOT_FOUND,
         param="previous_response_id",
     )
 
 
 def no_tool_parser() -> errors.BadRequest:
     """The answer to tools where nobody said how the base model writes its calls."""
-    return errors.BadRequest(_NO_PARSER, code="tools_not_supported", param="tools")
+    return errors.BadRequest(_NO_PARSER, code=errors.Code.TOOLS_NOT_SUPPORTED, param="tools")

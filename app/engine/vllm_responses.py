@@ -54,7 +54,7 @@ class Responses(Ours, OpenAIServingResponses):
         if response_id not in self.event_store:
             raise errors.BadRequest(
                 "stream: this response was not created with `background` and `stream`",
-                code="invalid_value",
+                code=errors.Code.INVALID_VALUE,
                 param="stream",
             )
         one = copy.copy(self)  # a failure is this stream's alone
@@ -66,7 +66,7 @@ class Responses(Ours, OpenAIServingResponses):
         if response.status not in _UNDER_WAY:
             raise errors.BadRequest(
                 f"this response is {response.status}: only one that is made in the background can be cancelled",
-                code="invalid_value",
+                code=errors.Code.INVALID_VALUE,
                 param="response_id",
             )
         response.status = "cancelled"
@@ -134,7 +134,7 @@ class Responses(Ours, OpenAIServingResponses):
             await has_more.wait()
         response = self.response_store.get(response_id)
         if response is not None and response.status == "failed":
-            raise errors.EngineFailed(response.error["message"], code=response.error["code"])
+            raise errors.EngineFailed(response.error["message"])
 
     async def events(self, stream: AsyncGenerator[Any]) -> AsyncGenerator[bytes]:
         """See Ours; vLLM's generator raises what goes wrong."""

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Request
 
 from app.engine.base import Endpoint
-from app.errors import BadRequest
+from app.errors import BadRequest, Code
 
 MAX_BODY_BYTES = 4 << 20  # parsing blocks everybody; the longest contexts are below this
 BODY_SECONDS = 60
@@ -23,7 +23,7 @@ def meant(body: dict[str, Any]) -> Endpoint:
             return endpoint
     raise BadRequest(
         "one of messages, prompt and input is required",
-        code="missing_required_parameter",
+        code=Code.MISSING_REQUIRED_PARAMETER,
         param="messages",
     )
 
@@ -35,22 +35,22 @@ async def read_body(request: Request[Any]) -> dict[str, Any]:
             content = await _content(request)
     except TimeoutError as error:
         raise BadRequest(
-            f"the request took longer than {BODY_SECONDS} s to arrive", code="request_timeout"
+            f"the request took longer than {BODY_SECONDS} s to arrive", code=Code.REQUEST_TIMEOUT
         ) from error
     try:
         body = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise BadRequest("the request body is not JSON", code="invalid_json") from error
+        raise BadRequest("the request body is not JSON", code=Code.INVALID_JSON) from error
     if not isinstance(body, dict):
-        raise BadRequest("the request body must be a JSON object", code="invalid_json")
+        raise BadRequest("the request body must be a JSON object", code=Code.INVALID_JSON)
     if adapter := request.headers.get(_SAGEMAKERS_ADAPTER):
         body["model"] = adapter
     if "model" not in body:  # nobody should be answered by weights they did not name
         raise BadRequest(
-            "model: this parameter is required", code="missing_required_parameter", param="model"
+            "model: this parameter is required", code=Code.MISSING_REQUIRED_PARAMETER, param="model"
         )
     if not isinstance(body["model"], str):
-        raise BadRequest("model: must be a string", code="invalid_value", param="model")
+        raise BadRequest("model: must be a string", code=Code.INVALID_VALUE, param="model")
     return body
 
 
@@ -60,6 +60,6 @@ async def _content(request: Request[Any]) -> bytearray:
         content += chunk
         if len(content) > MAX_BODY_BYTES:
             raise BadRequest(
-                f"the request is larger than {MAX_BODY_BYTES >> 20} MiB", code="request_too_large"
+                f"the request is larger than {MAX_BODY_BYTES >> 20} MiB", code=Code.REQUEST_TOO_LARGE
             )
     return content

@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.engine.base import DONE, Events
-from app.errors import ApiError, row
+from app.errors import ApiError, status_of
 from app.exchange.connection import CLIENT_LEFT, ClientLeft, WhileConnected
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class EventStream(Response):
                 self._is_sending = False
                 self._sent += 1
         except ApiError as error:
-            outcome = row(error).status
+            outcome = status_of(error)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return outcome
 

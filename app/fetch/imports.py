@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapters import AdapterError, InvalidAdapter
-from app.errors import ApiError, BadRequest, ModelNotFound
+from app.errors import ApiError, BadRequest, ImportNotFound
 from app.fetch import Source, checked_prefixes
 from app.fetch.guard import parse_networks
 from app.fetch.process import ProcessFailed, run
@@ -98,12 +98,10 @@ class Imports:
         return one
 
     def get(self, id: str) -> Import:
-        """Raises ModelNotFound."""
+        """Raises ImportNotFound."""
         if id not in self._imports:
-            raise ModelNotFound(
-                f"there is no such import: GET /v1/imports lists the last {_KEPT}",
-                code="import_not_found",
-                param="id",
+            raise ImportNotFound(
+                f"there is no such import: GET /v1/imports lists the last {_KEPT}", param="id"
             )
         return self._imports[id]
 

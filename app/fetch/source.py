@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from app.errors import BadRequest, PathNotAllowed
+from app.errors import BadRequest, Code, PathNotAllowed
 
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 
@@ -64,7 +64,7 @@ def parse_source(text: str, allowed: Sequence[str]) -> Source:
         if source.scheme in _DEFAULT_PORTS and not source.is_archive:
             raise ValueError(f"name an archive: a file that ends in {', '.join(ARCHIVE_SUFFIXES)}")
     except ValueError as error:
-        raise BadRequest(f"source: {error}", code="invalid_source", param="source") from error
+        raise BadRequest(f"source: {error}", code=Code.INVALID_SOURCE, param="source") from error
     if not is_listed(source.url, allowed):
         raise PathNotAllowed(
             f"source: {source.scheme}://{source.place}/ is not a place that may be fetched from: "

@@ -21,7 +21,7 @@ from adapters import (
     Manifest,
     validate,
 )
-from app.errors import ApiError, row
+from app.errors import ApiError, code_of
 from app.lifecycle.bases import Bases
 from app.lifecycle.transitions import Transitions
 from app.metrics import Metrics
@@ -58,7 +58,7 @@ class Operations:
             )
         except InvalidAdapter as error:
             # No label is what a client made up.
-            self._metrics.refusals.labels("unpublished", row(error).code).inc()
+            self._metrics.refusals.labels("unpublished", code_of(error)).inc()
             raise
 
     async def _facts_for(self, folder: Path) -> BaseModelFacts:

@@ -16,7 +16,7 @@ from typing import Self
 
 from adapters import AdapterError, AdapterStore, Manifest
 from app.engine.base import Engine, LoadedAdapter
-from app.errors import AdapterRefused, AdapterUnavailable, ApiError, EngineUnavailable, row
+from app.errors import AdapterRefused, AdapterUnavailable, ApiError, EngineUnavailable, code_of
 from app.lifecycle.loader import Loader
 from app.lifecycle.turns import Turns
 from app.metrics import Metrics
@@ -270,7 +270,7 @@ class Residency:
         except Exception as error:
             # Without its traceback, which would keep the engine, and grow each time it is raised again.
             self._failures[ref] = (error.with_traceback(None), time.monotonic())
-            code = row(error).code if isinstance(error, AdapterError | ApiError) else "unreadable"
+            code = code_of(error) if isinstance(error, AdapterError | ApiError) else "unreadable"
             self._metrics.refusals.labels(manifest.name, code).inc()
             raise
         finally:

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from app.engine.base import Endpoint, Parameters
-from app.errors import TABLE, EngineUnavailable
+from app.errors import Code, EngineUnavailable
 from app.exchange.state import AppRequest
 
 
@@ -49,7 +49,7 @@ def failures(*statuses: int, model: type[BaseModel] = ErrorBody) -> dict[int | s
     """How routes may fail, for the page: each status with the codes that it stands for, and the rest."""
     described: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
-        codes = sorted({row.code for row in TABLE.values() if row.status == status})
+        codes = sorted(code for code in Code if code.answer.status == status)
         described[status] = {
             "description": f"{HTTPStatus(status).phrase}: {', '.join(codes)}",
             "model": model,

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from adapters import DEFAULT_ALIAS
 from adapters.ref import check_alias, check_name
 from adapters.wording import in_words
-from app.errors import BadRequest
+from app.errors import BadRequest, Code
 from app.exchange.connection import CLIENT_LEFT
 from app.exchange.state import AppRequest
 from app.fetch import parse_source
@@ -110,7 +110,7 @@ async def _publish_adapter(request: AppRequest) -> Response:
     if wanted.path is None:
         raise BadRequest(
             "path: give a folder, or source: where to fetch it from, or upload a file as multipart/form-data",
-            code="missing_required_parameter",
+            code=Code.MISSING_REQUIRED_PARAMETER,
             param="path",
         )
     folder = allowed_folder(wanted.path, request.state["publish_roots"])
@@ -155,11 +155,11 @@ async def _json(request: AppRequest) -> Any:
     async for chunk in request.stream():
         content += chunk
         if len(content) > _MAX_JSON_BYTES:
-            raise BadRequest("the request is larger than 1 MiB", code="request_too_large")
+            raise BadRequest("the request is larger than 1 MiB", code=Code.REQUEST_TOO_LARGE)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise BadRequest("the request body is not JSON", code="invalid_json") from error
+        raise BadRequest("the request body is not JSON", code=Code.INVALID_JSON) from error
 
 
 def _checked(fields: Any) -> PublishRequest:
@@ -169,7 +169,7 @@ def _checked(fields: Any) -> PublishRequest:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         param = ".".join(map(str, first["loc"])) or None
-        code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+        code = Code.MISSING_REQUIRED_PARAMETER if first["type"] == "missing" else Code.INVALID_VALUE
         message = f"{param}: {in_words(first)}" if param else in_words(first)
         raise BadRequest(message, code=code, param=param) from error
     check_name(wanted.name)
@@ -191,7 +191,7 @@ async def _upload(request: AppRequest) -> AsyncIterator[tuple[PublishRequest, Pa
                 raise BadRequest(
                     f"the upload is larger than {limit / 2**30:g} GiB: start the service with a larger "
                     "XINGLIN_MAX_ADAPTER_GIB",
-                    code="request_too_large",
+                    code=Code.REQUEST_TOO_LARGE,
                     param="file",
                 )
             yield chunk
@@ -199,19 +199,21 @@ async def _upload(request: AppRequest) -> AsyncIterator[tuple[PublishRequest, Pa
     try:
         form = await MultiPartParser(request.headers, limited(), max_files=1, max_fields=8).parse()  # type: ignore[arg-type]
     except (MultiPartException, KeyError) as error:
-        raise BadRequest(f"the multipart body cannot be read: {error}", code="invalid_multipart") from error
+        raise BadRequest(
+            f"the multipart body cannot be read: {error}", code=Code.INVALID_MULTIPART
+        ) from error
     async with _closing(form):
         fields = {name: value for name, value in form.items() if isinstance(value, str)}
         file = form.get("file")
         if not isinstance(file, UploadFile):
             raise BadRequest(
                 "file: upload the adapter as a .tar.gz or .zip file",
-                code="missing_required_parameter",
+                code=Code.MISSING_REQUIRED_PARAMETER,
                 param="file",
             )
         wanted = _checked(fields)
         if wanted.path is not None or wanted.source is not None:
-            raise BadRequest("give a file, or path, or source: only one of them", code="invalid_value")
+            raise BadRequest("give a file, or path, or source: only one of them", code=Code.INVALID_VALUE)
         with tempfile.TemporaryDirectory(dir=request.state["imports"].folder) as temporary:
             archive = Path(temporary, "upload")
             await asyncio.to_thread(_save, file, archive)

@@ -1,9 +1,14 @@
-"""Every error has a row, and every row makes a body that OpenAI's clients understand."""
+"""Every error has a code, every code a way to be answered, and each body is one that OpenAI's clients understand."""
+
+import re
+from pathlib import Path
 
 import pytest
 
+import app
 from adapters import AdapterError, InvalidAdapter
 from app import errors
+from app.errors import Code
 
 
 def _tree(kind: type[Exception]) -> list[type[Exception]]:
@@ -11,8 +16,21 @@ def _tree(kind: type[Exception]) -> list[type[Exception]]:
 
 
 @pytest.mark.parametrize("kind", [*_tree(errors.ApiError)[1:], *_tree(AdapterError)])
-def test_every_error_has_a_row_of_its_own(kind: type[Exception]) -> None:
+def test_every_error_has_a_code_of_its_own(kind: type[Exception]) -> None:
     assert kind in errors.TABLE
+
+
+def test_every_code_is_used() -> None:
+    sources = [path for path in Path(app.__file__).parent.rglob("*.py") if path.name != "errors.py"]
+    named = {name for path in sources for name in re.findall(r"\bCode\.([A-Z_]+)", path.read_text())}
+    assert {Code[name] for name in named} | {*errors.TABLE.values()} == {*Code}
+
+
+def test_no_code_is_written_out() -> None:
+    written = re.compile(r"""code=["']""")
+    assert not [
+        str(path) for path in Path(app.__file__).parent.rglob("*.py") if written.search(path.read_text())
+    ]
 
 
 @pytest.mark.parametrize("kind", errors.TABLE)
@@ -28,8 +46,14 @@ def test_all_problems_of_an_adapter_reach_the_client() -> None:
     assert errors.body(InvalidAdapter(["one", "two"]))["error"]["problems"] == ["one", "two"]
 
 
-@pytest.mark.parametrize(("kind", "row"), errors.TABLE.items())
-def test_clients_retry_only_what_can_help(kind: type[Exception], row: errors.Row) -> None:
-    headers = errors.headers(InvalidAdapter([]) if kind is InvalidAdapter else kind(""))
-    assert ("retry-after" in headers) == (row.status in (409, 429, 503))
+@pytest.mark.parametrize("code", Code)
+def test_clients_retry_only_what_can_help(code: Code) -> None:
+    headers = errors.headers(errors.ApiError("", code=code))
+    assert ("retry-after" in headers) == (code.answer.status in (409, 429, 503))
     assert ("retry-after" in headers) != (headers.get("x-should-retry") == "false")
+
+
+def test_an_errors_own_code_decides_its_status() -> None:
+    assert errors.status_of(errors.BadRequest("")) == 400
+    assert errors.status_of(errors.ResponseNotFound("", code=Code.PREVIOUS_RESPONSE_NOT_FOUND)) == 404
+    assert (errors.status_of(ValueError()), errors.status_of(KeyboardInterrupt())) == (500, 499)

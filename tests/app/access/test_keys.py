@@ -103,6 +103,6 @@ async def _status(app: FastAPI, method: str, path: str) -> int:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    with suppress(AttributeError):  # of the open ones: what they show is not there
+    with suppress(KeyError):  # of the open ones: what they show is not there
         await app(scope, receive, send)
     return int(sent[0]["status"])
