@@ -32,7 +32,7 @@ class Service:
     environment: dict[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = ("-m", "app", "serve")
     is_forked: bool = True
-    """From a process that has imported it; otherwise Python is started, as users start it."""
+    """In tests, from a process that has imported it; otherwise Python is started, as users start it."""
     process: subprocess.Popen[bytes] | warm.Forked = field(init=False)
 
     def start(self, *, until_ready: bool = True) -> None:
@@ -44,7 +44,7 @@ class Service:
             "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
         }
         environment = {**os.environ, **settings, **self.environment}
-        if self.is_forked:
+        if self.is_forked and warm.is_owned():
             self.process = warm.start(self.command, environment, self.log_path, ROOT)
         else:
             with self.log_path.open("ab") as log:

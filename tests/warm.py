@@ -46,6 +46,11 @@ def own() -> None:
     os.environ[_OWNER] = str(os.getpid())
 
 
+def is_owned() -> bool:
+    """Whether there is somebody whom a warm process would belong to; not so in benchmarks."""
+    return _OWNER in os.environ
+
+
 def disown() -> None:
     """Leave nothing behind; the warm process ends with this one."""
     shutil.rmtree(os.environ.pop(_FOLDER))
