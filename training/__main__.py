@@ -9,9 +9,9 @@ from pathlib import Path
 
 from adapters import AdapterError
 from training import commands
-from training.config import ConfigError, load_config
-from training.data import DataError
+from training.config import load_config
 from training.demo.build import build_demo
+from training.errors import ConfigError, TrainingError
 from training.runs import processes, progress
 from training.runs.events import (
     EVENTS_FILE,
@@ -29,7 +29,7 @@ from training.runs.events import (
     read_events,
 )
 from training.runs.execute import begin, carry_out, is_running
-from training.runs.pipeline import JobFailed, is_pipeline, run_pipeline
+from training.runs.pipeline import is_pipeline, run_pipeline
 from training.runs.stop import EXIT_CODE
 from training.runs.stop import Stopped as RunStopped
 
@@ -65,16 +65,16 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         arguments.command(arguments)
-    except ConfigError as error:
+    except TrainingError as error:
         _say(str(error))
-        return 2
+        return error.exit_code
     except RunStopped as stopped:
         _say(f"stopped at {stopped}")
         return EXIT_CODE
     except KeyboardInterrupt:
         _say("interrupted: see `python -m training list` for what may be resumed")
         return 130
-    except (AdapterError, DataError, JobFailed) as error:
+    except AdapterError as error:
         _say(str(error))
         return 1
     except Exception as error:  # the traceback is in the run's events

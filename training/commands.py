@@ -6,23 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from adapters import AdapterStore
-from training.config import AdapterJob, ConfigError, OnError, PtConfig, Source, load_config
+from training.config import AdapterJob, OnError, PtConfig, Source, load_config
+from training.errors import ConfigError
 from training.templates import NAMES, named
 
 Commands = Any
 """What argparse's add_subparsers returns."""
 
-_READERS = {
-    "base": "read_documents",
-    "pt": "read_documents",
-    "sft": "read_chats",
-    "rm": "read_preferences",
-    "dpo": "read_preferences",
-    "orpo": "read_preferences",
-    "kto": "read_feedback",
-    "ppo": "read_prompts",
-    "grpo": "read_prompts",
-}
 _TRUST = (
     "run the Python code that comes with the base model, which then can do whatever you can do (default: off)"
 )
@@ -122,8 +112,8 @@ def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
 
 
 def _preview(arguments: argparse.Namespace) -> None:
-    from training import data  # noqa: PLC0415
-    from training.models.lora import find_base  # noqa: PLC0415
+    from training.data import READERS  # noqa: PLC0415
+    from training.models.base_model import find_base  # noqa: PLC0415
     from training.tokens.preview import preview, wants_colour  # noqa: PLC0415
     from training.tokens.vocabulary import add_tokens  # noqa: PLC0415
 
@@ -132,7 +122,7 @@ def _preview(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"{arguments.config}: stage {config.stage} makes its tokenizer itself: nothing to preview"
         )
-    rows = getattr(data, _READERS[config.stage])(config.train_files, config.on_error, config.seed)
+    rows = READERS[config.reads](config.train_files, config.on_error, config.seed)
     reading = config if isinstance(config, PtConfig) else None
     must_chat = reading is None or not reading.makes_base or any("messages" in row for row in rows)
     base = find_base(config, AdapterStore(arguments.data_dir / "store"), must_chat=must_chat)
@@ -182,7 +172,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     from training.artifacts.merge import merge  # noqa: PLC0415
-    from training.models.lora import base_name  # noqa: PLC0415
+    from training.models.base_model import base_name  # noqa: PLC0415
 
     store = AdapterStore(arguments.data_dir / "store")
     names = [base_name(arguments.base).rpartition("/")[2]]

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from tests.service import ADMIN_KEY, Service
-from training.config import ConfigError, load_config
+from training.config import load_config
 from training.demo.corpus import write_corpus
+from training.errors import ServiceError
 from training.runs.events import Progress, read_events
 from training.runs.execute import begin, carry_out
 
@@ -54,8 +55,8 @@ def test_a_service_that_refuses_ends_the_run_with_the_reason(
     write_corpus(service.data_dir / "demo")
     monkeypatch.setenv("XINGLIN_ADMIN_KEY", "wrong")
     with pytest.raises(
-        ConfigError, match=r"rollout_service: .*set XINGLIN_ADMIN_KEY to the service's admin key"
+        ServiceError, match=r"rollout_service: .*set XINGLIN_ADMIN_KEY to the service's admin key"
     ):
         _run(service, tmp_path / "ppo.yaml")
-    with pytest.raises(ConfigError, match=r"rollout_service: .*is it running"):
+    with pytest.raises(ServiceError, match=r"rollout_service: .*is it running"):
         _run(service, tmp_path / "ppo.yaml", rollout_service="http://127.0.0.1:9")

@@ -16,7 +16,7 @@ from training.runs.execute import begin, carry_out
 LoadJob = Callable[..., Any]  # a JobConfig, of the stage that the test knows
 
 BASE = {
-    "stage": "base",
+    "stage": "scratch",
     "name": "tiny",
     "train_files": ["plain.jsonl", "doctor.jsonl"],
     "model": {

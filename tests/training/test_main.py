@@ -168,7 +168,7 @@ def test_a_failed_run_is_one_line_and_exit_code_1(
 def test_a_run_that_is_told_to_stop_before_it_trains_is_cancelled(
     asked: signal.Signals, load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = SimpleNamespace(run=lambda *_: signal.raise_signal(asked))
+    stage = SimpleNamespace(train=lambda *_: signal.raise_signal(asked))
     monkeypatch.setattr("training.runs.execute._load_stage", lambda name: stage)
     (tmp_path / "job.yaml").write_text(dump_config(load_sft()))
     assert call(monkeypatch, "run", tmp_path / "job.yaml", "--data-dir", tmp_path) == 130

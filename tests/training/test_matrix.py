@@ -20,7 +20,7 @@ from tests.service import Service, free_port
 from tests.training.bases import END_OF_TEXT, IDS, IM_END, OUTSIDE, base
 from tests.training.jobs import SFT, load_job, run_job
 from training.config import OnError
-from training.models.lora import Base, find_base
+from training.models.base_model import Base, find_base
 from training.rl.policy import Policy
 from training.stages import sft
 from training.templates import named

@@ -41,10 +41,11 @@ from training.artifacts.peft_folder import (
     read_adapter,
     read_template,
 )
-from training.config import ConfigError, Golden
+from training.config import Golden
 from training.data import Row
+from training.errors import ConfigError
+from training.models.base_model import Base, base_folder, base_name
 from training.models.golden import golden_prompts, rounding
-from training.models.lora import Base, base_folder, base_name
 from training.templates import Template
 from training.tokens.stop_tokens import Stops, find_stops
 

@@ -45,8 +45,8 @@ from training.artifacts.peft_folder import (
     read_adapter,
     read_template,
 )
-from training.config import ConfigError
-from training.models.lora import base_folder, base_name, load_scorer
+from training.errors import ConfigError
+from training.models.base_model import base_folder, base_name, load_scorer
 from training.models.remote_code import own_code_refused
 from training.tokens.stop_tokens import Stops, find_stops, model_stops
 

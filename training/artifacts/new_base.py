@@ -6,7 +6,7 @@ from pathlib import Path
 from adapters import PROVENANCE_FILE, AdapterStore
 from training.artifacts.merge import merge
 from training.config import AdapterJob
-from training.models.lora import Base
+from training.models.base_model import Base
 
 
 def merge_adapter(adapter: Path, target: Path, base: Base, config: AdapterJob, store: AdapterStore) -> None:

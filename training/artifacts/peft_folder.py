@@ -26,7 +26,7 @@ from adapters import InvalidAdapter, strict_json
 from adapters.durable import settle
 from adapters.errors import shown
 from adapters.validate import CONFIG_FILE, TEMPLATE_FILE, TENSOR_FILE
-from training.config import ConfigError
+from training.errors import Busy, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -372,7 +372,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system if we die
     except BlockingIOError as error:
         os.close(held)
-        raise ConfigError(f"{target.name} is being made by another process") from error
+        raise Busy(f"{target.name} is being made by another process") from error
     try:
         for left in partial.iterdir():  # by a process that was killed
             left.unlink()

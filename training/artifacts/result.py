@@ -18,8 +18,9 @@ from training.artifacts.merge import warn_of_stop_texts
 from training.artifacts.new_base import merge_adapter
 from training.config import AdapterJob
 from training.data import Row
+from training.models.base_model import Base
 from training.models.golden import golden_prompts, provable, rounding
-from training.models.lora import Base, adapted, release
+from training.models.lora import adapted, release
 from training.runs import processes
 from training.runs.inputs import read_inputs
 from training.runs.run import Run
@@ -95,7 +96,7 @@ def _write_merged(model: Any, base: Base, config: AdapterJob, run: Run, metrics:
         shutil.rmtree(run.folder / _UNMERGED, ignore_errors=True)  # perhaps of a run that was killed
     adapter = _write_weights(model, base, run, _UNMERGED)
     _write_provenance(_dtype(model), base, config, run, metrics, task="chat", folder=_UNMERGED)
-    if getattr(config, "new_tokens", ()) and processes.leads():
+    if config.added_tokens and processes.leads():
         base.tokenizer.save_pretrained(adapter)
     release(model)
     processes.led(lambda: merge_adapter(adapter, run.folder / _RESULT, base, config, run.store))
@@ -124,7 +125,7 @@ def write_for_rollouts(model: Any, base: Base, config: AdapterJob, run: Run, *, 
     )
     write_golden(folder / GOLDEN_FILE, prompts)
     provenance = Provenance(
-        stage=config.stage,  # type: ignore[attr-defined]
+        stage=config.stage,
         base_model=base.name,
         base_fingerprint=base.fingerprint,
         dtype=_dtype(model),
@@ -190,7 +191,7 @@ def _write_provenance(
     inputs = read_inputs(run.folder)
     weights = run.folder / folder / TENSOR_FILE
     provenance = Provenance(
-        stage=config.stage,  # type: ignore[attr-defined]
+        stage=config.stage,
         task=task,
         base_model=base.name,
         base_fingerprint=base.fingerprint,

@@ -5,33 +5,33 @@ Relative paths in a config are relative to the current directory. Light on purpo
 
 from training.config.blocks import BaseModelSize, Golden, Lora, Publish, Reward, RopeScaling
 from training.config.fields import OnError, Source
-from training.config.job import AdapterJob
-from training.config.load import STAGES, ConfigError, dump_config, load_config, read_yaml
+from training.config.job import AdapterJob, Rows
+from training.config.load import STAGES, dump_config, load_config, read_yaml
 from training.config.stages import (
-    BaseConfig,
     DpoConfig,
     GrpoConfig,
     JobConfig,
     KtoConfig,
+    OfflineJob,
     OrpoConfig,
     PpoConfig,
     PtConfig,
     RmConfig,
+    ScratchConfig,
     SftConfig,
 )
 
 __all__ = [
     "STAGES",
     "AdapterJob",
-    "BaseConfig",
     "BaseModelSize",
-    "ConfigError",
     "DpoConfig",
     "Golden",
     "GrpoConfig",
     "JobConfig",
     "KtoConfig",
     "Lora",
+    "OfflineJob",
     "OnError",
     "OrpoConfig",
     "PpoConfig",
@@ -40,6 +40,8 @@ __all__ = [
     "Reward",
     "RmConfig",
     "RopeScaling",
+    "Rows",
+    "ScratchConfig",
     "SftConfig",
     "Source",
     "dump_config",

@@ -1,10 +1,11 @@
 """What jobs of several stages share."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from training.config.blocks import Golden, Lora, Publish, RopeScaling
+from training.config.blocks import Golden, Lora, Publish, Reward, RopeScaling
 from training.config.fields import (
     BaseModelName,
     Name,
@@ -18,9 +19,21 @@ from training.config.fields import (
 _A_BASE = "this job makes a base model"
 
 
+Rows = Literal["documents", "chats", "preferences", "feedback", "prompts"]
+"""The kinds of canonical rows (training.data)."""
+
+
 class Job(Settings):
+    """What every stage shares. Facts about a stage that are no settings stand here too, and in its own class."""
+
+    reads: ClassVar[Rows]
+    """What its train_files hold."""
+    in_one_process: ClassVar[bool] = False
+    """Whether it cannot be launched as several processes."""
+
+    stage: str
     name: Name
-    """Name of what is made: an adapter, or a base model (stage base, and any stage with `merge: true`)."""
+    """Name of what is made: an adapter, or a base model (stage scratch, and any stage with `merge: true`)."""
     train_files: Annotated[list[Source], Field(min_length=1)]
     """Data files, folders or globs; formats are recognised row by row (docs/data.md)."""
     on_error: OnError = OnError()
@@ -36,14 +49,39 @@ class Job(Settings):
     report_to: Trackers = Field(default=[])
     """Experiment trackers that get the numbers of a run beside TensorBoard: wandb, trackio, mlflow (docs/runs.md)."""
 
+    @classmethod
+    def would_make_base(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether a job of these settings, checked or not, makes a base model."""
+        return False
+
     @property
     def makes_base(self) -> bool:
         """Whether the product is a base model in <data>/models/<name>, and not an adapter in the store."""
-        return False
+        return self.would_make_base(vars(self))
+
+    @property
+    def data(self) -> dict[str, list[Source]]:
+        """All data files, by setting."""
+        return {"train_files": self.train_files}
+
+    def pinned(self, refs: Mapping[str, str]) -> Self:
+        """The job with revisions in the place of its refs."""
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as YAML has them, without those that nobody may give beside the others."""
+        return self.model_dump(mode="json")
 
 
 class AdapterJob(Job):
     """What every stage that makes an adapter shares."""
+
+    in_pairs: ClassVar[bool] = False
+    """Whether a row is two sequences, of which the second is learnt to be worse."""
+    has_reference: ClassVar[bool] = False
+    """Whether it scores its rows by a frozen reference model, too."""
+    generates: ClassVar[bool] = False
+    """Whether it learns from answers of its own."""
 
     base_model: BaseModelName
     """Folder of the base model, or its Hugging Face id. Served adapters need the same base."""
@@ -85,9 +123,50 @@ class AdapterJob(Job):
         return None
 
     @property
-    def makes_base(self) -> bool:
+    def rewards(self) -> Sequence[Reward]:
+        """What answers are rewarded for."""
+        return ()
+
+    @property
+    def longest_answer(self) -> int:
+        """The most tokens that are generated behind a row."""
+        return 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all weights are trained, and there is no adapter."""
+        return False
+
+    @property
+    def added_tokens(self) -> Sequence[str]:
+        """Words that the tokenizer learns."""
+        return ()
+
+    @property
+    def rows_learnt(self) -> int:
+        """Sequences in one forward and backward pass."""
+        return self.batch_size * (2 if self.in_pairs else 1)
+
+    @classmethod
+    def would_make_base(cls, settings: Mapping[str, Any]) -> bool:
         """With `merge: true`."""
-        return self.merge
+        return settings.get("merge") is True
+
+    @property
+    def data(self) -> dict[str, list[Source]]:
+        """All data files, by setting."""
+        return {
+            "train_files": self.train_files,
+            "evaluation_files": self.evaluation_files,
+            "general_files": self.general_files,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """See Job."""
+        found = super().settings()
+        if self.starts_from:
+            found.pop("lora")
+        return found
 
     @model_validator(mode="after")
     def _can_be_served(self) -> Self:
@@ -115,7 +194,7 @@ class AdapterJob(Job):
 
     @model_validator(mode="after")
     def _data_names_differ(self) -> Self:
-        sources = (*self.train_files, *self.evaluation_files, *self.general_files)
+        sources = (source for sources in self.data.values() for source in sources)
         names = [file.name for source in sources for file in source.files]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"data files need different names, for the manifest: {', '.join(sorted(twice))}")

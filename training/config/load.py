@@ -9,17 +9,15 @@ import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from adapters.wording import in_words, no_such_setting
+from training.config.job import Job
 from training.config.stages import JobConfig
+from training.errors import ConfigError
 
 _JOB_CONFIG: TypeAdapter[JobConfig] = TypeAdapter(Annotated[JobConfig, Field(discriminator="stage")])
-STAGES: dict[str, type[BaseModel]] = {
+STAGES: dict[str, type[Job]] = {
     typing.get_args(config.model_fields["stage"].annotation)[0]: config
     for config in typing.get_args(JobConfig)
 }
-
-
-class ConfigError(Exception):
-    """A config that cannot be run. The message names the file, each bad field and what is wrong with it."""
 
 
 def load_config(path: Path, root: Path | None = None, *, to_come: Collection[Path] = ()) -> JobConfig:
@@ -51,20 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def dump_config(config: JobConfig) -> str:
     """The config as YAML with every default filled in; `load_config` reads it back from anywhere."""
-    asked = _drop_what_does_not_apply(config)
-    return yaml.safe_dump(asked, allow_unicode=True, sort_keys=False)
-
-
-def _drop_what_does_not_apply(config: JobConfig) -> dict[str, Any]:
-    """Defaults that would be refused if somebody had set them."""
-    dumped = config.model_dump(mode="json")
-    if dumped.get("max_steps") is not None:
-        dumped.pop("epochs", None)
-    if dumped.get("adapter") or dumped.get("policy"):
-        dumped.pop("lora", None)
-    if config.stage == "rm":
-        dumped.pop("golden")
-    return dumped
+    return yaml.safe_dump(config.settings(), allow_unicode=True, sort_keys=False)
 
 
 def _explain(problem: Any) -> str:

@@ -1,31 +1,35 @@
 """One class for each stage: what a job of that stage asks for."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from training.config.blocks import BaseModelSize, Lora, Reward
 from training.config.fields import NewTokens, Ref, Url
-from training.config.job import AdapterJob, Job
+from training.config.job import AdapterJob, Job, Rows
 
 
-class BaseConfig(Job):
+class ScratchConfig(Job):
     """Build a small base model from scratch: a tokenizer and a model, published as a model folder."""
 
-    stage: Literal["base"]
+    reads: ClassVar[Rows] = "documents"
+    in_one_process: ClassVar[bool] = True
+
+    stage: Literal["scratch"]
     model: BaseModelSize = BaseModelSize()
     steps: int = Field(ge=1)
     """Optimiser steps; each takes batch_size whole documents of about equal length."""
     learning_rate: float = Field(default=5e-3, gt=0)
     """Peak learning rate; high, as suits a model of a few million parameters."""
 
-    @property
-    def makes_base(self) -> bool:
+    @classmethod
+    def would_make_base(cls, settings: Mapping[str, Any]) -> bool:
         """Always."""
         return True
 
 
-class _OfflineJob(AdapterJob):
+class OfflineJob(AdapterJob):
     """Stages that pass over rows, rather than generate their own."""
 
     epochs: float = Field(default=3, gt=0)
@@ -40,6 +44,13 @@ class _OfflineJob(AdapterJob):
     """Batches in one optimiser step: as good as batch_size times so many rows, in the memory of one batch."""
     gradient_checkpointing: bool | None = None
     """Compute activations twice instead of keeping them: much less memory, a third slower. None: on a GPU."""
+
+    def settings(self) -> dict[str, Any]:
+        """See Job."""
+        found = super().settings()
+        if self.max_steps is not None:
+            found.pop("epochs")
+        return found
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -56,8 +67,10 @@ class _OfflineJob(AdapterJob):
         return self
 
 
-class PtConfig(_OfflineJob):
+class PtConfig(OfflineJob):
     """Continued pre-training: the base model reads on, in texts of your field."""
+
+    reads: ClassVar[Rows] = "documents"
 
     stage: Literal["pt"]
     full: bool = False
@@ -73,10 +86,20 @@ class PtConfig(_OfflineJob):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate; with `full: true`, 1e-5 suits models of billions of parameters."""
 
-    @property
-    def makes_base(self) -> bool:
+    @classmethod
+    def would_make_base(cls, settings: Mapping[str, Any]) -> bool:
         """With `merge: true` or `full: true`."""
-        return self.merge or self.full
+        return settings.get("merge") is True or settings.get("full") is True
+
+    @property
+    def is_full(self) -> bool:
+        """With `full: true`."""
+        return self.full
+
+    @property
+    def added_tokens(self) -> Sequence[str]:
+        """See AdapterJob."""
+        return self.new_tokens
 
     @model_validator(mode="after")
     def _no_adapter_in_full(self) -> Self:
@@ -100,8 +123,10 @@ class PtConfig(_OfflineJob):
         return self
 
 
-class SftConfig(_OfflineJob):
+class SftConfig(OfflineJob):
     """Supervised fine-tuning: an adapter that learns to answer as the training data's assistant does."""
+
+    reads: ClassVar[Rows] = "chats"
 
     stage: Literal["sft"]
     adapter: Ref | None = None
@@ -127,9 +152,16 @@ class SftConfig(_OfflineJob):
         """Ref of the adapter that training goes on with; None for a fresh one."""
         return self.adapter
 
+    def pinned(self, refs: Mapping[str, str]) -> Self:
+        """See Job."""
+        return self.model_copy(update={"adapter": refs[self.adapter]}) if self.adapter else self
 
-class RmConfig(_OfflineJob):
+
+class RmConfig(OfflineJob):
     """Reward modelling: an adapter with a score head that ranks chosen answers above rejected ones."""
+
+    reads: ClassVar[Rows] = "preferences"
+    in_pairs: ClassVar[bool] = True
 
     stage: Literal["rm"]
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -138,6 +170,12 @@ class RmConfig(_OfflineJob):
     """Passes over the training data; reward models overfit after one or two."""
     center_rewards: float = Field(default=0.01, ge=0)
     """Weight of a term that keeps rewards around zero (Eisenstein et al. 2023, arXiv:2312.09244)."""
+
+    def settings(self) -> dict[str, Any]:
+        """See Job."""
+        found = super().settings()
+        found.pop("golden")
+        return found
 
     @model_validator(mode="after")
     def _answers_nothing(self) -> Self:
@@ -152,7 +190,7 @@ class RmConfig(_OfflineJob):
         return self
 
 
-class _PreferenceJob(_OfflineJob):
+class _PreferenceJob(OfflineJob):
     policy: Ref | None = None
     """Adapter to improve, such as one of stage sft; a frozen copy of it is the reference. Left out, a fresh
     adapter, whose reference is the base model."""
@@ -168,9 +206,17 @@ class _PreferenceJob(_OfflineJob):
         """Ref of the adapter that training goes on with; None for a fresh one."""
         return self.policy
 
+    def pinned(self, refs: Mapping[str, str]) -> Self:
+        """See Job."""
+        return self.model_copy(update={"policy": refs[self.policy]}) if self.policy else self
+
 
 class DpoConfig(_PreferenceJob):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290)."""
+
+    reads: ClassVar[Rows] = "preferences"
+    in_pairs: ClassVar[bool] = True
+    has_reference: ClassVar[bool] = True
 
     stage: Literal["dpo"]
 
@@ -178,11 +224,17 @@ class DpoConfig(_PreferenceJob):
 class KtoConfig(_PreferenceJob):
     """Kahneman-Tversky optimisation: answers that are good or bad by themselves (arXiv:2402.01306)."""
 
+    reads: ClassVar[Rows] = "feedback"
+    has_reference: ClassVar[bool] = True
+
     stage: Literal["kto"]
 
 
 class OrpoConfig(_PreferenceJob):
     """Odds-ratio preference optimisation, which needs no reference (Hong et al. 2024, arXiv:2403.07691)."""
+
+    reads: ClassVar[Rows] = "preferences"
+    in_pairs: ClassVar[bool] = True
 
     stage: Literal["orpo"]
 
@@ -191,8 +243,12 @@ def _as_list(value: object) -> object:
     return value if isinstance(value, list) else [value]
 
 
-class _OnlineJob(AdapterJob):
+class OnlineJob(AdapterJob):
     """Stages that learn from answers of their own, as rewards mark them."""
+
+    reads: ClassVar[Rows] = "prompts"
+    has_reference: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
 
     policy: Ref
     """Adapter to improve, such as one of stage sft; a frozen copy of it is the reference."""
@@ -212,9 +268,29 @@ class _OnlineJob(AdapterJob):
         """Ref of the adapter that training goes on with."""
         return self.policy
 
+    @property
+    def rewards(self) -> Sequence[Reward]:
+        """See AdapterJob."""
+        return self.reward
 
-class PpoConfig(_OnlineJob):
+    @property
+    def longest_answer(self) -> int:
+        """See AdapterJob."""
+        return self.max_new_tokens
+
+    def pinned(self, refs: Mapping[str, str]) -> Self:
+        """See Job."""
+        rewards = [
+            reward.model_copy(update={"adapter": refs[reward.adapter]}) if reward.adapter else reward
+            for reward in self.reward
+        ]
+        return self.model_copy(update={"policy": refs[self.policy], "reward": rewards})
+
+
+class PpoConfig(OnlineJob):
     """Proximal policy optimisation against a reward model (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    in_one_process: ClassVar[bool] = True
 
     stage: Literal["ppo"]
     batch_size: int = Field(default=32, ge=1)
@@ -243,6 +319,11 @@ class PpoConfig(_OnlineJob):
     min_reward_accuracy: float = Field(default=0.6, ge=0, le=1)
     """A reward adapter whose held-out pair accuracy was below this is refused: it would teach noise."""
 
+    @property
+    def rows_learnt(self) -> int:
+        """See AdapterJob."""
+        return self.minibatch_size
+
     @model_validator(mode="after")
     def _minibatches_fit(self) -> Self:
         if self.batch_size % self.minibatch_size:
@@ -256,7 +337,7 @@ class PpoConfig(_OnlineJob):
         return self
 
 
-class GrpoConfig(_OnlineJob):
+class GrpoConfig(OnlineJob):
     """Group-relative policy optimisation (arXiv:2402.03300), or RLOO (arXiv:2402.14740): no value head."""
 
     stage: Literal["grpo"]
@@ -287,5 +368,13 @@ class GrpoConfig(_OnlineJob):
 
 
 JobConfig = (
-    BaseConfig | PtConfig | SftConfig | RmConfig | PpoConfig | DpoConfig | KtoConfig | OrpoConfig | GrpoConfig
+    ScratchConfig
+    | PtConfig
+    | SftConfig
+    | RmConfig
+    | PpoConfig
+    | DpoConfig
+    | KtoConfig
+    | OrpoConfig
+    | GrpoConfig
 )

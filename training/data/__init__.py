@@ -14,8 +14,10 @@ Canonical rows, as plain dictionaries:
     prompt      {"prompt": [...], "reference": "…"}: the reference only where the data has an answer
 """
 
+from collections.abc import Callable, Sequence
+
+from training.config import OnError, Rows, Source
 from training.data.chats import Row
-from training.data.errors import DataError
 from training.data.overlap import Report, report
 from training.data.reading import (
     judge,
@@ -27,8 +29,17 @@ from training.data.reading import (
     read_prompts,
 )
 
+READERS: dict[Rows, Callable[[Sequence[Source], OnError, int], list[Row]]] = {
+    "documents": read_documents,
+    "chats": read_chats,
+    "preferences": read_preferences,
+    "feedback": read_feedback,
+    "prompts": read_prompts,
+}
+"""How data files are read, by the kind of rows that a stage asks for."""
+
 __all__ = [
-    "DataError",
+    "READERS",
     "Report",
     "Row",
     "judge",

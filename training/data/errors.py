@@ -5,10 +5,6 @@ import re
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,23}")
 
 
-class DataError(Exception):
-    """Data files that cannot be trained on. The message names each bad row, one a line."""
-
-
 class BadRow(Exception):
     """Why one row cannot be used."""
 

@@ -14,7 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from training.data.errors import BadRow, DataError
+from training.data.errors import BadRow
+from training.errors import DataError
 
 _GZIP, _PARQUET, _UTF_16 = b"\x1f\x8b", b"PAR1", (b"\xff\xfe", b"\xfe\xff")
 _JSON_ENDINGS = {".json", ".jsonl", ".ndjson"}

@@ -8,9 +8,10 @@ from typing import Any
 
 from training.config import OnError, Source
 from training.data.chats import Row, to_chat, to_document
-from training.data.errors import BadRow, DataError
+from training.data.errors import BadRow
 from training.data.files import read_values
 from training.data.preferences import has_pair, to_feedback, to_preference, to_prompt
+from training.errors import DataError
 
 log = logging.getLogger(__name__)
 

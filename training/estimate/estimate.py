@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from adapters import AdapterStore
-from training.config import AdapterJob, ConfigError, RmConfig
+from training.config import AdapterJob, GrpoConfig, OfflineJob, PpoConfig, PtConfig, RmConfig, SftConfig
+from training.errors import ConfigError
 from training.estimate.memory import Ledger
-from training.models.lora import find_adapter, lora_config
+from training.models.base_model import find_adapter
+from training.models.lora import lora_config
 from training.trainers.cpu_head import is_frozen_product, score
 from training.trainers.forgetting import LOGITS, LOGITS_AT_ONCE
 
@@ -35,10 +37,6 @@ _TILE = 4096, 32768
 """Tokens and vocabulary that TRL's fused head works on at a time."""
 _TILE_COPIES = {"cpu": 8.25, "cuda": 1.0}
 """Float32 tensors of that size at its worst moment: torch operations on a CPU, one kernel on a GPU."""
-_PAIRS = ("rm", "dpo", "orpo")
-_WITH_REFERENCE = ("dpo", "kto", "grpo", "ppo")
-_ONLINE = ("grpo", "ppo")
-_SUPERVISED = ("pt", "sft")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def estimate(config: AdapterJob, store: AdapterStore, device: str = "cuda") -> E
     job = _Job(config, device, _read_config(config.base_model, config.trust_remote_code))
     with torch.device("meta"):
         model = job.model()
-        if not job.is_full:
+        if not config.is_full:
             model = get_peft_model(model, _adapter_shape(config, store, model))
     plain = sum(_size(weight) for weight in model.parameters() if not weight.requires_grad)
     learning = [weight for weight in model.parameters() if weight.requires_grad]
@@ -95,35 +93,27 @@ class _Job:
     base: Any
 
     @property
-    def stage(self) -> str:
-        return str(getattr(self.config, "stage"))  # noqa: B009 - every stage's class has it, their base has not
-
-    @property
-    def is_full(self) -> bool:
-        return getattr(self.config, "full", False)
-
-    @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device == "cuda" and not self.is_full else torch.float32
+        return torch.bfloat16 if self.device == "cuda" and not self.config.is_full else torch.float32
 
     @property
     def is_checkpointing(self) -> bool:
-        asked: bool | None = getattr(self.config, "gradient_checkpointing", None)
+        config = self.config
+        asked = config.gradient_checkpointing if isinstance(config, OfflineJob | GrpoConfig) else None
         return self.device == "cuda" if asked is None else asked
 
     def model(self) -> Any:
-        kind = AutoModelForSequenceClassification if self.stage == "rm" else AutoModelForCausalLM
+        kind = AutoModelForSequenceClassification if self.config.stage == "rm" else AutoModelForCausalLM
         return kind.from_config(self.base, dtype=self.dtype, trust_remote_code=self.config.trust_remote_code)
 
     def moments(self) -> dict[str, Any]:
         """What may need the most, each as a function of the model that gives bytes beside weights and optimizer."""
         config, length = self.config, self.config.max_length
-        rows = config.batch_size * (2 if self.stage in _PAIRS else 1)
-        learnt = getattr(config, "minibatch_size", rows)
-        moments = {"learning": lambda model: self._learn(model, learnt, length)}
-        if self.stage in _WITH_REFERENCE:
+        rows = config.batch_size * (2 if config.in_pairs else 1)
+        moments = {"learning": lambda model: self._learn(model, config.rows_learnt, length)}
+        if config.has_reference:
             moments["scoring"] = lambda model: self._score(model, rows, length)
-        if self.stage in _ONLINE:
+        if config.generates:
             moments["generating"] = lambda _: self._cache(rows, length)
         if config.general_files:
             moments["measuring general_files"] = lambda _: self._measure(config.batch_size, length)
@@ -131,10 +121,10 @@ class _Job:
 
     def others(self, weights: int, adapter: int) -> int:
         """Adapters and models that are only read."""
-        copies = adapter if self.stage in _WITH_REFERENCE and self.config.starts_from else 0
-        for reward in getattr(self.config, "reward", []):
+        copies = adapter if self.config.has_reference and self.config.starts_from else 0
+        for reward in self.config.rewards:
             if reward.adapter:  # ppo puts it on the base it has; TRL's trainers want a model of its own
-                copies += adapter if self.stage == "ppo" else weights + adapter
+                copies += adapter if self.config.stage == "ppo" else weights + adapter
             elif reward.model:
                 with torch.device("meta"):
                     scorer = AutoModelForSequenceClassification.from_config(
@@ -162,7 +152,7 @@ class _Job:
         if self.is_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             model.enable_input_require_grads()
-        passes = min(2, getattr(self.config, "gradient_accumulation_steps", 1))
+        passes = min(2, _accumulation(self.config))
         with FakeTensorMode(), Ledger() as ledger:
             _give_storage(model)
             before = ledger.held
@@ -180,16 +170,16 @@ class _Job:
 
     def _loss(self, model: Any, rows: int, length: int) -> Tensor:
         token_ids = torch.zeros((rows, length), dtype=torch.long)
-        inner = model if self.is_full else model.get_base_model()
+        inner = model if self.config.is_full else model.get_base_model()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.device == "cuda"):
-            if self.stage == "orpo":
+            if self.config.stage == "orpo":
                 logits = model(input_ids=token_ids, use_cache=False).logits
                 liked = nn.functional.cross_entropy(
                     logits[: rows // 2].flatten(0, 1).float(), token_ids[: rows // 2].flatten()
                 )
                 return liked + _chosen(logits, token_ids).sum()
-            if self.stage == "ppo":
-                kept: int = self.config.max_new_tokens + 1  # type: ignore[attr-defined]
+            if self.config.stage == "ppo":
+                kept = self.config.longest_answer + 1
                 out = model(
                     input_ids=token_ids, use_cache=False, logits_to_keep=kept, output_hidden_states=True
                 )
@@ -197,10 +187,14 @@ class _Job:
                 scores = _chosen(out.logits[:, :-1].float(), token_ids[:, : kept - 1])
                 return scores.sum() + hidden.sum()
             hidden = inner.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
-            if self.stage == "rm":
+            if self.config.stage == "rm":
                 return inner.score(hidden).float().sum()
             head = inner.get_output_embeddings()
-            if self.device == "cpu" and self.stage in _SUPERVISED and is_frozen_product(head):
+            if (
+                self.device == "cpu"
+                and isinstance(self.config, PtConfig | SftConfig)
+                and is_frozen_product(head)
+            ):
                 return score(hidden.flatten(0, 1), head.weight, token_ids.flatten())[0].sum()
         copies = _TILE_COPIES[self.device]
         tile = min(rows * length, _TILE[0]), min(self.base.get_text_config().vocab_size, _TILE[1])
@@ -327,23 +321,23 @@ def _remedy(config: AdapterJob, store: AdapterStore, device: str, there: int) ->
 
 def _changes(config: AdapterJob) -> Iterator[dict[str, Any]]:
     """What takes memory away, the least harmful first."""
-    there = type(config).model_fields
-    if "gradient_checkpointing" in there:
+    if isinstance(config, OfflineJob | GrpoConfig):
         yield {"gradient_checkpointing": True}
-    rows, smallest = config.batch_size, getattr(config, "generations", 1)
-    if "minibatch_size" in there:
+    rows, smallest = config.batch_size, config.generations if isinstance(config, GrpoConfig) else 1
+    if isinstance(config, PpoConfig):
         yield {"minibatch_size": 1}
-    elif "gradient_accumulation_steps" in there and rows > 1:
-        yield {
-            "batch_size": 1,
-            "gradient_accumulation_steps": rows * getattr(config, "gradient_accumulation_steps", 1),
-        }
+    elif isinstance(config, OfflineJob) and rows > 1:
+        yield {"batch_size": 1, "gradient_accumulation_steps": rows * _accumulation(config)}
     elif rows > smallest:
         yield {"batch_size": smallest}
-    if "quantization" in there and not getattr(config, "full", False):
+    if not config.is_full:
         yield {"quantization": "4bit"}
     if config.max_length > 512:
         yield {"max_length": 512}
+
+
+def _accumulation(config: AdapterJob) -> int:
+    return config.gradient_accumulation_steps if isinstance(config, OfflineJob) else 1
 
 
 def _words(changes: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from adapters import GoldenPrompt, Rounding
-from training.data import DataError, Row
+from training.data import Row
+from training.errors import DataError
 from training.tokens.loss_mask import MaskError, encode_prompt
 
 

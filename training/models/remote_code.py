@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from training.config import ConfigError
+from training.errors import ConfigError
 
 
 @contextmanager

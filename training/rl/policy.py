@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from training.config import ConfigError
 from training.data import Row
-from training.models.lora import Base, continued
+from training.errors import ConfigError
+from training.models.base_model import Base
+from training.models.lora import continued
 from training.models.reward_head import at_last
 from training.tokens.loss_mask import encode_chat, encode_prompt
 

@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from adapters import AdapterStore
 from adapters.validate import TEMPLATE_FILE
-from training.config import ConfigError
 from training.config import Reward as RewardConfig
-from training.models.lora import Base, base_folder, base_name, check_base, find_adapter
+from training.errors import ConfigError, ServiceError
+from training.models.base_model import Base, base_folder, base_name, check_base, find_adapter
 from training.models.remote_code import own_code_refused
 from training.rl.policy import Messages, Policy
 from training.tokens.loss_mask import encode_chat
@@ -201,7 +201,7 @@ def judge_scorer(url: str, model: str, prompt: str | None) -> Scorer:
             if number := _NUMBER.search(said or ""):
                 return float(number[0])
             problem = "its reply holds no number"
-        raise ConfigError(f"reward: the judge at {url} gives no mark: {problem}")
+        raise ServiceError(f"reward: the judge at {url} gives no mark: {problem}")
 
     def score(conversations: Sequence[Messages], references: Sequence[str]) -> list[float]:
         with ThreadPoolExecutor(_JUDGES_AT_ONCE) as pool:

@@ -22,7 +22,8 @@ import torch
 from openai.types.chat import ChatCompletion
 from torch import Tensor
 
-from training.config import ConfigError, PpoConfig
+from training.config import PpoConfig
+from training.errors import ServiceError
 from training.rl.policy import Answers, Messages, Policy
 
 log = logging.getLogger(__name__)
@@ -78,19 +79,19 @@ class Rollouts:
             try:
                 self._admin("DELETE", f"/adapters/{self._name}/aliases/{_ALIAS}")
                 self._prune()
-            except ConfigError as error:  # of no matter to what was learnt, or to what ends the run
+            except ServiceError as error:  # of no matter to what was learnt, or to what ends the run
                 log.warning("%s stays at the service, until it is removed there: %s", self._name, error)
 
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> Answers:
         """What `Policy.answer` does, by the service; its seeds are drawn from torch's generator.
 
-        Raises ConfigError saying what the service objects to, or that it renders prompts otherwise.
+        Raises ServiceError saying what the service objects to, or that it renders prompts otherwise.
         """
         self._publish()
         seeds = torch.randint(_SEEDS, (len(prompts),)).tolist()
         self._samples = asyncio.run(self._sample(prompts, max_new_tokens, seeds))
         if [sample.prompt_token_ids for sample in self._samples] != self._policy.encoded(prompts):
-            raise ConfigError(f"rollout_service: {self._url} renders prompts otherwise than they are here")
+            raise ServiceError(f"rollout_service: {self._url} renders prompts otherwise than they are here")
         return self._policy.answered(prompts, [sample.token_ids for sample in self._samples])
 
     def difference(self, logprobs: Tensor) -> float:
@@ -141,7 +142,7 @@ class Rollouts:
 
     def _read(self, revision: str | None, reply: ChatCompletion) -> _Sample:
         if revision != self._revision:
-            raise ConfigError(
+            raise ServiceError(
                 f"rollout_service: {self._name}@{revision} answered instead of @{self._revision}: somebody else "
                 "moves this adapter"
             )
@@ -172,13 +173,13 @@ class Rollouts:
             raise self._refused(error) from error
         return reply
 
-    def _refused(self, error: BaseException) -> ConfigError:
+    def _refused(self, error: BaseException) -> ServiceError:
         hint = ""
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             hint = "; set XINGLIN_ADMIN_KEY to the service's admin key"
         if isinstance(error, openai.APIConnectionError):
             hint = "; is it running, and on the base model of this job?"
-        return ConfigError(f"rollout_service: {self._url}: {error}{hint}")
+        return ServiceError(f"rollout_service: {self._url}: {error}{hint}")
 
 
 def _packed(folder: Path) -> bytes:

@@ -1,7 +1,7 @@
 """One execution of a job: a run folder, its events, the stage, and publishing what it made.
 
 <data>/runs/<run_id>/   config.yaml  events.jsonl  tensorboard/  checkpoints/  result/
-<data>/models/<name>/   base models (stage base)
+<data>/models/<name>/   base models (stage scratch, and any with `merge: true`)
 <data>/store/           adapters (every other stage)
 """
 
@@ -22,7 +22,8 @@ from typing import Any
 from adapters import AdapterStore
 from adapters.durable import flock, replace_text
 from adapters.ref import folder_name
-from training.config import AdapterJob, ConfigError, JobConfig, dump_config, load_config, read_yaml
+from training.config import AdapterJob, JobConfig, dump_config, load_config, read_yaml
+from training.errors import Busy, ConfigError
 from training.runs import processes
 from training.runs.events import (
     EVENTS_FILE,
@@ -43,7 +44,6 @@ from training.runs.stop import Stopped
 CONFIG_FILE = "config.yaml"
 _LOCK = ".lock"
 _RESULT = "result"
-_STAGES_OF_ONE_PROCESS = ("base", "ppo")
 # Whoever looks whether a run is at work holds its lock for an instant.
 _TRIES, _SECONDS_BETWEEN_TRIES = 5, 0.1
 
@@ -88,8 +88,8 @@ def carry_out(run_id: str, data_dir: Path, *, join: bool = False, accept_changes
 
     Whatever ends the run ends its events too: an error as `failed`, KeyboardInterrupt as `cancelled`, a stop
     at a checkpoint as `stopped`; all are raised on. Nothing is half published, however it ends. Raises
-    ConfigError if there is no such run, nothing left to do, another input than at its start, or another process at
-    work on it; with `join` it waits for that process, and takes what is made already.
+    ConfigError if there is no such run, nothing left to do, or another input than at its start, and Busy if another
+    process is at work on it; with `join` it waits for that process, and takes what is made already.
     """
     folder = (data_dir / "runs" / run_id).absolute()
     if not (folder / CONFIG_FILE).is_file():
@@ -131,7 +131,7 @@ def _train_and_publish(config: JobConfig, run: Run, data_dir: Path, accept_chang
             if processes.leads():  # perhaps half written by a run that was killed
                 shutil.rmtree(run.folder / _RESULT, ignore_errors=True)
             stage = _load_stage(config.stage)
-            result = stage.run(processes.led(lambda: _with_inputs_fixed(config, run, accept_changes)), run)
+            result = stage.train(processes.led(lambda: _with_inputs_fixed(config, run, accept_changes)), run)
             published = processes.led(lambda: _publish(config, result, data_dir))
     except KeyboardInterrupt:
         if run.stop.is_asked or run.last_checkpoint() is None:
@@ -152,7 +152,7 @@ def _train_and_publish(config: JobConfig, run: Run, data_dir: Path, accept_chang
 
 
 def _with_inputs_fixed(config: JobConfig, run: Run, accept_changes: bool) -> JobConfig:
-    base_folder = import_module("training.models.lora").base_folder
+    base_folder = import_module("training.models.base_model").base_folder
     return fixed(
         config,
         run.folder,
@@ -171,7 +171,7 @@ def _load_stage(stage: str) -> Any:
 
 
 def _check_processes(config: JobConfig) -> None:
-    if processes.count() > 1 and config.stage in _STAGES_OF_ONE_PROCESS:
+    if processes.count() > 1 and config.in_one_process:
         raise ConfigError(
             f"stage {config.stage} trains in one process, and a launcher started {processes.count()}: run it as "
             "`python -m training run CONFIG`"
@@ -192,7 +192,7 @@ def _at_work(folder: Path, *, wait: bool) -> Iterator[EventLog]:
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """One process at a time works on a run; the system frees it if that dies. Raises ConfigError."""
+    """One process at a time works on a run; the system frees it if that dies. Raises Busy."""
     with (folder / _LOCK).open("a") as lock:
         for tries_left in reversed(range(_TRIES)):
             try:
@@ -200,9 +200,7 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
                 break
             except BlockingIOError as error:
                 if not tries_left:
-                    raise ConfigError(
-                        f"{folder.name} is running: another process is at work on it"
-                    ) from error
+                    raise Busy(f"{folder.name} is running: another process is at work on it") from error
                 time.sleep(_SECONDS_BETWEEN_TRIES)
         yield
 

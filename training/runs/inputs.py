@@ -7,7 +7,7 @@ that goes on must go on from the same, or say in the manifest what has changed.
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import yaml
 
 from adapters import AdapterError, AdapterRef, AdapterStore
 from adapters.durable import replace_text, sha256
-from training.config import AdapterJob, ConfigError, JobConfig, Reward
+from training.config import AdapterJob, JobConfig, Reward
+from training.errors import ConfigError
 
 INPUTS_FILE = "inputs.json"
 _BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -73,7 +74,7 @@ def fixed(
             log.warning("goes on although %s %s", what, how)
         now = replace(now, changed=[*before.changed, *(what for what, _ in changes)])
     replace_text(path, json.dumps(asdict(now), indent=2, ensure_ascii=False) + "\n")
-    return _pinned(config, now.refs)
+    return config.pinned(now.refs)
 
 
 def read_inputs(run: Path) -> Inputs:
@@ -88,18 +89,21 @@ def _look(
     store: AdapterStore,
     model_folder: Callable[[str, bool], Path],
 ) -> Inputs:
-    sources = [*config.train_files]
     models: dict[str, dict[str, str]] = {}
-    rewards: list[Reward] = []
+    rewards: Sequence[Reward] = ()
     if isinstance(config, AdapterJob):
-        sources += [*config.evaluation_files, *config.general_files]
-        rewards = getattr(config, "reward", [])
+        rewards = config.rewards
         asked = [(config.base_model, config.trust_remote_code)]
         asked += [(reward.model, reward.trust_remote_code) for reward in rewards if reward.model]
         models = {name: _digests(model_folder(name, trust)) for name, trust in asked}
     return Inputs(
         settings=settings,
-        files={str(file): sha256(file) for source in sources for file in source.files},
+        files={
+            str(file): sha256(file)
+            for sources in config.data.values()
+            for source in sources
+            for file in source.files
+        },
         refs={ref: _revision(ref, store, run) for ref in _refs(config)},
         models=models,
         functions={reward.function: _function(reward.function) for reward in rewards if reward.function},
@@ -110,7 +114,7 @@ def _refs(config: JobConfig) -> Iterator[str]:
     if isinstance(config, AdapterJob):
         if config.starts_from is not None:
             yield config.starts_from
-        yield from (reward.adapter for reward in getattr(config, "reward", []) if reward.adapter)
+        yield from (reward.adapter for reward in config.rewards if reward.adapter)
 
 
 def _revision(ref: str, store: AdapterStore, run: Path) -> str:
@@ -169,19 +173,3 @@ def _how(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
 
 def _short(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("\n...\n").strip()
-
-
-def _pinned(config: JobConfig, refs: Mapping[str, str]) -> JobConfig:
-    """The job with revisions in the place of its refs."""
-    if not refs:
-        return config
-    update: dict[str, Any] = {}
-    for name in ("adapter", "policy"):
-        if ref := getattr(config, name, None):
-            update[name] = refs[ref]
-    if rewards := getattr(config, "reward", None):
-        update["reward"] = [
-            reward.model_copy(update={"adapter": refs[reward.adapter]}) if reward.adapter else reward
-            for reward in rewards
-        ]
-    return config.model_copy(update=update)

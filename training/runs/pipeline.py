@@ -31,8 +31,9 @@ from adapters import AdapterNotFound, AdapterRef, AdapterStore
 from adapters.durable import replace_text
 from adapters.ref import folder_name
 from adapters.wording import in_words, no_such_setting
-from training.config import AdapterJob, ConfigError, JobConfig, load_config, read_yaml
+from training.config import STAGES, AdapterJob, JobConfig, load_config, read_yaml
 from training.config.fields import Name
+from training.errors import ConfigError, JobFailed
 from training.runs import progress
 from training.runs.execute import begin, carry_out
 from training.runs.stop import EXIT_CODE, SIGNALS, Stopped
@@ -41,10 +42,6 @@ log = logging.getLogger(__name__)
 
 _PROCESSES = multiprocessing.get_context("spawn")
 _INTERRUPTED = 130
-
-
-class JobFailed(Exception):
-    """A job of a pipeline did not succeed; its run's events say why."""
 
 
 class _Asked(BaseModel, extra="forbid"):
@@ -84,8 +81,8 @@ class _Job:
         digest = hashlib.sha256(self.path.read_bytes())
         for job in self.after:
             digest.update(f"after {job.key}\n".encode())
-        for role in ("train_files", "evaluation_files", "general_files"):
-            for file in (file for source in getattr(self.config, role, []) for file in source.files):
+        for role, sources in self.config.data.items():
+            for file in (file for source in sources for file in source.files):
                 with file.open("rb") as opened:
                     content = hashlib.file_digest(opened, "sha256").hexdigest()
                 digest.update(f"{role} {file.name} {content}\n".encode())
@@ -200,16 +197,15 @@ def _load_jobs(path: Path, asked: _Asked, folder: Path, data_dir: Path, root: Pa
 
 def _makes_base(job: dict[str, Any]) -> bool:
     """Whether settings as they stand in a file ask for a base model."""
-    return "name" in job and (
-        job.get("stage") == "base" or job.get("merge") is True or job.get("full") is True
-    )
+    stage = STAGES.get(str(job.get("stage")))
+    return stage is not None and "name" in job and stage.would_make_base(job)
 
 
 def _needs(config: JobConfig) -> list[Path | AdapterRef]:
     """The base model and the adapters that a job rests on. A revision is what it is, whatever is made."""
     if not isinstance(config, AdapterJob):
         return []
-    rewards = [reward.adapter for reward in getattr(config, "reward", [])]
+    rewards = [reward.adapter for reward in config.rewards]
     refs = [AdapterRef.parse(ref) for ref in (config.starts_from, *rewards) if ref]
     return [Path(config.base_model).resolve(), *(ref for ref in refs if ref.alias)]
 
@@ -299,7 +295,7 @@ def _in_process(job: _Job, place: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    progress.place = place
+    progress.stand_at(place)
     try:
         job.make()
     except Stopped:  # its events say so

@@ -9,8 +9,13 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5
 
-place = 0
-"""On which line of the terminal this process draws, when several train side by side."""
+_place = 0
+
+
+def stand_at(place: int) -> None:
+    """Draw on this line of the terminal from now on, where several processes train side by side."""
+    global _place  # noqa: PLW0603 - there is one terminal
+    _place = place
 
 
 def show_lines(level: int = logging.INFO) -> None:
@@ -30,7 +35,9 @@ class Meter:
         self._first_step = self._step = first_step
         self._loss = ""
         self._began = self._told = time.monotonic()
-        bar = tqdm(desc=title, total=max_steps, initial=first_step, unit="step", disable=None, position=place)
+        bar = tqdm(
+            desc=title, total=max_steps, initial=first_step, unit="step", disable=None, position=_place
+        )
         self._bar = None if bar.disable else bar  # disabled where stderr is not a terminal
 
     def eta_seconds(self) -> float:

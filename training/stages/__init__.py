@@ -1,1 +1,1 @@
-"""One module for each stage, named like it: `run(config, run_dir, events)` makes the result folder."""
+"""One module for each stage, named like it: `train(config, run)` trains, and returns the folder to publish."""

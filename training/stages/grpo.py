@@ -17,15 +17,16 @@ with patch.object(import_utils, "is_vllm_available", lambda min_version=None: Fa
 from training.artifacts.result import golden_rows, write_result
 from training.config import GrpoConfig
 from training.data import read_documents, read_prompts, report
+from training.models.base_model import find_base
 from training.models.golden import prompts_of
-from training.models.lora import find_base, trainable
+from training.models.lora import trainable
 from training.rl.rewards import Rewards, names, plain_scorer, standalone_scorer
 from training.runs.run import Run
 from training.tokens.examples import prompts
 from training.trainers.fit import arguments, fit, prepare
 
 
-def run(config: GrpoConfig, run: Run) -> Path:
+def train(config: GrpoConfig, run: Run) -> Path:
     """Train the adapter; returns a folder ready to be published.
 
     Raises ConfigError (base, policy or a reward cannot be had), DataError, Stopped.

@@ -12,14 +12,15 @@ from trl import KTOTrainer
 from training.artifacts.result import golden_rows, write_result
 from training.config import KtoConfig
 from training.data import read_documents, read_feedback, report
+from training.models.base_model import find_base
 from training.models.golden import prompts_of
-from training.models.lora import find_base, trainable
+from training.models.lora import trainable
 from training.runs.run import Run
 from training.tokens.examples import feedback
 from training.trainers.fit import arguments, fit, prepare
 
 
-def run(config: KtoConfig, run: Run) -> Path:
+def train(config: KtoConfig, run: Run) -> Path:
     """Train the adapter; returns a folder ready to be published.
 
     Raises ConfigError (base or policy cannot be had), DataError, AdapterError (not a base model), Stopped.

@@ -12,8 +12,9 @@ from trl.experimental.orpo import ORPOTrainer
 from training.artifacts.result import golden_rows, write_result
 from training.config import OrpoConfig
 from training.data import read_documents, read_preferences, report
+from training.models.base_model import find_base
 from training.models.golden import prompts_of
-from training.models.lora import find_base, trainable
+from training.models.lora import trainable
 from training.runs.run import Run
 from training.tokens.examples import pairs
 from training.trainers.fit import arguments, fit, prepare
@@ -21,7 +22,7 @@ from training.trainers.fit import arguments, fit, prepare
 _NOT_LEARNT = -100
 
 
-def run(config: OrpoConfig, run: Run) -> Path:
+def train(config: OrpoConfig, run: Run) -> Path:
     """Train the adapter; returns a folder ready to be published.
 
     Raises ConfigError (base or policy cannot be had), DataError, AdapterError (not a base model), Stopped.

@@ -20,8 +20,8 @@ from torch import Tensor
 from training.artifacts.result import golden_rows, write_for_rollouts, write_result
 from training.config import PpoConfig
 from training.data import Row, read_documents, read_prompts, report
+from training.models.base_model import Base, check_base, find_adapter, find_base
 from training.models.golden import prompts_of
-from training.models.lora import Base, check_base, find_adapter, find_base
 from training.rl.objective import (
     KlCoefficient,
     advantages,
@@ -62,7 +62,7 @@ class Experience:
     metrics: dict[str, float]
 
 
-def run(config: PpoConfig, run: Run) -> Path:
+def train(config: PpoConfig, run: Run) -> Path:
     """Train the policy; returns a folder ready to be published.
 
     Raises ConfigError (the base, the policy or a reward cannot be had), DataError, Stopped.

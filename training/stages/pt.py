@@ -12,9 +12,11 @@ from peft import TaskType
 from trl import SFTConfig as TrlConfig
 
 from training.artifacts.result import golden_rows, write_base, write_result
-from training.config import ConfigError, OnError, PtConfig
-from training.data import DataError, Row, read_documents, report
-from training.models.lora import Base, find_base, lora_config, vocabulary_name
+from training.config import OnError, PtConfig
+from training.data import Row, read_documents, report
+from training.errors import ConfigError, DataError
+from training.models.base_model import Base, find_base
+from training.models.lora import lora_config, vocabulary_name
 from training.runs.run import Run
 from training.tokens import packing
 from training.tokens.documents import encode_document, split
@@ -29,7 +31,7 @@ _SENTENCE = re.compile(r"\s*(.+?(?:[。！？!?]|\.(?=\s|$)|\n|$))")
 _MOST_OF_A_SENTENCE = 200
 
 
-def run(config: PtConfig, run: Run) -> Path:
+def train(config: PtConfig, run: Run) -> Path:
     """Train the adapter, or all weights; returns a folder ready to be published.
 
     Raises ConfigError (the base cannot be had, or cannot do what is asked), DataError, AdapterError (not a base

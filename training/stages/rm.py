@@ -13,13 +13,14 @@ from trl import RewardTrainer
 from training.artifacts.result import write_reward_adapter
 from training.config import RmConfig
 from training.data import read_preferences, report
-from training.models.lora import find_base, lora_config
+from training.models.base_model import find_base
+from training.models.lora import lora_config
 from training.runs.run import Run
 from training.tokens.examples import conversations
 from training.trainers.fit import arguments, fit, prepare
 
 
-def run(config: RmConfig, run: Run) -> Path:
+def train(config: RmConfig, run: Run) -> Path:
     """Train the adapter; returns a folder ready to be published.
 
     Raises ConfigError (the base cannot be had), DataError, AdapterError (not a base model), Stopped.

@@ -7,9 +7,11 @@ from typing import Any
 from trl import SFTConfig as TrlConfig
 
 from training.artifacts.result import golden_rows, write_result
-from training.config import ConfigError, OnError, SftConfig
-from training.data import DataError, Row, read_chats, read_documents, report
-from training.models.lora import find_base, trainable
+from training.config import OnError, SftConfig
+from training.data import Row, read_chats, read_documents, report
+from training.errors import ConfigError, DataError
+from training.models.base_model import find_base
+from training.models.lora import trainable
 from training.runs.run import Run
 from training.tokens import packing
 from training.tokens.examples import Examples, Tokens, encoded
@@ -20,7 +22,7 @@ from training.trainers.supervised import SupervisedTrainer
 log = logging.getLogger(__name__)
 
 
-def run(config: SftConfig, run: Run) -> Path:
+def train(config: SftConfig, run: Run) -> Path:
     """Train the adapter; returns a folder ready to be published.
 
     Raises ConfigError (base or adapter cannot be had, or packing is not exact on it), DataError, AdapterError (not

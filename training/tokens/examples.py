@@ -14,7 +14,8 @@ from typing import Any
 from datasets import Dataset
 
 from training.config import OnError
-from training.data import DataError, Row, judge, place
+from training.data import Row, judge, place
+from training.errors import DataError
 from training.tokens.loss_mask import MaskError, Message, encode, encode_chat, encode_prompt
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from training.config import ConfigError
+from training.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

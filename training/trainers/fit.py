@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from training.config import AdapterJob, JobConfig
+from training.config import AdapterJob, GrpoConfig, JobConfig, OfflineJob
 from training.data import Row
 from training.runs import processes
 from training.runs.events import Stopped as StoppedEvent
@@ -46,19 +46,20 @@ def prepare(config: JobConfig) -> None:
     set_seed(config.seed)
 
 
-def arguments(config: AdapterJob, run: Run) -> dict[str, Any]:
+def arguments(config: OfflineJob | GrpoConfig, run: Run) -> dict[str, Any]:
     """Settings of transformers.TrainingArguments that follow from a job, whatever its stage."""
     on_gpu = torch.cuda.is_available()
-    evaluate_every: int | None = getattr(config, "evaluate_every", None)
-    keep_best = getattr(config, "early_stop", None) is not None
-    asked: bool | None = getattr(config, "gradient_checkpointing", None)
+    passes = config if isinstance(config, OfflineJob) else None
+    evaluate_every = passes.evaluate_every if passes else None
+    keep_best = passes is not None and passes.early_stop is not None
+    asked = config.gradient_checkpointing
     return {
         "output_dir": str(run.folder / CHECKPOINTS),
         "use_cpu": not on_gpu,
         # TRL turns both on by default; on a CPU the one is slow and the other seldom needed.
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
         "gradient_checkpointing": on_gpu if asked is None else asked,
-        "gradient_accumulation_steps": getattr(config, "gradient_accumulation_steps", 1),
+        "gradient_accumulation_steps": passes.gradient_accumulation_steps if passes else 1,
         "dataloader_pin_memory": on_gpu,
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.batch_size,
@@ -94,7 +95,8 @@ def fit(trainer: Trainer, config: AdapterJob, run: Run, general_rows: Sequence[R
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dictionary
     stopping = _Stopping(run.stop)
     trainer.add_callback(stopping)
-    if patience := getattr(config, "early_stop", None):
+    patience = config.early_stop if isinstance(config, OfflineJob) else None
+    if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
     steps = _steps(trainer)
     # Rounded down: a run of a few steps must not spend all of them at a learning rate of zero.

@@ -13,7 +13,8 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy
 
 from training.config import AdapterJob, OnError
-from training.data import DataError, Row
+from training.data import Row
+from training.errors import DataError
 from training.runs import processes
 from training.runs.events import Evaluation, read_events
 from training.runs.progress import Meter

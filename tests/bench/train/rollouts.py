@@ -20,8 +20,8 @@ from training.artifacts.result import write_for_rollouts
 from training.config import PpoConfig, load_config
 from training.data import read_prompts
 from training.demo.build import PIPELINE
+from training.models.base_model import find_adapter, find_base
 from training.models.golden import prompts_of
-from training.models.lora import find_adapter, find_base
 from training.rl.policy import Policy
 from training.rl.rollouts import Rollouts
 from training.runs.events import EVENTS_FILE, EventLog

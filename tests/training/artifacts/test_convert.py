@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from adapters import AdapterRef, AdapterStore, InvalidAdapter, Provenance, fingerprint, read_golden, validate
 from tests.training.old_adapters import PREFIX, TARGETS, Evil, Tensors, old_folder, renamed
 from training.artifacts.convert import convert_adapter
-from training.config import ConfigError
+from training.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

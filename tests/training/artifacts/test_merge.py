@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from adapters import AdapterNotFound, AdapterStore, InvalidAdapter, Provenance, fingerprint
 from training.artifacts.merge import export_adapter, merge
-from training.config import ConfigError
+from training.errors import ConfigError
 
 PROMPT = torch.arange(3, 23)[None]
 QUERY = "model.layers.1.self_attn.q_proj.weight"

@@ -11,7 +11,7 @@ import torch
 from adapters import InvalidAdapter
 from tests.training.old_adapters import PREFIX, Evil, Tensors, old_folder
 from training.artifacts.peft_folder import new_folder, read_adapter, read_template
-from training.config import ConfigError
+from training.errors import Busy, ConfigError
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with new_folder(target) as folder:
         (folder / "whole").write_text("whole")
         assert not target.exists()
-        with pytest.raises(ConfigError, match="by another process"), new_folder(target):
+        with pytest.raises(Busy, match="by another process"), new_folder(target):
             pytest.fail("two wrote at once")
     assert [path.name for path in target.parent.iterdir()] == ["new"]
     assert (target / "whole").read_text() == "whole"

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 import training
-from training.config import STAGES, ConfigError, OnError, SftConfig, Source, dump_config, fields, load_config
+from training.config import STAGES, OnError, SftConfig, Source, dump_config, fields, load_config
 from training.demo.corpus import write_corpus
+from training.errors import ConfigError
 
 SHIPPED = [
     path
@@ -27,7 +28,7 @@ def job(tmp_path: Path) -> dict[str, object]:
 
 
 LEAST: dict[str, dict[str, object]] = {
-    "base": {"steps": 1, "base_model": None},
+    "scratch": {"steps": 1, "base_model": None},
     "ppo": {"policy": "doctor", "reward": "doctor-rm@default", "steps": 1},
     "grpo": {"policy": "doctor", "reward": ["doctor-rm", {"function": "rewards:length"}], "steps": 1},
 }
@@ -108,7 +109,7 @@ def test_a_dumped_config_is_the_same_config_from_anywhere(
         ("sft", {"train_files": ["train.jsonl", {"path": "held*.jsonl", "weight": 0.5}], "on_error": "skip"}),
         ("sft", {"general_files": [{"path": "heldout.jsonl", "weight": 2}]}),
         ("sft", {"report_to": ["trackio", "wandb"]}),
-        ("base", {"report_to": ["mlflow"]}),
+        ("scratch", {"report_to": ["mlflow"]}),
         ("ppo", {"general_files": ["heldout.jsonl"], "report_to": ["wandb"]}),
         ("dpo", {"policy": "doctor", "max_steps": 3}),
         ("grpo", {"reward": {"model": "base"}}),
@@ -170,9 +171,9 @@ def test_what_was_set_survives_the_dump(
         ),
         ({"report_to": ["tensorboard"]}, "report_to.0: must be 'wandb', 'trackio' or 'mlflow'"),
         ({"report_to": "wandb"}, "report_to: must be a list"),
-        ({"stage": "sfft"}, "stage: give one of base, "),
-        ({"stage": None}, "stage: give one of base, "),
-        ({"stage": "base", "steps": 1, "base_model": "base"}, "base_model: no such setting"),
+        ({"stage": "sfft"}, "stage: give one of scratch, "),
+        ({"stage": None}, "stage: give one of scratch, "),
+        ({"stage": "scratch", "steps": 1, "base_model": "base"}, "base_model: no such setting"),
     ],
 )
 def test_what_is_wrong_is_said_with_file_and_field(
@@ -258,7 +259,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path, job: dict[str, object]) -
 def test_a_size_that_cannot_be_served_is_refused(
     model: dict[str, int], complaint: str, tmp_path: Path, job: dict[str, object]
 ) -> None:
-    assert complaint in refusal(tmp_path, job_of("base", job, model=model))
+    assert complaint in refusal(tmp_path, job_of("scratch", job, model=model))
 
 
 @pytest.mark.parametrize("text", ["stage: [", "- a\n- b\n", "\xff"])

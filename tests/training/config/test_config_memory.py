@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from training.config import ConfigError, PtConfig, RopeScaling, dump_config, load_config
+from training.config import PtConfig, RopeScaling, dump_config, load_config
+from training.errors import ConfigError
 
 SFT: dict[str, Any] = {"stage": "sft", "name": "doctor", "base_model": "base", "train_files": ["train.jsonl"]}
 MORE: dict[str, dict[str, Any]] = {

@@ -90,7 +90,7 @@ def shortened(job: dict[str, Any]) -> dict[str, Any]:
     """The job for two steps of little work."""
     stage = job["stage"]
     asked = {**job, "threads": 1, "batch_size": 4}
-    if stage == "base":
+    if stage == "scratch":
         return {**asked, "steps": 2, "model": {**job["model"], "vocab_size": 512}}
     asked = {**asked, "max_length": 256}
     if stage in ("ppo", "grpo"):
@@ -117,7 +117,7 @@ def test_it_publishes_what_it_promises(job: dict[str, Any], here: Path, judge: J
     path = here / "job.yaml"
     path.write_text(yaml.safe_dump(judged_by(shortened(job), judge)))
     published = run_job(load_config(path), DATA_DIR)
-    if job["stage"] == "base" or job.get("merge") or job.get("full"):
+    if job["stage"] == "scratch" or job.get("merge") or job.get("full"):
         assert published.ref == f"models/{job['name']}"
         assert (DATA_DIR / published.ref / "model.safetensors").is_file()
         return

@@ -11,7 +11,8 @@ import pytest
 
 from tests.training.data.samples import ASSISTANT, CHAT, USER, said, written
 from training.config import Source
-from training.data import DataError, read_chats, read_feedback
+from training.data import read_chats, read_feedback
+from training.errors import DataError
 
 Q, A = USER["content"], ASSISTANT["content"]
 ROWS = [CHAT, {"messages": [said("user", f"{Q}!"), said("assistant", A)]}]

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from tests.training.data.samples import ASSISTANT, ASSISTANT_2, CHAT, LONG_CHAT, SYSTEM, USER, USER_2, write
-from training.data import DataError, read_chats, read_documents
+from training.data import read_chats, read_documents
+from training.errors import DataError
 
 Q, A, Q2, A2 = (message["content"] for message in (USER, ASSISTANT, USER_2, ASSISTANT_2))
 S = SYSTEM["content"]

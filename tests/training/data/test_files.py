@@ -22,7 +22,8 @@ from tests.training.data.samples import (
     WORSE,
     written,
 )
-from training.data import DataError, read_chats, read_documents, read_feedback, read_preferences
+from training.data import read_chats, read_documents, read_feedback, read_preferences
+from training.errors import DataError
 
 PAIR = {"question": "感冒怎么办？", "answer": "多休息。"}
 

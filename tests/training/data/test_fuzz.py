@@ -11,15 +11,8 @@ import pytest
 from tests.training.data.samples import CHAT, LONG_CHAT, LONG_PREFERENCE, PREFERENCE, written
 from tests.training.data.test_files import parquet
 from training.config import OnError
-from training.data import (
-    DataError,
-    read_chats,
-    read_documents,
-    read_feedback,
-    read_preferences,
-    read_prompts,
-    report,
-)
+from training.data import read_chats, read_documents, read_feedback, read_preferences, read_prompts, report
+from training.errors import DataError
 
 READERS = [read_chats, read_documents, read_preferences, read_feedback, read_prompts]
 WORDS = """messages conversations items data instruction input output history system system_prompt prompt

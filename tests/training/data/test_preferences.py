@@ -16,7 +16,8 @@ from tests.training.data.samples import (
     WORSE,
     write,
 )
-from training.data import DataError, read_feedback, read_preferences, read_prompts
+from training.data import read_feedback, read_preferences, read_prompts
+from training.errors import DataError
 
 Q, A, Q2, A2 = (message["content"] for message in (USER, ASSISTANT, USER_2, ASSISTANT_2))
 S, W = SYSTEM["content"], WORSE["content"]

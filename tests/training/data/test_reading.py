@@ -6,7 +6,8 @@ import pytest
 
 from tests.training.data.samples import CHAT, write, written
 from training.config import OnError, Source
-from training.data import DataError, read_chats, read_documents
+from training.data import read_chats, read_documents
+from training.errors import DataError
 
 DOCUMENTS = [{"text": str(number)} for number in range(10)]
 

@@ -11,11 +11,11 @@ from tests.training.processes import FORKED
 from training.config import load_config
 from training.demo import build
 from training.demo.build import build_demo
+from training.errors import JobFailed
 from training.runs import pipeline
-from training.runs.pipeline import JobFailed
 
 SMALL: dict[str, dict[str, Any]] = {
-    "base": {"steps": 2, "model": {"num_hidden_layers": 1, "hidden_size": 64}},
+    "scratch": {"steps": 2, "model": {"num_hidden_layers": 1, "hidden_size": 64}},
     "sft": {"max_steps": 2, "golden": {"prompts": 8, "max_new_tokens": 2}},
     "rm": {"max_steps": 2, "batch_size": 4},
     "ppo": {

@@ -7,9 +7,9 @@ from transformers import AutoConfig
 
 from adapters import AdapterStore
 from tests.training.jobs import SFT, load_job
-from training.config import ConfigError
+from training.errors import ConfigError
+from training.estimate import estimate as module
 from training.estimate.estimate import _Job, estimate, report
-from training.estimate.estimate import estimate as module
 from training.estimate.memory import Ledger
 
 

@@ -17,19 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from adapters import AdapterStore
 from tests.training.jobs import LoadJob
 from tests.training.tiny_models import ARCHITECTURES, tiny_model
-from training.config import ConfigError, Lora, RopeScaling
-from training.models import lora
-from training.models.lora import (
-    Base,
-    adaptable,
-    adapted,
-    find_base,
-    load_scorer,
-    lora_config,
-    release,
-    stretch,
-    vocabulary_name,
-)
+from training.config import Lora, RopeScaling
+from training.errors import ConfigError
+from training.models import base_model
+from training.models.base_model import Base, find_base, load_scorer, stretch
+from training.models.lora import adaptable, adapted, lora_config, release, vocabulary_name
 
 
 @pytest.fixture
@@ -179,7 +171,7 @@ def test_a_new_head_is_no_news(find: Callable[..., Base], caplog: pytest.LogCapt
 def test_quantisation_without_bitsandbytes_says_what_to_install(
     find: Callable[..., Base], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_model, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="quantization needs bitsandbytes: pip install bitsandbytes"):
         find(quantization="4bit").causal_lm()
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.training.coded_models import modules_below, with_own_code
 from tests.training.judges import running_judge
-from training.config import ConfigError
 from training.config import Reward as RewardConfig
+from training.errors import ConfigError, ServiceError
 from training.rl.rewards import Rewards, function_scorer, judge_scorer, model_scorer, plain_scorer
 
 CHATS: list[list[dict[str, Any]]] = [
@@ -110,7 +110,7 @@ def test_a_judge_that_fails_is_asked_again_after_a_pause(pauses: list[float]) ->
 def test_a_judge_that_fails_three_times_ends_the_run(reply: str | int, told: str) -> None:
     with (
         running_judge(lambda _: reply) as judge,
-        pytest.raises(ConfigError, match=f"the judge at {judge.url} gives no mark: {told}"),
+        pytest.raises(ServiceError, match=f"the judge at {judge.url} gives no mark: {told}"),
     ):
         judge_scorer(judge.url, "m", None)(CHATS[:1], [""])
     assert len(judge.asked) == 3

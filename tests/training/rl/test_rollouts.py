@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.training.judges import running_judge
-from training.config import ConfigError
+from training.errors import ServiceError
 from training.rl.rollouts import Rollouts
 
 
@@ -22,7 +22,7 @@ def rollouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_another_revision_that_answers_ends_the_run_with_the_reason(rollouts: Any) -> None:
-    with pytest.raises(ConfigError, match="doctor-rollouts@None answered instead of @r1: somebody else"):
+    with pytest.raises(ServiceError, match="doctor-rollouts@None answered instead of @r1: somebody else"):
         rollouts.answer([[{"role": "user", "content": "?"}]], 4)
 
 

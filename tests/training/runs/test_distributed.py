@@ -19,7 +19,8 @@ from adapters import AdapterRef, AdapterStore
 from tests.training import processes
 from tests.training.jobs import SFT, run_job
 from tests.training.stages.conftest import RM, pairs
-from training.config import ConfigError, load_config
+from training.config import load_config
+from training.errors import ConfigError
 from training.runs.events import (
     Checkpoint,
     Evaluation,

@@ -12,7 +12,8 @@ import pytest
 from adapters import AdapterRef, AdapterStore, InvalidAdapter
 from tests.training import processes
 from tests.training.jobs import BASE, SFT, LoadJob, load_job, run_job
-from training.config import ConfigError, dump_config, load_config
+from training.config import dump_config, load_config
+from training.errors import Busy, ConfigError
 from training.runs import execute as job
 from training.runs.events import (
     Cancelled,
@@ -35,7 +36,7 @@ def only_events(data_dir: Path) -> list[Any]:
 
 
 def stage(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
-    monkeypatch.setattr(job, "_load_stage", lambda name: SimpleNamespace(run=run))
+    monkeypatch.setattr(job, "_load_stage", lambda name: SimpleNamespace(train=run))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,7 @@ def test_one_process_at_a_time_works_on_a_run_and_others_are_told_or_wait(
     first.start()
     assert begun.wait(30)
     assert is_running(folder)
-    with pytest.raises(ConfigError, match=f"{run_id} is running: another process is at work on it"):
+    with pytest.raises(Busy, match=f"{run_id} is running: another process is at work on it"):
         carry_out(run_id, tmp_path)
     second.start()
     time.sleep(0.3)

@@ -12,8 +12,9 @@ import yaml
 from adapters import AdapterRef, AdapterStore
 from tests.adapters.folders import make_folder
 from tests.training.jobs import SFT, chats, load_job
-from training.config import ConfigError, JobConfig, load_config
+from training.config import JobConfig, load_config
 from training.demo.corpus import doctor_answer
+from training.errors import ConfigError
 from training.runs import execute as job
 from training.runs.execute import begin, carry_out
 from training.runs.inputs import INPUTS_FILE, read_inputs
@@ -29,7 +30,7 @@ class Stage:
     def __init__(self) -> None:
         self.given: list[JobConfig] = []
 
-    def run(self, config: JobConfig, _run: Any) -> Path:
+    def train(self, config: JobConfig, _run: Any) -> Path:
         self.given.append(config)
         raise Interrupted
 

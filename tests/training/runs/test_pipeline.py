@@ -17,12 +17,12 @@ from adapters import AdapterRef, AdapterStore
 from tests.training import processes
 from tests.training.jobs import SFT, load_job, run_job
 from tests.training.pipelines import JOBS, change, lay_out, runs, write
-from training.config import ConfigError
+from training.errors import ConfigError, JobFailed
 from training.runs import execute as job
 from training.runs import pipeline
 from training.runs.events import EVENTS_FILE, EventLog, Failed, Published, Succeeded, read_events
 from training.runs.execute import carry_out
-from training.runs.pipeline import JobFailed, is_pipeline, run_pipeline
+from training.runs.pipeline import is_pipeline, run_pipeline
 
 Ask = Callable[..., list[str]]
 
@@ -55,7 +55,7 @@ def trained(tiny_dir: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> l
     def run(config: Any, run: Any) -> Path:
         names.append(config.name)
         result: Path = run.folder / "result"
-        if config.stage == "base":
+        if config.stage == "scratch":
             return shutil.copytree(tiny_dir / "models" / "tiny", result)
         shutil.copytree(adapter, result)
         data = b"".join(file.read_bytes() for source in config.train_files for file in source.files)
@@ -64,7 +64,7 @@ def trained(tiny_dir: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> l
         save_file({k: v * (1 + some) for k, v in weights.items()}, result / "adapter_model.safetensors")
         return result
 
-    monkeypatch.setattr(job, "_load_stage", lambda stage: SimpleNamespace(run=run))
+    monkeypatch.setattr(job, "_load_stage", lambda stage: SimpleNamespace(train=run))
     return names
 
 
@@ -110,7 +110,7 @@ def test_each_job_is_told_when_its_turn_comes(
     ask()
     made = ": already made from this data and config"
     assert [told for told in caplog.messages if told.startswith("[")] == [
-        f"[1 of 4] new (stage base){made}",
+        f"[1 of 4] new (stage scratch){made}",
         f"[2 of 4] doctor (stage sft){made}",
         f"[4 of 4] better (stage dpo){made}",
         "[3 of 4] leaflet (stage sft)",
@@ -366,7 +366,7 @@ def test_a_second_call_waits_for_the_first(
 def test_a_pipeline_that_cannot_be_run_is_refused_before_anything_is_begun(
     changes: dict[str, Any], complaint: str, data_dir: Path, trained: list[str]
 ) -> None:
-    (data_dir / "bad.yaml").write_text("stage: base\nname: bad\ntrain_files: [plain.jsonl]\n")
+    (data_dir / "bad.yaml").write_text("stage: scratch\nname: bad\ntrain_files: [plain.jsonl]\n")
     (data_dir / "stale.yaml").write_text(yaml.safe_dump({**JOBS["better"], "policy": "leaflet"}))
     with pytest.raises(ConfigError) as caught:
         run_pipeline(write(data_dir, **changes), data_dir, root=data_dir)

@@ -63,7 +63,7 @@ def test_side_by_side_each_process_draws_on_a_line_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(progress, "place", 2)
+    monkeypatch.setattr(progress, "_place", 2)
     meter = Meter("doctor", 10)
     assert capsys.readouterr().err.startswith("\n\n")
     meter.close()

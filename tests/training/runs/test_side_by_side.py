@@ -14,9 +14,10 @@ import yaml
 from tests.training import processes
 from tests.training.jobs import SFT
 from tests.training.pipelines import change, lay_out, runs, write
+from training.errors import JobFailed
 from training.runs import pipeline
 from training.runs.events import Progress, Resumed, Stopped, Succeeded, read_events
-from training.runs.pipeline import JobFailed, run_pipeline
+from training.runs.pipeline import run_pipeline
 from training.runs.stop import Stopped as RunStopped
 
 

@@ -17,7 +17,7 @@ PPO = {key: value for key, value in ONLINE.items() if key != "generations"} | {
     "minibatch_size": 4,
 }
 JOBS: dict[str, tuple[dict[str, Any], str]] = {
-    "base": ({**BASE, "steps": 1}, "doctor.jsonl"),
+    "scratch": ({**BASE, "steps": 1}, "doctor.jsonl"),
     "pt": ({**PT, "max_steps": 1}, "doctor.jsonl"),
     "sft": ({**SFT, "max_steps": 1}, "doctor.jsonl"),
     "rm": ({**RM, "max_steps": 1}, "pairs.jsonl"),
@@ -38,8 +38,8 @@ def test_a_stage_trains_with_few_rows(trained_dir: Path, stage: str, count: int)
     few = trained_dir / f"{count}-{file}"
     few.write_text("".join((trained_dir / file).read_text().splitlines(keepends=True)[:count]))
     changes: dict[str, Any] = {"name": f"few-{stage}-{count}", "train_files": [few.name]}
-    if stage != "base":
+    if stage != "scratch":
         changes |= {"evaluation_files": [], "publish": {}}
-    if stage not in ("base", "grpo", "rloo", "ppo"):
+    if stage not in ("scratch", "grpo", "rloo", "ppo"):
         changes["batch_size"] = 32
     assert run_job(load_job(trained_dir, job, **changes), trained_dir).ref

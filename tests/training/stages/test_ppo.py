@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from adapters import AdapterRef, AdapterStore
-from training.config import ConfigError, PpoConfig, load_config
-from training.models.lora import find_adapter, find_base
+from training.config import PpoConfig, load_config
+from training.errors import ConfigError, TrainingError
+from training.models.base_model import find_adapter, find_base
 from training.rl.policy import Policy
 from training.rl.rewards import adapter_scorer, standalone_scorer
 from training.runs.events import Checkpoint, Evaluation, Event, EventLog, Progress, read_events
@@ -219,7 +220,7 @@ def test_a_reward_that_cannot_be_had_is_told(
         ppo = make(load(trained_dir, **changes), run)
         ppo.experience([{"prompt": [{"role": "user", "content": "?"}]}])
 
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(TrainingError, match=told):
         begin_with_it()
 
 

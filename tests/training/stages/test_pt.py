@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from adapters import AdapterRef, AdapterStore, fingerprint, read_golden
 from tests.training.jobs import load_job, run_job
-from training.config import ConfigError
 from training.config.fields import OnError
 from training.demo.facts import conditions
+from training.errors import ConfigError
 from training.runs.execute import begin
 from training.stages import pt
 from training.tokens import packing

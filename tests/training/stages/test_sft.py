@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters import AdapterRef, AdapterStore, GoldenPrompt, Manifest, Rounding, fingerprint, read_golden
 from tests.training.jobs import SFT, LoadJob, load_job, run_job
 from training.artifacts import result as product
-from training.config import ConfigError
-from training.data import DataError
+from training.errors import ConfigError, DataError
 from training.models.golden import rounding
 from training.runs.events import (
     Checkpoint,

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 from adapters import AdapterStore
 from tests.training.bases import END_OF_TEXT, IDS, IM_END, base, change
 from tests.training.jobs import LoadJob
-from training.models.lora import find_base
+from training.models.base_model import find_base
 from training.templates import NAMES, named
 from training.tokens.loss_mask import encode, template_stops
 from training.tokens.stop_tokens import find_stops, model_stops

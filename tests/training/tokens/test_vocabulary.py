@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.config import ConfigError
+from training.errors import ConfigError
 from training.tokens.vocabulary import add_tokens, make_room
 
 WORDS = ["阿莫西林", "高血压病", "metformin"]

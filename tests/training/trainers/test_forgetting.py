@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import AdapterRef, AdapterStore, Manifest
 from tests.training.jobs import LoadJob, load_job, run_job
-from training.data import DataError, read_documents
+from training.data import read_documents
+from training.errors import DataError
 from training.runs.events import Checkpoint, Evaluation, Event, EventLog, read_events
 from training.runs.execute import begin, carry_out
 from training.tokens.documents import encode_document

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from adapters import AdapterStore
 from tests.training.jobs import BASE, LoadJob, load_job, run_job
-from training.config import ConfigError, fields
+from training.config import fields
+from training.errors import ConfigError
 from training.runs.events import Checkpoint, Evaluation, Event, EventLog, Failed, Succeeded, read_events
 from training.runs.execute import begin, carry_out
 from training.runs.run import Run

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from training.config import BaseConfig, BaseModelSize
+from training.config import BaseModelSize, ScratchConfig
 from training.data import Row, read_documents
 from training.runs.events import Progress
 from training.runs.progress import Meter
@@ -31,7 +31,7 @@ _STEPS_BETWEEN_EVENTS = 10
 _IGNORED = -100  # the label that transformers leaves out of the loss
 
 
-def run(config: BaseConfig, run: Run) -> Path:
+def train(config: ScratchConfig, run: Run) -> Path:
     """Train tokenizer and model; returns the folder that holds both, ready for any Hugging Face loader.
 
     Raises DataError for files that cannot be read.
@@ -112,7 +112,7 @@ def _build_model(size: BaseModelSize, tokenizer: PreTrainedTokenizerFast) -> Qwe
     return model
 
 
-def _train(model: Qwen3ForCausalLM, documents: list[list[int]], config: BaseConfig, run: Run) -> float:
+def _train(model: Qwen3ForCausalLM, documents: list[list[int]], config: ScratchConfig, run: Run) -> float:
     """Returns the loss at the end: nats for one token, averaged over the last steps."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]

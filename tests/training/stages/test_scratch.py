@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import fingerprint
 from tests.training.jobs import LoadJob, run_job
-from training.config import ConfigError
+from training.errors import ConfigError
 from training.runs.events import Progress, Started, Succeeded, read_events
-from training.stages.base import _batches
+from training.stages.scratch import _batches
 
 
 @pytest.fixture(scope="module")
