@@ -1,6 +1,7 @@
 """What tests share: the demo's products, and one running service on them with the real vLLM engine."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ _CHAINS = ("service, all else", "service, routes")
 
 
 def pytest_configure() -> None:
+    # A shell ignores SIGINT for what it starts in the background, and tests of Ctrl-C send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" not in os.environ:
         warm.own()
 
