@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 CLIENTS := $(patsubst requirements/clients/%.txt,.cache/clients/%/.done,$(wildcard requirements/clients/*.txt))
 
-.PHONY: help install install-cuda demo test test-clients test-matrix check format lock image clean
+.PHONY: help install install-cuda demo test test-clients test-matrix check docs docs-reference format lock image clean
 
 help: ## Print this
 	@echo "Xinglin 杏林: train, version, prove and serve medical LoRA adapters"
@@ -56,6 +56,17 @@ install-cuda: $(VENV)/bin/python requirements/cuda.txt ## Install for an NVIDIA 
 lock: $(VENV)/bin/python ## Renew requirements/*.txt from requirements/*.in
 	@$(BIN)/python requirements/lock.py
 
+docs: .cache/docs/.done $(VENV)/dev.done ## Build the documentation as a site: .cache/site/en and .cache/site/zh
+	@$(BIN)/python docs/reference.py --check
+	@for language in en zh; do \
+		.cache/docs/bin/sphinx-build -q -W --keep-going -E -b html -D language=$$language -c docs \
+			docs/$$language .cache/site/$$language || exit 1; \
+		echo "Built .cache/site/$$language/index.html"; \
+	done
+
+docs-reference: $(VENV)/dev.done ## Write the pages of settings, commands and error codes from the code
+	@$(BIN)/python docs/reference.py
+
 image: ## Build the container images xinglin-app and xinglin-training
 	docker build --target app --tag xinglin-app .
 	docker build --target training --tag xinglin-training .
@@ -75,6 +86,11 @@ $(VENV)/cpu.done: $(VENV)/bin/python requirements/cpu.txt
 		$(BIN)/pip install --no-deps --no-compile --index-url $(TORCH_CPU_INDEX) $$(grep '^torch==' requirements/cpu.txt)
 	@$(BIN)/pip install --no-deps --no-compile -r requirements/cpu.txt
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.cache/docs/.done: requirements/docs.txt
+	@$(PYTHON) -m venv .cache/docs
+	@.cache/docs/bin/pip install --quiet --no-deps -r requirements/docs.txt
 	@touch $@
 
 # Beside the environment, not in it: each client comes with packages that would be others' wrong ones.

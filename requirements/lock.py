@@ -8,6 +8,7 @@ Locks are installed with `--no-deps`, so each names every package it needs.
   out: vLLM's other requirements are resolved in its place. So is triton, a gigabyte of GPU compiler.
 - cuda: as the index has it.
 - dev: the tools of the repository, resolved against the cpu lock.
+- docs: what builds the site, by itself.
 """
 
 import json
@@ -78,6 +79,10 @@ def lock_dev() -> None:
     write(HERE / "dev.txt", added, "Installed on top of cpu.txt.")
 
 
+def lock_docs() -> None:
+    write(HERE / "docs.txt", resolve("-r", str(HERE / "docs.in")), "In an environment of its own.")
+
+
 def lock_clients() -> None:
     lines = requirement_lines(HERE / "cpu.txt") + requirement_lines(HERE / "dev.txt")
     present = dict(line.split("==") for line in lines)
@@ -92,5 +97,7 @@ def lock_clients() -> None:
 
 
 if __name__ == "__main__":
-    for target in sys.argv[1:] or ["cpu", "cuda", "dev", "clients"]:
-        {"cpu": lock_cpu, "cuda": lock_cuda, "dev": lock_dev, "clients": lock_clients}[target]()
+    for target in sys.argv[1:] or ["cpu", "cuda", "dev", "docs", "clients"]:
+        {"cpu": lock_cpu, "cuda": lock_cuda, "dev": lock_dev, "docs": lock_docs, "clients": lock_clients}[
+            target
+        ]()
