@@ -4,6 +4,7 @@ python docs/reference.py            # write them
 python docs/reference.py --check    # exit with 1 if one is not as it would be written
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from app.settings import Settings
 
 _PIPE = "\\|"  # within a table
 
-EN = Path(__file__).parent / "en"
+HERE = Path(__file__).parent
 COMMANDS = {
     "app": ("serve", "swap-storm"),
     "training": (
@@ -73,7 +74,8 @@ def _retry(seconds: int | None) -> str:
     return f"yes, after {seconds} s" if seconds else "no"
 
 
-def commands() -> str:
+@functools.cache
+def help_of_all() -> str:
     """The help of every command."""
     blocks = [
         f"## python -m {package}\n\n```text\n{_help(package)}\n```\n\n"
@@ -82,7 +84,17 @@ def commands() -> str:
         )
         for package, names in COMMANDS.items()
     ]
-    return "# Commands\n\nThe output of `--help` of every command.\n\n" + "\n".join(blocks)
+    return "\n".join(blocks)
+
+
+def commands() -> str:
+    """The page of commands."""
+    return f"# Commands\n\nThe output of `--help` of every command.\n\n{help_of_all()}"
+
+
+def commands_in_chinese() -> str:
+    """The same page, with a heading in Chinese: programs speak English."""
+    return f"# 命令\n\n每个命令的 `--help` 输出（程序的输出为英文）。\n\n{help_of_all()}"
 
 
 def _help(*command: str) -> str:
@@ -100,9 +112,10 @@ def _lines(rows: list[str]) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "settings.md": settings,
-    "errors.md": errors,
-    "commands.md": commands,
+    "en/settings.md": settings,
+    "en/errors.md": errors,
+    "en/commands.md": commands,
+    "zh/commands.md": commands_in_chinese,
 }
 
 
@@ -110,9 +123,9 @@ def main() -> int:
     """Write or check all pages; returns the exit code."""
     stale = []
     for name, page in PAGES.items():
-        path, text = EN / name, page()
+        path, text = HERE / name, page()
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(f"docs/en/{name}")
+            stale.append(f"docs/{name}")
             if "--check" not in sys.argv:
                 path.write_text(text, encoding="utf-8")
     if stale and "--check" in sys.argv:
