@@ -35,11 +35,12 @@ test-clients: $(CLIENTS) ## Test with older and other client libraries as well: 
 test-matrix: $(VENV)/dev.done ## Test that training and serving agree on every base model's end tokens and padding
 	@XINGLIN_TEST_ALL_CELLS=1 $(BIN)/python -m pytest tests/training/test_matrix.py
 
-check: $(VENV)/dev.done ## Check format, lint, types and import rules
+check: $(VENV)/dev.done ## Check format, lint, types, import rules and plain English
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/python docs/prose.py
 
 format: $(VENV)/dev.done ## Format the code and mend what ruff can mend
 	@$(BIN)/ruff format .
