@@ -1,4 +1,4 @@
-"""python -m app serve | swap-storm: run the service, and prove it under load."""
+"""python -m app serve | swap-storm: run the service, or test a running one under load."""
 
 import argparse
 import logging
@@ -24,7 +24,7 @@ EXIT_BAD_SETTINGS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     return int(options.run(options))
 
@@ -53,9 +53,9 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def serve(settings: Settings, *, show_admin_key: bool) -> int:
-    """Serve until a signal comes; not 0 when the engine could not be started."""
+    """Serve until a signal arrives and return the exit code, which is not 0 if no engine could start."""
     if settings.model is None and settings.base_models is None and not settings.demo_base.exists():
-        print("there is no demo base model yet: run `python -m training demo`, or name a model with --model",
+        print("the demo base model does not exist yet: run `python -m training demo`, or name a model with --model",
               file=sys.stderr)  # fmt: skip
         return EXIT_BAD_SETTINGS
     try:
@@ -63,13 +63,13 @@ def serve(settings: Settings, *, show_admin_key: bool) -> int:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         print(
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; set XINGLIN_HOST or "
-            "XINGLIN_PORT to another",
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; change XINGLIN_HOST or "
+            "XINGLIN_PORT",
             file=sys.stderr,
         )
         return EXIT_CANNOT_START
     _prepare_process(settings)
-    # Imported late, so that --help and a wrong setting answer at once.
+    # Imported late, so that --help and wrong settings respond at once.
     from app.banner import banner  # noqa: PLC0415
     from app.main import create_app  # noqa: PLC0415
 
@@ -94,15 +94,15 @@ def serve(settings: Settings, *, show_admin_key: bool) -> int:
             access_log=False,
             log_config=None,
             timeout_keep_alive=settings.keep_alive_seconds,
-            # Running streams may finish; a stop must not take for ever.
+            # Running streams may finish, within a limit.
             timeout_graceful_shutdown=20,
         )
     )
     print(
-        f"Xinglin is starting on http://{settings.host}:{settings.port}; /readyz says when it can answer",
+        f"Xinglin is starting on http://{settings.host}:{settings.port}; /readyz shows when it is ready",
         flush=True,
     )
-    # uvicorn stops gracefully, then raises the signal once more for the handlers that stood before its own.
+    # After a graceful stop, uvicorn raises the signal again for the handlers it replaced.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
@@ -117,7 +117,7 @@ def _prepare_process(settings: Settings) -> None:
     )
     is_quiet = settings.log_level != "debug"
     if is_quiet:
-        # What the libraries say of themselves; their errors stay.
+        # Hide the libraries' informational messages, but not their errors.
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         logging.getLogger("vllm").setLevel(logging.ERROR)
     prepare_environment(is_quiet=is_quiet)
@@ -127,40 +127,42 @@ def _prepare_process(settings: Settings) -> None:
 
 
 def prepare_environment(*, is_quiet: bool) -> None:
-    """Set the environment that torch and vLLM read once, when first imported."""
+    """Set the environment variables that torch and vLLM read once, at first import."""
     if is_quiet:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("TORCH_LOGS", "-torch")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
-    # One core is left to this process; more threads than cores make the engine crawl.
+    # Leave one core to this process: with more threads than cores the engine crawls.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
-    # Threads with nothing to do sleep. Beside any other load, spinning ones take the core from those that have work.
+    # Idle threads sleep. Spinning ones would take cores from threads that have work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", "128")  # OpenAI's own limit of `n`
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", "128")  # OpenAI's own limit for `n`
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    # The fork server imports torch and vLLM too: without compiled files that takes three times as long.
+    # The fork server imports torch and vLLM too; without compiled files that takes three times as long.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if launch.is_cpu_build():
         os.environ.update(launch.ENVIRONMENT)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m app", description="The serving side of Xinglin.")
+    parser = argparse.ArgumentParser(
+        prog="python -m app", description="Serve Xinglin adapters, or test a running service."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser(
         "serve",
         help="serve a base model and its adapters over an OpenAI-compatible API",
-        description="Serve a base model and its adapters. Every setting is an environment variable too; the "
-        "README's table has them all, and an option given here wins.",
+        description="Serve a base model and its adapters. Every setting is also an environment variable; options "
+        "given here override it. The README's table lists all settings.",
         epilog="example: python -m app serve --model Qwen/Qwen3-8B --max-lora-rank 64",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, field in Settings.model_fields.items():
         if name in ("admin_key", "publish_roots", "sources", "private_networks"):
-            continue  # a secret on a command line is seen by everybody; lists are clearer in the environment
+            continue  # other users can see secrets on a command line; lists are clearer in the environment
         flag = "--" + name.replace("_", "-")
         text = f"{field.description} [XINGLIN_{name.upper()}]"
         if field.annotation is bool:

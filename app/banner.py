@@ -1,4 +1,4 @@
-"""What `serve` prints once it can answer: where it is, what it serves, and two ways to try it."""
+"""The banner that `serve` prints once it is ready: its URL, its models, and two examples to try."""
 
 from app.lifecycle.served_models import ServedModels
 from app.settings import Settings
@@ -8,7 +8,7 @@ _MOST_NAMES = 10
 
 
 def banner(settings: Settings, served: ServedModels, admin_key: str | None) -> str:
-    """Lines that work when pasted into a shell or into Python."""
+    """Return the banner. Its examples work when pasted into a shell or into Python."""
     url = f"http://{settings.host}:{settings.port}"
     adapters = [name for name, _ in served.named()]
     more = f" and {len(adapters) - _MOST_NAMES} more" if len(adapters) > _MOST_NAMES else ""

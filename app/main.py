@@ -1,4 +1,4 @@
-"""The composition root: settings in, a FastAPI app out. Nothing else reads settings."""
+"""The composition root: builds the FastAPI app from the settings. Nothing else reads settings."""
 
 import asyncio
 import time
@@ -52,9 +52,9 @@ def create_app(
     on_ready: Callable[[ServedModels], None] = lambda _: None,
     on_give_up: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """Build the app. Its lifespan starts the engine in the background, so that health can be asked at once.
+    """Build the app. Its lifespan starts the engines in the background, so that health endpoints answer at once.
 
-    `on_ready` is called whenever requests can be answered, `on_give_up` when they never will be.
+    Calls `on_ready` when no base model is starting any more and one is ready, `on_give_up` if none can start.
     """
 
     @asynccontextmanager
@@ -106,7 +106,9 @@ def create_app(
 
 
 def _app(settings: Settings, lifespan: Any) -> FastAPI:
-    page = Route("/openapi.json", openapi.openapi, include_in_schema=False)  # found before FastAPI's own
+    page = Route(
+        "/openapi.json", openapi.openapi, include_in_schema=False
+    )  # takes precedence over FastAPI's own
     app = FastAPI(
         title="Xinglin 杏林",
         version="0.1.0",

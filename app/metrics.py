@@ -1,4 +1,4 @@
-"""Prometheus metrics of the service. vLLM's own are off: a second engine would unregister the first's."""
+"""Prometheus metrics of the service. vLLM's own are off, since a second engine would unregister the first's."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,31 +14,32 @@ _WHO = ["adapter", "revision"]
 
 
 class Metrics:
-    """One registry for each app, so that two apps in one process do not clash.
+    """The metrics of one app, in a registry of its own so that two apps in one process do not clash.
 
-    `adapter` is the base model's name for requests that no adapter answered, with the revision `base`.
+    For a base model, `adapter` is its name and `revision` is `base`. Both are `unknown` for a request that failed
+    before a model was chosen.
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter(
-            "requests", "Chat requests by what answered and status", *_WHO, "status"
-        )
-        self.in_flight = self._gauge("requests_in_flight", "Chat requests being answered")
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens read", *_WHO)
-        self.completion_tokens = self._counter("completion_tokens", "Tokens written", *_WHO)
+        self.requests = self._counter("requests", "Requests by adapter, revision and status", *_WHO, "status")
+        self.in_flight = self._gauge("requests_in_flight", "Requests in flight")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed", *_WHO)
+        self.completion_tokens = self._counter("completion_tokens", "Tokens generated", *_WHO)
         self.time_to_first_token = self._histogram(
-            "time_to_first_token_seconds", "From a request to the first token of its answer", *_WHO
+            "time_to_first_token_seconds",
+            "Seconds from the request to the first token of its streamed answer",
+            *_WHO,
         )
         self.inter_token_latency = Gaps(
-            "xinglin_inter_token_latency_seconds", "From one token of a streamed answer to the next"
+            "xinglin_inter_token_latency_seconds", "Seconds between tokens of a streamed answer"
         )
         self.registry.register(self.inter_token_latency)
         self.loads = self._counter("adapter_loads", "Revisions loaded into the engine", *_WHO)
-        self.evictions = self._counter("adapter_evictions", "Revisions removed to make room", *_WHO)
+        self.evictions = self._counter("adapter_evictions", "Revisions evicted to make room", *_WHO)
         self.load_seconds = self._histogram(
             "adapter_load_seconds",
-            "Until the engine has the weights (load); until it proved itself (ready)",
+            "Seconds until the engine has the weights (load), and until the revision is proved (ready)",
             "to",
         )
         self.proofs = self._counter(
@@ -49,16 +50,14 @@ class Metrics:
         )
         self.shadow_answers = self._counter(
             "shadow_answers",
-            "Copies of requests for a shadow: same, different, failed, or dropped so as to delay nobody",
+            "Requests copied to a shadow, by outcome: same, different, failed, or dropped to delay no request",
             "adapter",
             "outcome",
         )
-        self.engine_starts = self._counter(
-            "engine_starts", "Engines that became ready; more than one: one has died"
-        )
+        self.engine_starts = self._counter("engine_starts", "Engines that became ready, restarts included")
 
     def forget(self, adapter: str, revision: str) -> None:
-        """End the series of a revision that has left for good, or they would grow without end."""
+        """Remove the series of a revision that has left for good, so that the number of series stays bounded."""
         for metric in (
             self.prompt_tokens, self.completion_tokens, self.time_to_first_token, self.inter_token_latency,
             self.loads, self.evictions,
@@ -67,7 +66,7 @@ class Metrics:
         self.requests.remove_by_labels({"adapter": adapter, "revision": revision})
 
     def render(self) -> bytes:
-        """The text format that Prometheus scrapes."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -81,7 +80,7 @@ class Metrics:
 
 
 class Gaps(Collector):
-    """A histogram that takes a whole answer at once: to observe each token costs as much as to send it."""
+    """A histogram updated once an answer, because observing each token costs as much as sending it."""
 
     def __init__(self, name: str, text: str) -> None:
         self._name, self._text = name, text
@@ -89,19 +88,19 @@ class Gaps(Collector):
         self._sums: dict[tuple[str, str], float] = {}
 
     def add(self, who: tuple[str, str], counts: Sequence[int], total: float) -> None:
-        """Add an answer's gaps: how many lie in each bucket, and how long they are together, in seconds."""
+        """Add an answer's gaps: their count in each bucket, and their total in seconds."""
         before = self._counts.get(who, [0] * len(counts))
         self._counts[who] = [one + other for one, other in zip(before, counts, strict=True)]
         self._sums[who] = self._sums.get(who, 0.0) + total
 
     def remove_by_labels(self, labels: Mapping[str, str]) -> None:
-        """Forget one adapter's revision."""
+        """Remove the series of one revision."""
         who = (labels["adapter"], labels["revision"])
         self._counts.pop(who, None)
         self._sums.pop(who, None)
 
     def collect(self) -> Iterator[Metric]:
-        """What the registry asks for."""
+        """See Collector."""
         family = HistogramMetricFamily(self._name, self._text, labels=_WHO)
         bounds = [*map(floatToGoString, (*SECONDS, math.inf))]
         for who, counts in [*self._counts.items()]:

@@ -1,6 +1,6 @@
 """Metrics under the names of vLLM's server, which dashboards, autoscalers and routers read.
 
-Per base model, whatever adapter answered, as there. They are counted by the engines, and read when asked for.
+As in vLLM, they count per base model, not per adapter. The engines count; this module reads on each scrape.
 """
 
 import math
@@ -21,16 +21,16 @@ from app.engine.stats import Distribution, EngineStats
 from app.lifecycle.bases import Bases
 
 _BY_MODEL = ["model_name", "engine"]
-_REASONS = ("stop", "length", "abort", "error", "repetition")  # all are there from the start
+_REASONS = ("stop", "length", "abort", "error", "repetition")  # reported from the start, even at 0
 
 _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "num_requests_running": ("Requests in the batch", lambda stats: stats.running),
-    "num_requests_waiting": ("Requests that wait for room in the batch", lambda stats: stats.waiting),
+    "num_requests_waiting": ("Requests waiting for room in the batch", lambda stats: stats.waiting),
     "kv_cache_usage_perc": ("KV cache in use; 1 is all of it", lambda stats: stats.kv_cache_usage),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], int]]] = {
-    "prompt_tokens": ("Tokens read", lambda stats: stats.prompt_tokens),
-    "generation_tokens": ("Tokens written", lambda stats: stats.generation_tokens),
+    "prompt_tokens": ("Prompt tokens processed", lambda stats: stats.prompt_tokens),
+    "generation_tokens": ("Tokens generated", lambda stats: stats.generation_tokens),
     "prefix_cache_queries": (
         "Tokens looked up in the prefix cache",
         lambda stats: stats.prefix_cache_queries,
@@ -39,28 +39,28 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], int]]] = {
 }
 _HISTOGRAMS: dict[str, tuple[str, Callable[[EngineStats], Distribution]]] = {
     "time_to_first_token_seconds": (
-        "From a request to the first token of its answer",
+        "Seconds from the request to the first token of its answer",
         lambda stats: stats.first_token_seconds,
     ),
     "inter_token_latency_seconds": (
-        "From one token of an answer to the next",
+        "Seconds between tokens of an answer",
         lambda stats: stats.token_seconds,
     ),
     "e2e_request_latency_seconds": (
-        "From a request to the end of its answer",
+        "Seconds from the request to the end of its answer",
         lambda stats: stats.answer_seconds,
     ),
     "iteration_tokens_total": (
-        "Tokens that a step of the engine read and wrote",
+        "Tokens processed and generated in one engine step",
         lambda stats: stats.step_tokens,
     ),
-    "request_prompt_tokens": ("Tokens of a prompt", lambda stats: stats.request_prompt_tokens),
-    "request_generation_tokens": ("Tokens of an answer", lambda stats: stats.request_generation_tokens),
+    "request_prompt_tokens": ("Tokens in a prompt", lambda stats: stats.request_prompt_tokens),
+    "request_generation_tokens": ("Tokens in an answer", lambda stats: stats.request_generation_tokens),
 }
 
 
 class VllmMetrics(Collector):
-    """What the registry asks, of all engines that are up."""
+    """Collects the metrics of all ready engines."""
 
     def __init__(self, bases: Bases) -> None:
         self._hosts = bases
@@ -86,7 +86,9 @@ class VllmMetrics(Collector):
                 _add(histogram, [model, "0"], distribution(stats))
             yield histogram
         success = CounterMetricFamily(
-            "vllm:request_success", "Answers by what ended them", labels=[*_BY_MODEL, "finished_reason"]
+            "vllm:request_success",
+            "Finished requests by finish reason",
+            labels=[*_BY_MODEL, "finished_reason"],
         )
         for model, stats in engines:
             for reason in _REASONS:
@@ -96,12 +98,16 @@ class VllmMetrics(Collector):
 
 
 def _adapters(engines: Sequence[EngineStats]) -> Metric:
-    """vLLM names no base model here: one line for all."""
+    """Return one metric for all base models, because vLLM's has no label for the model."""
     running = {name for stats in engines for name in stats.running_adapters}
     waiting = {name for stats in engines for name in stats.waiting_adapters}
     slots = sum(stats.adapter_slots for stats in engines)
     labels = ["max_lora", "waiting_lora_adapters", "running_lora_adapters"]
-    gauge = GaugeMetricFamily("vllm:lora_requests_info", "When these adapters had requests", labels=labels)
+    gauge = GaugeMetricFamily(
+        "vllm:lora_requests_info",
+        "Adapters with running and waiting requests; the value is the time of the scrape",
+        labels=labels,
+    )
     gauge.add_metric([str(slots), ",".join(sorted(waiting)), ",".join(sorted(running))], time.time())
     return gauge
 
