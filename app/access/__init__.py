@@ -1,1 +1,1 @@
-"""Who may ask, and how many at a time."""
+"""Access control: keys, and the limit of concurrent requests."""

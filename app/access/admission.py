@@ -1,4 +1,4 @@
-"""How many requests may be answered at once; the rest are told when to come back."""
+"""The limit of concurrent requests; requests beyond it get 429 with Retry-After."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from app.errors import TooManyRequests
 
 
 class Admission:
-    """Counts requests from before they are read until their last byte."""
+    """Counts requests in flight, from before their body is read until the last byte of the response."""
 
     def __init__(self, limit: int, gauge: Gauge) -> None:
         self._limit = limit
@@ -18,14 +18,16 @@ class Admission:
 
     @property
     def in_flight(self) -> int:
-        """Requests that hold a place."""
+        """The number of requests that hold a place."""
         return self._held
 
     @contextmanager
     def place(self) -> Iterator[None]:
         """Hold a place. Raises TooManyRequests when all are taken."""
         if self._held >= self._limit:
-            raise TooManyRequests(f"{self._limit} requests are being answered already; try again in a moment")
+            raise TooManyRequests(
+                f"{self._limit} requests are in flight, which is the limit: retry in a moment"
+            )
         self._held += 1
         self._gauge.set(self._held)
         try:

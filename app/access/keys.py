@@ -1,4 +1,4 @@
-"""Who may do what: one admin key for everything that changes adapters, and for chat beyond loopback."""
+"""The admin key: required to change adapters, and for chat beyond loopback."""
 
 import hmac
 import os
@@ -23,21 +23,21 @@ class Access:
         self._is_chat_open = is_chat_open
 
     def require_admin(self, request: Request[Any]) -> None:
-        """Raises Unauthorized without the admin key."""
+        """Check for the admin key. Raises Unauthorized."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if not scheme:  # what Anthropic's clients send instead
+        if not scheme:  # Anthropic's clients send x-api-key instead
             scheme, key = "bearer", request.headers.get("x-api-key", "")
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self._admin_key):
-            raise Unauthorized("this needs the admin key: send Authorization: Bearer XINGLIN_ADMIN_KEY")
+            raise Unauthorized("the admin key is required: send Authorization: Bearer XINGLIN_ADMIN_KEY")
 
     def require_chat(self, request: Request[Any]) -> None:
-        """Raises Unauthorized without the admin key, unless chat is open."""
+        """Check for the admin key unless chat is open. Raises Unauthorized."""
         if not self._is_chat_open:
             self.require_admin(request)
 
 
 def stored_admin_key(data_dir: Path) -> str:
-    """The key kept in the data directory, made on first use and readable by its owner alone."""
+    """Return the key kept in the data directory. Generates it on first use, readable only by its owner."""
     data_dir.mkdir(parents=True, exist_ok=True)
     path = data_dir / KEY_FILE
     if not path.exists():

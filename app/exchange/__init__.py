@@ -1,1 +1,1 @@
-"""One request, from its body to the last byte of its answer."""
+"""One request, from its body to the last byte of its response."""

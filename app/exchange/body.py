@@ -1,4 +1,4 @@
-"""The body of a request: bounded in size and time, JSON, and with a model."""
+"""Reads the body of a request: JSON with a `model`, limited in size and time."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from fastapi import Request
 from app.engine.base import Endpoint
 from app.errors import BadRequest, Code
 
-MAX_BODY_BYTES = 4 << 20  # parsing blocks everybody; the longest contexts are below this
+MAX_BODY_BYTES = 4 << 20  # parsing blocks the event loop; the longest contexts fit
 BODY_SECONDS = 60
 
 _BY_FIELD = {"messages": Endpoint.CHAT, "prompt": Endpoint.COMPLETIONS, "input": Endpoint.RESPONSES}
@@ -17,7 +17,7 @@ _SAGEMAKERS_ADAPTER = "x-amzn-sagemaker-adapter-identifier"
 
 
 def meant(body: dict[str, Any]) -> Endpoint:
-    """What a body without a path of its own is for. Raises BadRequest."""
+    """Return the endpoint that a body is meant for, by its fields. Raises BadRequest."""
     for field, endpoint in _BY_FIELD.items():
         if field in body:
             return endpoint
@@ -29,7 +29,7 @@ def meant(body: dict[str, Any]) -> Endpoint:
 
 
 async def read_body(request: Request[Any]) -> dict[str, Any]:
-    """The JSON object in the body, in which `model` is a string. Raises BadRequest, ClientDisconnect."""
+    """Return the JSON object in the body, whose `model` is a string. Raises BadRequest, ClientDisconnect."""
     try:
         async with asyncio.timeout(BODY_SECONDS):
             content = await _content(request)
@@ -45,7 +45,7 @@ async def read_body(request: Request[Any]) -> dict[str, Any]:
         raise BadRequest("the request body must be a JSON object", code=Code.INVALID_JSON)
     if adapter := request.headers.get(_SAGEMAKERS_ADAPTER):
         body["model"] = adapter
-    if "model" not in body:  # nobody should be answered by weights they did not name
+    if "model" not in body:  # no default: a client must name the weights that answer
         raise BadRequest(
             "model: this parameter is required", code=Code.MISSING_REQUIRED_PARAMETER, param="model"
         )

@@ -1,4 +1,4 @@
-"""Which revision or base model a name stands for, those included that only the store knows."""
+"""Resolves a model name to a revision or base model, including revisions that no alias points at."""
 
 from app.errors import ModelNotFound
 from app.exchange.state import AppRequest
@@ -6,7 +6,7 @@ from app.lifecycle.served_models import Choice
 
 
 async def choose_model(request: AppRequest, model: str, session: str | None = None) -> Choice:
-    """Who answers a request for `model`. Raises ModelNotFound, AdapterUnavailable."""
+    """Choose what answers a request for `model`. Raises ModelNotFound, AdapterUnavailable."""
     try:
         return request.state["served_models"].choose(model, session)
     except ModelNotFound:

@@ -1,4 +1,4 @@
-"""The request id that a client is told, and what happens when it leaves while it is being answered."""
+"""Request ids in responses, and cancellation of a request whose client disconnects."""
 
 import asyncio
 import re
@@ -12,20 +12,20 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CLIENT_LEFT = 499
-"""The status of a request whose client left, as nginx counts it. No client sees it."""
+"""The status of a request whose client disconnected, as in nginx. No client sees it."""
 
 _AN_ID = re.compile(r"[!-~]{1,128}")
 
 
 def own_id(request: Request[Any]) -> str:
-    """The service's id of a request, which no other has."""
+    """Return the service's own, unique id of a request."""
     return str(request.scope.setdefault("xinglin.request_id", uuid.uuid4().hex))
 
 
 def request_id_headers(request: Request[Any]) -> dict[str, str]:
-    """One id for a request, however it ends: where OpenAI's clients look for it, and where Anthropic's do.
+    """Return the id of a request under the headers that OpenAI's and Anthropic's clients read.
 
-    It is the client's own X-Request-Id, if that is of at most 128 printable characters; else the service's.
+    The id is the client's own X-Request-Id if that has at most 128 printable characters, else the service's.
     """
     given = request.headers.get("x-request-id", "")
     request_id = given if _AN_ID.fullmatch(given) else own_id(request)
@@ -33,7 +33,7 @@ def request_id_headers(request: Request[Any]) -> dict[str, str]:
 
 
 class RequestIds:
-    """Middleware: every response has its request's id, but one to a defect of ours, which is made outside of it."""
+    """Middleware that adds the request id to every response but the 500 for a defect of ours, made outside of it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -50,18 +50,18 @@ class RequestIds:
                 headers.setdefault(name, value)
             await send(message)
 
-        def passed_on(message: Message) -> Awaitable[None]:  # called for every event of a stream
+        def passed_on(message: Message) -> Awaitable[None]:  # runs for every event of a stream
             return started(message) if message["type"] == "http.response.start" else send(message)
 
         await self._app(scope, receive, passed_on)
 
 
 class ClientLeft(Exception):
-    """Nobody is there to answer any more."""
+    """The client disconnected."""
 
 
 class WhileConnected:
-    """A block that is cancelled when its client leaves, and then raises ClientLeft; made as asyncio.timeout is."""
+    """A block that is cancelled and raises ClientLeft when its client disconnects; works as asyncio.timeout."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -78,12 +78,12 @@ class WhileConnected:
         self._watching.cancel()
         if self._has_left:
             self._task.uncancel()
-            # vLLM makes an error of its own of a cancellation.
+            # vLLM turns a cancellation into an error of its own.
             if isinstance(error, asyncio.CancelledError | Exception):
                 raise ClientLeft from None
 
     def leave(self) -> None:
-        """End the block as if the client had left."""
+        """End the block as if the client had disconnected."""
         if not self._has_left:
             self._has_left = True
             self._task.cancel()

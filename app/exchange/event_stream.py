@@ -1,4 +1,4 @@
-"""Server-sent events, sent as they come: the part of a response that runs once for every token."""
+"""Sends server-sent events as they arrive: the part of a response that runs for every token."""
 
 import asyncio
 import logging
@@ -13,25 +13,25 @@ from app.exchange.connection import CLIENT_LEFT, ClientLeft, WhileConnected
 
 logger = logging.getLogger(__name__)
 
-SEND_SECONDS = 60  # a client that does not read holds a slot of the engine
+SEND_SECONDS = 60  # a client that does not read holds an engine slot
 
 
 class EventStream(Response):
-    """Sends events until the last, or until the client leaves or stops reading."""
+    """Sends events until the last one, or until the client disconnects or stops reading."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: Events, headers: dict[str, str], *, on_end: Callable[[int], None]) -> None:
-        """`on_end` is called once with the outcome as a status, when the engine writes no more."""
+        """Calls `on_end(status)` once, when the engine has stopped writing."""
         super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]  # nobody knows it yet
+        del self.headers["content-length"]  # not known yet
         self._events = events
         self._on_end = on_end
         self._sent = 0
         self._is_sending = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all of it. What breaks the events has been told by the last of them."""
+        """Send all events. If the events end in an error, the last one reports it."""
         outcome = CLIENT_LEFT
         looks: list[asyncio.TimerHandle] = []
         try:
@@ -68,11 +68,11 @@ class EventStream(Response):
     def _look_later(
         self, connection: WhileConnected, looks: list[asyncio.TimerHandle], stood_at: int = -1
     ) -> None:
-        """Look every SEND_SECONDS whether one event is still being sent: one timer costs less than one an event."""
+        """Check every SEND_SECONDS for an event still being sent. One timer costs less than one for each event."""
 
         def look() -> None:
             if self._is_sending and self._sent == stood_at:
-                logger.info("a client stopped reading its answer: its request is aborted")
+                logger.info("a client stopped reading its response: aborting its request")
                 connection.leave()
             self._look_later(connection, looks, self._sent if self._is_sending else -1)
 

@@ -1,4 +1,4 @@
-"""One request on its way from body to last byte: what its steps found, and what has to happen when it is over."""
+"""The state of one request: what its steps found, and the calls to make at its end."""
 
 import time
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from app.lifecycle.served_models import Choice
 
 
 class Exchange:
-    """One request. Each step reads what those before it found, and adds its own."""
+    """One request. Each step reads what earlier steps found, and adds its own."""
 
     endpoint: Endpoint
     body: dict[str, Any]
-    """From `read` on."""
+    """Set by `read`."""
     choice: Choice
     base: Base
-    """From `choose` on."""
+    """Set by `choose`."""
     leased: Lease
-    """From `lease` on."""
+    """Set by `lease`."""
     answer: Answer
-    """From `ask` on."""
+    """Set by `ask`."""
 
     def __init__(self, request: AppRequest, path: Endpoint | None) -> None:
-        """`path`: where it was sent; None if the body says what it is."""
+        """`path`: the endpoint; None if the body decides."""
         self.request = request
         self.state = request.state
         self.path = path
@@ -36,25 +36,25 @@ class Exchange:
         self.started = time.perf_counter()
         """On time.perf_counter's clock."""
         self.who = ("unknown", "unknown")
-        """Adapter and revision as metrics label them: never what a client made up."""
+        """Adapter and revision as metric labels; never text from the client."""
         self.observers: list[Observer] = []
-        """Who follows the answer as the engine writes it: to be added before `ask`."""
+        """Observers of the answer while the engine writes it; add them before `ask`."""
         self.headers: dict[str, str] = {}
-        """Of the reply."""
+        """Headers of the response."""
         self.held = ExitStack()
-        """What is let go when nothing is written any more."""
+        """Resources to release when nothing more is written."""
         self.steps = AsyncExitStack()
-        """What lasts until the steps are done."""
+        """Contexts that last until the steps are done."""
         self.is_stream = False
-        """Whether the answer goes out as it is written."""
+        """Whether the answer is streamed."""
         self._ends: list[Callable[[int], None]] = []
 
     def at_end(self, call: Callable[[int], None]) -> None:
-        """Have `call` called once, when all is over, with the status that came of it (499: the client left)."""
+        """Register `call(status)` for the end of the request (499: the client disconnected)."""
         self._ends.append(call)
 
     def end(self, status: int) -> None:
-        """All is over."""
+        """Release all resources and make the calls registered with `at_end`."""
         with self.held:
             pass
         for call in self._ends:

@@ -1,15 +1,15 @@
-"""How busy an engine is, told in a header to routers that ask for it."""
+"""The engine's load as a response header, for routers that request it."""
 
 import json
 
 from app.engine.stats import EngineStats
 
 LOAD_FORMAT = "endpoint-load-metrics-format"
-"""The header by which a client asks for the engine's load beside its answer."""
+"""The request header that asks for the engine's load."""
 
 
 def load_header(stats: EngineStats, asked: str) -> dict[str, str]:
-    """An engine's load as a header in the format `asked` for, TEXT or JSON; nothing for another.
+    """Return an engine's load as a header in the format `asked`, TEXT or JSON; empty for any other format.
 
     Open Request Cost Aggregation: https://github.com/cncf/xds/blob/main/xds/data/orca/v3/orca_load_report.proto
     """

@@ -1,4 +1,4 @@
-"""Who follows an answer as the engine writes it."""
+"""Observers of an answer while the engine writes it."""
 
 import time
 from bisect import bisect_left
@@ -16,7 +16,7 @@ class Observers:
 
     @classmethod
     def of(cls, observers: Sequence[Observer]) -> Observer:
-        """Mostly there is one, which then is called without a detour for every token."""
+        """Combine observers. A single one is returned as it is, which saves a call for every token."""
         return observers[0] if len(observers) == 1 else cls(observers)
 
     def read(self, prompt_tokens: int) -> None:
@@ -31,7 +31,7 @@ class Observers:
 
 
 class Texts:
-    """Keeps the text of an answer, choice by choice."""
+    """Collects the text of each choice of an answer."""
 
     def __init__(self) -> None:
         self._parts: dict[int, list[str]] = {}
@@ -44,15 +44,15 @@ class Texts:
         self._parts.setdefault(choice, []).append(text)
 
     def whole(self) -> list[str]:
-        """The texts so far, by choice."""
+        """Return the texts so far, in the order of choices."""
         return ["".join(self._parts[choice]) for choice in sorted(self._parts)]
 
 
 class Meter:
-    """Measures one answer, and counts it with `end`."""
+    """Measures one answer; `end` adds it to the metrics."""
 
     def __init__(self, metrics: Metrics, started: float) -> None:
-        """`started`: of the request, on time.perf_counter's clock."""
+        """`started`: when the request arrived, on time.perf_counter's clock."""
         self._metrics = metrics
         self._last = started
         self._tokens = 0
@@ -80,8 +80,9 @@ class Meter:
         self._tokens += tokens
 
     def end(self, who: tuple[str, str], status: int, *, is_stream: bool) -> None:
-        """Count it all for `who`, an adapter and its revision. Of an answer that came whole, nobody saw when its first
-        token came.
+        """Add the measurements to the metrics of `who`, an adapter and its revision.
+
+        Latencies of tokens are recorded for streams only: in other answers all tokens arrive at once.
         """
         metrics = self._metrics
         metrics.requests.labels(*who, status).inc()

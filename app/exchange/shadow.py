@@ -1,8 +1,7 @@
-"""Shadow answers: a revision answers copies of real requests, and only a comparison is kept.
+"""Shadow requests: a revision answers copies of real requests, and only a comparison is kept.
 
-A copy is answered after its original, one at a time, and only with what is free: a resident revision, a
-slot nobody waits for. As soon as anybody has to wait, the copy is aborted. So a shadow delays no answer,
-and never alters one.
+Copies are answered after their originals, one at a time, and only if the revision is resident and a slot is free. A
+copy is aborted as soon as any request has to wait. So a shadow never delays or changes an answer.
 """
 
 import asyncio
@@ -33,24 +32,24 @@ _MAX_FILE_BYTES = 64 << 20
 
 @dataclass
 class Original:
-    """A request that was answered, and its answer as far as it is known."""
+    """An answered request and its answer."""
 
     request_id: str
     body: Mapping[str, Any]
     answered_by: Manifest
     shadow: Manifest
     texts: Texts
-    """What was answered."""
+    """The texts of the answer."""
     started: float
     """On time.perf_counter's clock."""
     seconds: float = 0.0
 
 
 class Shadow:
-    """Answers copies in the background; `run` it as a task."""
+    """Answers copies in the background; start `run` as a task."""
 
     def __init__(self, folder: Path, bases: Bases, metrics: Metrics, *, keep_texts: bool) -> None:
-        """Comparisons go to `<folder>/<name>.jsonl`; the answers themselves only with `keep_texts`."""
+        """Comparisons go to `<folder>/<name>.jsonl`, with the texts only if `keep_texts`."""
         self._folder = folder
         self._hosts = bases
         self._metrics = metrics
@@ -60,7 +59,7 @@ class Shadow:
         self._files: dict[str, RotatingFileHandler] = {}
 
     def offer(self, original: Original) -> None:
-        """Hand over an answered request. Returns at once; beyond what can wait, it is dropped."""
+        """Queue an answered request. Returns at once; drops it when the queue is full."""
         original.seconds = time.perf_counter() - original.started
         if len(self._waiting) >= _MAX_WAITING:
             self._count(original, "dropped")
@@ -77,10 +76,10 @@ class Shadow:
                 try:
                     self._count(original, await self._answer(original))
                 except ApiError as error:
-                    logger.info("the shadow %s failed on a copy: %s", original.shadow.name, error)
+                    logger.info("shadow %s failed on a copied request: %s", original.shadow.name, error)
                     self._count(original, "failed")
                 except Exception:
-                    logger.exception("a shadow answer failed")
+                    logger.exception("a shadow request failed")
                     self._count(original, "failed")
             self._arrived.clear()
 
@@ -138,7 +137,7 @@ class Shadow:
         self._files[name].emit(logging.makeLogRecord({"msg": line}))
 
     def close(self) -> None:
-        """Close the files."""
+        """Close all comparison files."""
         for file in self._files.values():
             file.close()
 
@@ -158,6 +157,6 @@ async def _whole_answer(lease: Lease, body: Mapping[str, Any]) -> Texts:
 
 
 def _alike(one: str, other: str) -> int:
-    """How many characters both begin with."""
+    """Return the length of the common prefix in characters."""
     differ = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differ, min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""What the lifespan of the app hands to every request, with its types."""
+"""The typed state that the app's lifespan gives to every request."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -18,7 +18,7 @@ from app.metrics import Metrics
 
 
 class State(TypedDict):
-    """What routes find in `request.state`, composed by app.main."""
+    """The contents of `request.state`, composed by app.main."""
 
     access: Access
     admission: Admission
@@ -38,4 +38,4 @@ class State(TypedDict):
 if TYPE_CHECKING:
     AppRequest = Request[State]
 else:
-    AppRequest = Request  # FastAPI takes a parameter of the generic class for a body
+    AppRequest = Request  # FastAPI would read a parameter of the generic class as a body

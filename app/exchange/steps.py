@@ -1,10 +1,10 @@
-"""One request as one list of steps, and what becomes of it.
+"""The steps of every request, as one list.
 
-A step is a function of the exchange: it looks at what the steps before it found, adds its own, and may register what
-has to happen at the end. What it raises is the reply. A new step is one line in STEPS.
+A step is a function of the exchange: it reads what earlier steps found, adds its own results, and may register calls
+for the end of the request. An error that it raises becomes the response. A new step is one line in STEPS.
 
-Every request ends in exactly one of: a whole reply, a finish chunk and [DONE], an error body or event, or an abort in
-the engine because the client left.
+Every request ends in exactly one of: a whole response, a finish chunk and [DONE], an error body or event, or an abort
+in the engine because the client disconnected.
 """
 
 from collections.abc import Awaitable, Callable
@@ -26,12 +26,12 @@ from app.exchange.state import AppRequest
 
 
 async def authorize(exchange: Exchange) -> None:
-    """Let nobody in who may not chat."""
+    """Require the right to chat."""
     exchange.state["access"].require_chat(exchange.request)
 
 
 async def account(exchange: Exchange) -> None:
-    """Measure the answer, and count it when it is over."""
+    """Measure the answer, and add it to the metrics at the end."""
     meter = Meter(exchange.state["metrics"], exchange.started)
     exchange.observers.append(meter)
     exchange.at_end(lambda status: meter.end(exchange.who, status, is_stream=exchange.is_stream))
@@ -43,18 +43,18 @@ async def admit(exchange: Exchange) -> None:
 
 
 async def read(exchange: Exchange) -> None:
-    """Read the body, as far as this service must know it; the engine checks the rest."""
+    """Read the body and check what this service needs of it; the engine checks the rest."""
     exchange.body = await read_body(exchange.request)
     exchange.endpoint = exchange.path or meant(exchange.body)
 
 
 async def watch(exchange: Exchange) -> None:
-    """From here on the steps end when the client leaves. The body has to be read: both take from one channel."""
+    """Cancel the following steps if the client disconnects. Runs after `read`, since both use the receive channel."""
     await exchange.steps.enter_async_context(WhileConnected(exchange.request.receive))
 
 
 async def choose(exchange: Exchange) -> None:
-    """Find out which revision or base model answers."""
+    """Choose the revision or base model that answers."""
     bases = exchange.state["bases"]
     bases.check_ready()
     exchange.choice = await choose_model(exchange.request, exchange.body["model"], _session(exchange))
@@ -73,7 +73,7 @@ def _session(exchange: Exchange) -> str | None:
 
 
 async def shadow(exchange: Exchange) -> None:
-    """Keep what the shadow's answer will be compared with, and hand it over at the end."""
+    """Collect the answer for comparison, and queue a copy of the request for the shadow at the end."""
     choice, body = exchange.choice, exchange.body
     if exchange.endpoint is not Endpoint.CHAT or choice.shadow in (None, choice.manifest):
         return
@@ -86,13 +86,13 @@ async def shadow(exchange: Exchange) -> None:
 
 
 async def lease(exchange: Exchange) -> None:
-    """Lease what was chosen, which may take a turn in a queue and a load."""
+    """Lease the chosen revision or base model, which may wait in a queue and load the revision."""
     leased = await exchange.base.residency.lease(exchange.choice.manifest)
     exchange.leased = exchange.held.enter_context(leased)
 
 
 async def ask(exchange: Exchange) -> None:
-    """Ask the engine. A stream's first event has been awaited, so that an error before it has a status of its own."""
+    """Send the request to the engine. It awaits a stream's first event, so that an earlier error has its own status."""
     leased, manifest = exchange.leased, exchange.leased.manifest
     exchange.answer = await leased.engine.answer(
         exchange.endpoint,
@@ -108,7 +108,7 @@ async def ask(exchange: Exchange) -> None:
 
 
 async def load(exchange: Exchange) -> None:
-    """Say how busy the engine is, to a client that asks for it."""
+    """Add the engine's load to the headers if the client requested it."""
     if (wanted := exchange.request.headers.get(LOAD_FORMAT)) and exchange.base.supervisor.is_ready:
         exchange.headers |= load_header(exchange.base.supervisor.engine.stats, wanted)
 
@@ -128,7 +128,7 @@ STEPS: tuple[Callable[[Exchange], Awaitable[None]], ...] = (
 
 
 async def respond(request: AppRequest, path: Endpoint | None) -> Response:
-    """Take a request through all steps. `path`: the endpoint; None if the body says which."""
+    """Take a request through all steps and return its response. `path`: the endpoint; None if the body decides."""
     exchange = Exchange(request, path)
     try:
         async with exchange.steps:
@@ -144,7 +144,7 @@ async def respond(request: AppRequest, path: Endpoint | None) -> Response:
 
 
 def _reply(exchange: Exchange) -> Response:
-    """The response to send. The exchange ends with its last event, or with what is made in the background."""
+    """Return the response to send. The exchange ends with its last event, or with its background work."""
     reply, rest = exchange.answer.reply, exchange.answer.rest
     if rest is not None:
         rest.add_done_callback(lambda _: exchange.end(200))

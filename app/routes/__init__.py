@@ -1,1 +1,1 @@
-"""What clients and operators can ask for over HTTP."""
+"""The HTTP routes for clients and operators."""

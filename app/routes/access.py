@@ -1,13 +1,13 @@
-"""Who may use a route: dependencies for all but the endpoints that an engine answers."""
+"""Dependencies that guard a route. The endpoints that an engine answers check the key in a step of their own."""
 
 from app.exchange.state import AppRequest
 
 
 async def admin(request: AppRequest) -> None:
-    """Only with the admin key."""
+    """Require the admin key."""
     request.state["access"].require_admin(request)
 
 
 async def chat(request: AppRequest) -> None:
-    """Whoever may chat."""
+    """Require the right to chat."""
     request.state["access"].require_chat(request)

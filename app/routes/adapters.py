@@ -1,4 +1,4 @@
-"""What operators do with adapters: see, publish, point, roll back, prune. All but seeing needs the admin key."""
+"""Operator routes for adapters: show, point, roll back, prune. All but the GET routes need the admin key."""
 
 import asyncio
 from pathlib import Path
@@ -21,7 +21,7 @@ ACTOR = "http"
 
 
 class PointRequest(BaseModel):
-    """Which revision an alias shall point at."""
+    """The revision that an alias is to point at."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,31 +30,31 @@ class PointRequest(BaseModel):
 
 
 class RollbackRequest(BaseModel):
-    """Which alias shall go back, and to what."""
+    """The alias to roll back, and the revision to roll back to."""
 
     model_config = ConfigDict(extra="forbid")
 
     alias: str = DEFAULT_ALIAS
-    revision: str | None = Field(default=None, description="Any earlier revision; null for the one before")
+    revision: str | None = Field(default=None, description="Any earlier revision; null for the previous one")
     why: str = Field(default="", max_length=500, description="Kept in the adapter's log")
 
 
 class PruneRequest(BaseModel):
-    """How many revisions shall stay, besides those that aliases, rollbacks and engines need."""
+    """The number of revisions to keep, besides those that aliases, rollbacks and engines need."""
 
     model_config = ConfigDict(extra="forbid")
 
-    keep: int = Field(default=5, ge=0, description="The newest so many")
+    keep: int = Field(default=5, ge=0, description="Number of newest revisions to keep")
     why: str = Field(default="", max_length=500, description="Kept in the adapter's log")
 
 
 @router.get("/v1/adapters", dependencies=[Depends(may_look)])
 async def list_adapters(request: AppRequest) -> dict[str, Any]:
-    """Every alias with its desired and actual revision, and what each engine holds and who waits for it.
+    """List every alias with its desired and actual revision, and the revisions and waiting requests of each engine.
 
-    An alias is `loading` or `proving` until the revision that it names answers, then `ready`, or `failed` with the
-    reason in `last_error`. A revision in an engine is `loading`, `proving`, `ready` or `draining`: no new request goes
-    to it, and it leaves when its last request has ended, unless a rollback would need it.
+    An alias is `loading` or `proving` until its revision answers, then `ready`. It is `failed` if the revision cannot
+    answer, with the reason in `last_error`. A revision in an engine is `loading`, `proving`, `ready` or `draining`. A
+    draining revision gets no new requests; it is removed after its last request, unless a rollback would need it.
     """
     reconciler = request.state["reconciler"]
     served = request.state["served_models"]
@@ -79,7 +79,7 @@ async def list_adapters(request: AppRequest) -> dict[str, Any]:
 
 
 def _percent(traffic: Traffic | None, alias: str) -> float | None:
-    """The alias's share of the requests for its adapter; None for an alias that shares in none."""
+    """Return the alias's share of the requests for its adapter; None unless it is a canary or shadow."""
     if traffic is None or alias not in (CANARY, SHADOW):
         return None
     return traffic.canary if alias == CANARY else traffic.shadow
@@ -117,7 +117,7 @@ async def _engine(residency: Residency) -> dict[str, Any]:
 async def diff_revisions(
     request: AppRequest, name: str, old: str, new: str = DEFAULT_ALIAS
 ) -> dict[str, Any]:
-    """Which modules moved between two revisions, given as aliases or revisions, and by how much."""
+    """Compare two revisions, given as aliases or revisions: which modules moved, and by how much."""
     store = request.state["store"]
 
     def compare() -> dict[str, Any]:
@@ -135,7 +135,7 @@ async def diff_revisions(
 
 @router.get("/v1/adapters/{name:path}", dependencies=[Depends(may_look)])
 async def show_adapter(request: AppRequest, name: str) -> dict[str, Any]:
-    """Every revision of an adapter with its manifest, the aliases and their shares, and the log."""
+    """Show an adapter: every revision with its manifest, the aliases, the traffic shares, and the log."""
     store = request.state["store"]
 
     def read() -> dict[str, Any]:
@@ -160,7 +160,7 @@ async def point_alias(request: AppRequest, name: str, alias: str, wanted: PointR
 
 @router.delete("/v1/adapters/{name:path}/aliases/{alias}", dependencies=[Depends(admin)])
 async def remove_alias(request: AppRequest, name: str, alias: str, why: str = "") -> dict[str, Any]:
-    """Point the alias at nothing: its revision leaves the engine, and stays in the store."""
+    """Remove an alias. Its revision leaves the engine and stays in the store."""
     operations = request.state["operations"]
     await operations.remove(name, alias, actor=ACTOR, why=why)
     return {"name": name, "alias": alias, "deleted": True}
@@ -168,7 +168,7 @@ async def remove_alias(request: AppRequest, name: str, alias: str, why: str = ""
 
 @router.post("/v1/adapters/{name:path}/rollback", dependencies=[Depends(admin)])
 async def roll_back(request: AppRequest, name: str, wanted: RollbackRequest | None = None) -> dict[str, Any]:
-    """Point the alias back at its revision before, or at any earlier one."""
+    """Point the alias back at its previous revision, or at any earlier one."""
     wanted = wanted or RollbackRequest()
     operations = request.state["operations"]
     revision = await operations.rollback(name, wanted.alias, to=wanted.revision, actor=ACTOR, why=wanted.why)
@@ -185,9 +185,10 @@ async def prune(request: AppRequest, name: str, wanted: PruneRequest | None = No
 
 
 def allowed_folder(path: str, roots: tuple[Path, ...]) -> Path:
-    """`path` with links resolved, if it lies below a root.
+    """Return `path` with links resolved, if it lies below a root.
 
-    Raises FolderNotFound where a root would allow it, and else PathNotAllowed; neither names a host path.
+    Raises FolderNotFound if it would lie below a root but does not exist, else PathNotAllowed. Neither message names a
+    host path.
     """
     is_allowed = False
     for root in roots:
@@ -198,13 +199,10 @@ def allowed_folder(path: str, roots: tuple[Path, ...]) -> Path:
                 if resolved.is_dir():
                     return resolved
         except (OSError, ValueError):
-            continue  # too long, or with characters no file name can have
+            continue  # too long, or with characters that file names cannot have
     if is_allowed:
-        raise FolderNotFound(
-            "path: there is no such folder below the roots this service may read", param="path"
-        )
+        raise FolderNotFound("path: the folder does not exist below the allowed roots", param="path")
     raise PathNotAllowed(
-        "path: no folder of that name lies below the roots this service may read; add its parent to "
-        "XINGLIN_PUBLISH_ROOTS",
+        "path: the folder is not below an allowed root: add its parent to XINGLIN_PUBLISH_ROOTS",
         param="path",
     )

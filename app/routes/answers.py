@@ -1,4 +1,4 @@
-"""The endpoints that an engine answers. app.exchange.steps has what becomes of a request."""
+"""The endpoints that an engine answers. See app.exchange.steps for the life of a request."""
 
 from typing import Any
 
@@ -17,15 +17,15 @@ router = APIRouter()
 
 
 class _Direct(APIRoute):
-    """Calls a function of the request, and sends the response.
+    """A route that calls its endpoint with the request alone and sends the response.
 
-    Without what FastAPI does for other functions: their parameters and dependencies, of which these have none.
+    It skips FastAPI's parameters and dependencies, since these endpoints have none.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if self.dependant.dependencies:
-            raise TypeError(f"{self.path} has dependencies, and nobody would ask them")
+            raise TypeError(f"{self.path} has dependencies, which this route would ignore")
         self.app = self._respond
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,7 +36,7 @@ class _Direct(APIRoute):
 _FAILURES = (400, 401, 404, 429, 500, 503)
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "Whole, or with `stream` as server-sent events",
+        "description": "One JSON object, or with `stream` server-sent events",
         "content": {"application/json": {}, "text/event-stream": {}},
     }
 }
@@ -69,15 +69,15 @@ def _route(endpoint: Endpoint, name: str, summary: str) -> None:
 _route(Endpoint.CHAT, "create_chat_completion", "Answer a conversation (OpenAI)")
 _route(Endpoint.CHAT_BATCH, "create_chat_completions", "Answer several conversations at once (vLLM)")
 _route(Endpoint.COMPLETIONS, "create_completion", "Continue texts (OpenAI)")
-_route(Endpoint.RESPONSES, "create_response", "Answer a conversation, stored if wanted (OpenAI)")
+_route(Endpoint.RESPONSES, "create_response", "Answer a conversation, stored if requested (OpenAI)")
 _route(Endpoint.MESSAGES, "create_message", "Answer a conversation (Anthropic)")
 _route(Endpoint.COUNT_TOKENS, "count_tokens", "Count the tokens of a conversation (Anthropic)")
-_route(Endpoint.TOKENIZE, "tokenize", "The tokens of a text or conversation (vLLM)")
-_route(Endpoint.DETOKENIZE, "detokenize", "The text of tokens (vLLM)")
+_route(Endpoint.TOKENIZE, "tokenize", "Tokenize a text or conversation (vLLM)")
+_route(Endpoint.DETOKENIZE, "detokenize", "Turn tokens into text (vLLM)")
 
 
 async def invocations(request: AppRequest) -> Response:
-    """SageMaker's one route: a chat, a completion or a response, by what is in the body."""
+    """SageMaker's single route: the body's fields decide between chat, completion and response."""
     return await respond(request, None)
 
 
@@ -85,7 +85,7 @@ router.add_api_route(
     "/invocations",
     invocations,
     methods=["POST"],
-    summary="A chat, a completion or a response, by what is in the body (SageMaker)",
+    summary="Chat, completion or response, depending on the body (SageMaker)",
     responses=_STREAMED | failures(*_FAILURES),
     route_class_override=_Direct,
 )

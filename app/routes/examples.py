@@ -1,4 +1,4 @@
-"""What /docs shows of the endpoints that an engine answers: a body to try, and where all parameters are named."""
+"""Example request bodies that /docs shows for the endpoints that an engine answers."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ _EXAMPLES: dict[Endpoint, dict[str, Any]] = {
                 },
             },
         },
-        "one of some answers": {
+        "one of several answers": {
             "model": "doctor",
             "messages": _MESSAGES,
             "structured_outputs": {"choice": ["yes", "no"]},
@@ -98,7 +98,7 @@ _EXAMPLES: dict[Endpoint, dict[str, Any]] = {
 
 
 def request_body(endpoint: Endpoint) -> dict[str, Any]:
-    """The OpenAPI description of the body of `endpoint`."""
+    """Return the OpenAPI description of the body of `endpoint`."""
     examples = {name: {"value": example} for name, example in _EXAMPLES[endpoint].items()}
     return {
         "requestBody": {

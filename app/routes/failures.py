@@ -1,4 +1,4 @@
-"""How errors are answered: one place for ours, FastAPI's and Starlette's."""
+"""Error responses: one place for our errors, FastAPI's and Starlette's."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -16,11 +16,11 @@ from app.errors import Code
 from app.exchange.connection import request_id_headers
 
 _MOST_PROBLEMS = 5
-"""Of one request are shown."""
+"""Problems shown for one request."""
 
 
 def answer_for(app: FastAPI) -> None:
-    """Have every error of the app answered here."""
+    """Register these responses for every error of the app."""
     for kind in (errors.ApiError, AdapterError):
         app.add_exception_handler(kind, _error_response)
     app.add_exception_handler(RequestValidationError, _validation_response)
@@ -36,7 +36,7 @@ def _error_response(request: Request, error: Exception) -> JSONResponse:
 
 
 def _validation_response(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's list of problems as one OpenAI error; the offending values are not repeated."""
+    """Return FastAPI's list of problems as one OpenAI error, without the offending values."""
     problems = cast(RequestValidationError, error).errors()
     codes = {"json_invalid": Code.INVALID_JSON, "missing": Code.MISSING_REQUIRED_PARAMETER}
     shown = [
@@ -52,17 +52,15 @@ def _param(problem: Mapping[str, Any]) -> str | None:
 
 
 def _http_response(request: Request, error: Exception) -> JSONResponse:
-    """Starlette's own 404 and 405."""
+    """Answer Starlette's own 404 and 405."""
     error = cast(HTTPException, error)
     kinds = {404: errors.RouteNotFound, 405: errors.MethodNotAllowed}
     kind = kinds.get(error.status_code, errors.BadRequest)
-    response = _error_response(request, kind(f"{error.detail}: GET /docs lists what there is"))
+    response = _error_response(request, kind(f"{error.detail}: GET /docs lists all routes"))
     response.headers.update(error.headers or {})
     return response
 
 
 def _unexpected_response(request: Request, error: Exception) -> JSONResponse:
-    """A defect of ours; Starlette logs the traceback, the client learns that it is not to blame."""
-    return _error_response(
-        request, errors.EngineFailed("the service failed on this request; its log says why")
-    )
+    """Answer a defect of ours as a server error. Starlette logs the traceback."""
+    return _error_response(request, errors.EngineFailed("internal error: see the service's log"))

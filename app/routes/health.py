@@ -1,4 +1,4 @@
-"""Whether the process lives, whether it can answer, and how it does."""
+"""Liveness, readiness and metrics."""
 
 from typing import Any
 
@@ -14,16 +14,18 @@ router = APIRouter()
 
 @router.get("/livez")
 async def livez() -> dict[str, str]:
-    """200 while the process runs its event loop."""
+    """Return 200 while the process runs its event loop."""
     return {"status": "alive"}
 
 
-@router.get("/readyz", responses={503: {"description": "Not yet; the body says what is waited for"}})
+@router.get(
+    "/readyz", responses={503: {"description": "Not ready; the body says what the service waits for"}}
+)
 async def readyz(request: AppRequest) -> Response:
-    """200 once every base model has started or failed, and while one answers; otherwise 503 with the reason.
+    """Return 200 once every base model has started or failed and while at least one is ready, else 503 with the reason.
 
-    Each base model is shown with its status (starting, proving, ready, restarting, failed), what it does at present,
-    and since when, in seconds since the epoch.
+    The body shows each base model's status (starting, proving, ready, restarting, failed), its present phase, and when
+    that began, in seconds since the epoch.
     """
     bases = request.state["bases"]
     states = {base.name: base.supervisor.state for base in bases}
@@ -42,5 +44,5 @@ async def readyz(request: AppRequest) -> Response:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: AppRequest) -> Response:
-    """Prometheus metrics."""
+    """Return Prometheus metrics."""
     return Response(request.state["metrics"].render(), media_type=CONTENT_TYPE_LATEST)

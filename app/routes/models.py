@@ -1,4 +1,4 @@
-"""GET /v1/models: what a client may send as `model`, in OpenAI's shape with vLLM's extra fields."""
+"""GET /v1/models: the served models, in OpenAI's shape with vLLM's extra fields."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ router = APIRouter(dependencies=[Depends(may_chat)], responses=failures(401, 404
 
 @router.get("/v1/models")
 async def list_models(request: AppRequest) -> dict[str, Any]:
-    """The base models first, then every adapter that is pointed at."""
+    """List the served models: the base models first, then every adapter that an alias points at."""
     return {"object": "list", "data": _cards(request)}
 
 
 @router.get("/v1/models/{model:path}")
 async def show_model(request: AppRequest, model: str) -> dict[str, Any]:
-    """One served model."""
+    """Show one served model."""
     for card in _cards(request):
         if card["id"] == model:
             return card

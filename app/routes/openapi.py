@@ -1,4 +1,4 @@
-"""GET /openapi.json, which /docs shows: every route, how it fails, and every parameter of an engine's endpoints."""
+"""GET /openapi.json, which /docs shows: every route with its errors, and the parameters of an engine's endpoints."""
 
 import asyncio
 from http import HTTPStatus
@@ -13,24 +13,24 @@ from app.exchange.state import AppRequest
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, in OpenAI's form."""
+    """An error in OpenAI's format."""
 
     message: str
     type: str
     param: str | None
     code: str
     problems: list[str] | None = None
-    """Of a refused adapter, one by one."""
+    """Every fault of an invalid adapter."""
 
 
 class ErrorBody(BaseModel):
-    """Every error but those of /v1/messages."""
+    """The error body of all routes but /v1/messages."""
 
     error: ErrorDetail
 
 
 class AnthropicErrorDetail(BaseModel):
-    """What went wrong, in Anthropic's form."""
+    """An error in Anthropic's format."""
 
     type: str
     message: str
@@ -39,14 +39,14 @@ class AnthropicErrorDetail(BaseModel):
 
 
 class AnthropicErrorBody(BaseModel):
-    """Errors of /v1/messages."""
+    """The error body of /v1/messages."""
 
     type: str
     error: AnthropicErrorDetail
 
 
 def failures(*statuses: int, model: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
-    """How routes may fail, for the page: each status with the codes that it stands for, and the rest."""
+    """Return the OpenAPI description of a route's errors: each status with its codes, and a default."""
     described: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         codes = sorted(code for code in Code if code.answer.status == status)
@@ -54,13 +54,13 @@ def failures(*statuses: int, model: type[BaseModel] = ErrorBody) -> dict[int | s
             "description": f"{HTTPStatus(status).phrase}: {', '.join(codes)}",
             "model": model,
         }
-    # FastAPI would name 422 without it, which nothing here answers.
-    described["default"] = {"description": "Any other failure", "model": model}
+    # Without a default, FastAPI would document a 422, which no route returns.
+    described["default"] = {"description": "Any other error", "model": model}
     return described
 
 
 async def openapi(request: AppRequest) -> JSONResponse:
-    """The page; parameters that engines alone know are in it from when the first one is up."""
+    """Return the OpenAPI document. It has the engine's parameters once the first engine is ready."""
     page = request.app.openapi()
     if request.app.root_path:
         page = {**page, "servers": [{"url": request.app.root_path}]}
@@ -75,7 +75,7 @@ async def openapi(request: AppRequest) -> JSONResponse:
 
 
 def with_parameters(page: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
-    """A copy of an OpenAPI document in which the bodies of an engine's endpoints are described."""
+    """Return a copy of an OpenAPI document with the request bodies of an engine's endpoints."""
     paths = dict(page["paths"])
     for endpoint in Endpoint:
         post = paths[endpoint]["post"]

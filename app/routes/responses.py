@@ -1,4 +1,4 @@
-"""Stored responses of POST /v1/responses: look at them, stop them, delete them."""
+"""Stored responses of POST /v1/responses: retrieve, cancel, delete."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ router = APIRouter(
 async def retrieve_response(
     request: AppRequest, response_id: str, stream: bool = False, starting_after: int | None = None
 ) -> Response:
-    """A stored response; with `stream` the events of one made in the background, those after a sequence number."""
+    """Retrieve a stored response; with `stream`, the events of a background response after `starting_after`."""
     found = await _of_one(
         request, lambda engine: engine.retrieve(response_id, stream=stream, starting_after=starting_after)
     )
@@ -35,19 +35,19 @@ async def retrieve_response(
 
 @router.post("/{response_id}/cancel")
 async def cancel_response(request: AppRequest, response_id: str) -> dict[str, Any]:
-    """End a response that is being made in the background."""
+    """Cancel a response that runs in the background."""
     return await _of_one(request, lambda engine: engine.cancel(response_id))
 
 
 @router.delete("/{response_id}")
 async def delete_response(request: AppRequest, response_id: str) -> dict[str, Any]:
-    """Forget a stored response."""
+    """Delete a stored response."""
     await _of_one(request, lambda engine: engine.delete(response_id))
     return {"id": response_id, "object": "response", "deleted": True}
 
 
 async def _of_one(request: AppRequest, ask: Callable[[Engine], Awaitable[T]]) -> T:
-    """What the engine says that has it; each keeps its own."""
+    """Call `ask` on the engine that has the response; each engine stores its own."""
     bases = request.state["bases"]
     bases.check_ready()
     missing: ResponseNotFound | None = None
@@ -57,4 +57,4 @@ async def _of_one(request: AppRequest, ask: Callable[[Engine], Awaitable[T]]) ->
                 return await ask(base.supervisor.engine)
             except ResponseNotFound as error:
                 missing = error
-    raise missing or EngineUnavailable("the engine stopped and is being restarted; try again in a moment")
+    raise missing or EngineUnavailable("the engine stopped and is restarting: retry in a moment")

@@ -1,4 +1,4 @@
-"""GET /tokenizer_info, as `vllm serve --enable-tokenizer-info-endpoint` offers it; here by a setting too."""
+"""GET /tokenizer_info, as in `vllm serve --enable-tokenizer-info-endpoint`; off unless a setting enables it."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ router = APIRouter(dependencies=[Depends(may_chat)], responses=failures(401, 404
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: AppRequest, model: str | None = None) -> dict[str, Any]:
-    """The configuration of the tokenizer of `model`'s base model, or of the first base model."""
+    """Return the tokenizer configuration of `model`'s base model, by default of the first base model."""
     bases = request.state["bases"]
     base = bases.answering(await choose_model(request, model)) if model else next(iter(bases))
     return await base.supervisor.engine.tokenizer_info()

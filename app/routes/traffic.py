@@ -1,4 +1,4 @@
-"""Canary and shadow: try a revision on a share of the traffic for `name`. All of it needs the admin key."""
+"""Canary and shadow: try a revision on a share of an adapter's requests. All routes need the admin key."""
 
 from typing import Any
 
@@ -15,19 +15,21 @@ router = APIRouter(dependencies=[Depends(admin)], responses=failures(400, 401, 4
 
 
 class ShareRequest(BaseModel):
-    """Which revision shall have which share of the requests."""
+    """The revision of a canary or shadow, and its share of the requests."""
 
     model_config = ConfigDict(extra="forbid")
 
-    percent: float = Field(ge=0, le=100, allow_inf_nan=False, description="Of the requests for the bare name")
+    percent: float = Field(
+        ge=0, le=100, allow_inf_nan=False, description="Share of the requests for the bare name"
+    )
     revision: str | None = Field(
-        default=None, description="12 hexadecimal digits; null keeps the one there is"
+        default=None, description="12 hexadecimal digits; null keeps the present revision"
     )
     why: str = Field("", max_length=500, description="Kept in the adapter's log")
 
 
 class WhyRequest(BaseModel):
-    """Why."""
+    """The reason for a change."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,7 +38,7 @@ class WhyRequest(BaseModel):
 
 @router.put("/v1/adapters/{name:path}/canary")
 async def set_canary(request: AppRequest, name: str, wanted: ShareRequest) -> dict[str, Any]:
-    """Prove a revision and have it answer a share of the requests, always the same sessions."""
+    """Prove a revision and let it answer a share of the requests, always for the same sessions."""
     return await _split(request, name, CANARY, wanted)
 
 
@@ -56,7 +58,7 @@ async def abort_canary(request: AppRequest, name: str, why: str = "") -> dict[st
 
 @router.put("/v1/adapters/{name:path}/shadow")
 async def set_shadow(request: AppRequest, name: str, wanted: ShareRequest) -> dict[str, Any]:
-    """Prove a revision and give it copies of a share of the requests; its answers are only compared."""
+    """Prove a revision and send it copies of a share of the requests. Its answers are only compared."""
     return await _split(request, name, SHADOW, wanted)
 
 

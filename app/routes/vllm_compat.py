@@ -1,7 +1,7 @@
 """vLLM's own load and unload endpoints, so that tooling written for `vllm serve` works unchanged.
 
-Same requests, same replies. Loading publishes the folder and points the alias `default` at it, after the
-same validation and proof as everywhere; unloading removes the alias, and the weights really leave.
+Requests and responses are the same. Loading publishes the folder, validates and proves it as any other, and points
+the alias `default` at it. Unloading removes the alias and the weights.
 """
 
 from typing import Annotated
@@ -27,7 +27,7 @@ Text = Annotated[str, Body()]
 async def load_lora_adapter(
     request: AppRequest, lora_name: Text, lora_path: Text, load_inplace: Annotated[bool, Body()] = False
 ) -> str:
-    """Publish `lora_path` as `lora_name` and serve it; with `load_inplace` also when it is served already."""
+    """Publish `lora_path` as `lora_name` and serve it. `load_inplace` allows a name that is served already."""
     operations = request.state["operations"]
     if not load_inplace and request.state["served_models"].find(AdapterRef.parse(lora_name)):
         raise BadRequest(
@@ -45,7 +45,7 @@ async def load_lora_adapter(
 async def unload_lora_adapter(
     request: AppRequest, lora_name: Text, lora_int_id: Annotated[int | None, Body()] = None
 ) -> str:
-    """Stop serving `lora_name`; its revisions stay in the store. `lora_int_id` is accepted, as in vLLM."""
+    """Stop serving `lora_name`; its revisions stay in the store. `lora_int_id` is accepted and ignored."""
     try:
         await request.state["operations"].remove(
             lora_name, DEFAULT_ALIAS, actor=ACTOR, why="unload_lora_adapter"
@@ -57,11 +57,11 @@ async def unload_lora_adapter(
 
 @router.post("/adapters", response_class=PlainTextResponse)
 async def register_adapter(request: AppRequest, name: Text, src: Text) -> str:
-    """As SageMaker loads one: `/v1/load_lora_adapter` under other names. `preload` and `pin` are accepted."""
+    """Load an adapter as SageMaker does: `/v1/load_lora_adapter` under other names. Ignores `preload` and `pin`."""
     return await load_lora_adapter(request, name, src)
 
 
 @router.delete("/adapters/{name:path}", response_class=PlainTextResponse)
 async def unregister_adapter(request: AppRequest, name: str) -> str:
-    """As SageMaker unloads one."""
+    """Unload an adapter as SageMaker does."""
     return await unload_lora_adapter(request, name)
