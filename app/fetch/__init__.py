@@ -1,6 +1,6 @@
-"""Bring an adapter from elsewhere into a local folder, in a process of its own: `python -m app.fetch`.
+"""Fetches an adapter from a source into a local folder, in a separate process: `python -m app.fetch`.
 
-Nothing here imports a network library before a transfer has begun.
+No module here imports a network library before a transfer begins.
 """
 
 from app.fetch.source import Source, checked_prefixes, is_listed, parse_source

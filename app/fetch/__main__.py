@@ -1,9 +1,9 @@
-"""One transfer, or the unpacking of one upload, in a process of its own: `python -m app.fetch`.
+"""Fetches one source or unpacks one upload, in a separate process: `python -m app.fetch`.
 
 The job is one JSON line on stdin: `folder`, `max_bytes`, and either `archive` or `source`, `allowed` and
-`private_networks`. JSON lines on stdout say {"done": bytes, "total": bytes or null}, and in the end
-{"resolved": source} or {"error": message, "problems": [...]}. The adapter is in `folder`/adapter then.
-When stdin ends or the parent does, `folder` is removed.
+`private_networks`. The process reports progress as JSON lines on stdout, {"done": bytes, "total": bytes or null}. Its
+last line is {"resolved": source}, with the adapter in `folder`/adapter, or {"error": message, "problems": [...]}.
+If stdin closes or the parent ends, the process removes `folder` and exits.
 """
 
 import errno
@@ -27,7 +27,7 @@ _WATCH_SECONDS = 1.0
 
 def main() -> None:
     parent = os.getppid()
-    # Not sys.stdin: what it has read ahead could not be seen by select().
+    # Not sys.stdin: it reads ahead, and select() would not see the bytes in its buffer.
     line = b""
     while not line.endswith(b"\n"):
         piece = os.read(0, 1 << 16)
@@ -36,23 +36,23 @@ def main() -> None:
         line += piece
     job = json.loads(line)
     threading.Thread(target=_end_with_parent, args=(Path(job["folder"]), parent), daemon=True).start()
-    os.nice(10)  # requests under way come first
+    os.nice(10)  # requests in progress come first
     try:
         last: dict[str, Any] = {"resolved": _carry_out(job)}
     except Exception as error:
         last = _told(error)
     _say(last)
     sys.stdout.flush()
-    os._exit(0)  # before the watching thread can take the end of stdin for the end of the parent
+    os._exit(0)  # before the watching thread can mistake the end of stdin for the end of the parent
 
 
 def _end_with_parent(folder: Path, parent: int) -> None:
-    # Something the parent has forked may hold the other end of stdin open, so its id is looked at too.
+    # A child of the parent may hold stdin open, so check the parent's id too.
     while os.getppid() == parent:
         readable, _, _ = select.select([0], [], [], _WATCH_SECONDS)
         if readable and not os.read(0, 1):
             break
-    while folder.exists():  # the transfer goes on writing until the process ends
+    while folder.exists():  # the transfer writes until the process ends
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
@@ -80,7 +80,7 @@ def _carry_out(job: dict[str, Any]) -> str:
 
 
 def _fetch(source: Source, transfer: Transfer, allowed: list[str]) -> str:
-    # The network libraries take their time to import, and each transfer needs one of them.
+    # The network libraries are slow to import, and a transfer needs only one of them.
     if source.scheme == "hf":
         from app.fetch import hub  # noqa: PLC0415
 
@@ -93,7 +93,7 @@ def _fetch(source: Source, transfer: Transfer, allowed: list[str]) -> str:
 
 
 def _told(error: Exception) -> dict[str, Any]:
-    """The last line for an error: what libraries say goes to stderr, for it can hold host paths."""
+    """Return the last line for an error. Messages of libraries may hold host paths, so they go to stderr."""
     refused = guard.refusal(error)
     if refused is not None:
         return {"error": str(refused), "problems": []}
@@ -102,9 +102,9 @@ def _told(error: Exception) -> dict[str, Any]:
     if isinstance(error, TransferFailed):
         return {"error": str(error), "problems": []}
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return {"error": "the data directory is full: make room and try again", "problems": []}
+        return {"error": "the data directory is full: free some space and retry", "problems": []}
     traceback.print_exception(error)
-    return {"error": "the service failed on this; its log says why", "problems": []}
+    return {"error": "internal error: see the service's log", "problems": []}
 
 
 def _say(line: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Download one file over HTTP: resumed or begun again after a break, counted while it comes."""
+"""Downloads one file over HTTP. Resumes or restarts it after an interruption, and counts the bytes."""
 
 import re
 import time
@@ -18,11 +18,11 @@ _RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
 
 
 class Interrupted(Exception):
-    """The transfer broke, and may succeed when tried again."""
+    """The transfer was interrupted; a retry may succeed."""
 
 
 def client(check_hop: Callable[[str], None]) -> httpx2.Client:
-    """A client that shows `check_hop` every URL before it is asked for, those of redirects included."""
+    """Return a client that calls `check_hop` with every URL, redirects included, before requesting it."""
 
     def hook(request: httpx2.Request) -> None:
         check_hop(str(request.url))
@@ -32,22 +32,22 @@ def client(check_hop: Callable[[str], None]) -> httpx2.Client:
 
 
 def retried(attempt: Callable[[], Result]) -> Result:
-    """Do `attempt`, up to four times while the network or the server breaks it. Raises TransferFailed."""
+    """Run `attempt`, and retry it up to three times after network or server errors. Raises TransferFailed."""
     for retry in range(_RETRIES + 1):
         try:
             return attempt()
         except (httpx2.TransportError, Interrupted) as error:
             if retry == _RETRIES:
                 raise TransferFailed(
-                    f"the transfer broke off {_RETRIES + 1} times, the last time because "
-                    f"{_reason(error)}: try again later"
+                    f"the transfer failed {_RETRIES + 1} times, the last time because "
+                    f"{_reason(error)}: retry later"
                 ) from error
             time.sleep(_FIRST_PAUSE_SECONDS * 2**retry)
     raise AssertionError
 
 
 def check_status(status: int, credentials: str) -> None:
-    """Raises Interrupted for a status that may pass, TransferFailed for one that will not."""
+    """Check the status. Raises Interrupted if a retry may help, TransferFailed if not."""
     if status in (401, 403):
         raise TransferFailed(f"the source refuses access (status {status}): {credentials}")
     if status in (404, 410):
@@ -68,9 +68,9 @@ def download(
     size: int | None,
     credentials: str,
 ) -> None:
-    """Bring `url` into the new file `target`. `size` is in bytes; None: whatever the server says.
+    """Download `url` into the new file `target`. `size` is in bytes; None: the size that the server reports.
 
-    `credentials` says how to give some, should the server want them. Raises TransferFailed.
+    `credentials` is advice for the message if the server refuses access. Raises TransferFailed.
     """
     etag: str | None = None
     with target.open("xb") as file:
@@ -85,7 +85,7 @@ def download(
                 if reply.status_code == 200:
                     _begin_again(file, transfer)
                 elif not ranged or not _begins_at(reply, file.tell()):
-                    raise Interrupted("the server sent another part of the file than it was asked for")
+                    raise Interrupted("the server sent another part of the file than requested")
                 etag = reply.headers.get("etag")
                 length = reply.headers.get("content-length", "")
                 expected = size if size is not None else _end(file, length)
@@ -96,13 +96,13 @@ def download(
                     transfer.add(len(piece))
                 if expected is not None and file.tell() != expected:
                     _begin_again(file, transfer)
-                    raise Interrupted("the file was not as long as announced")
+                    raise Interrupted("the file did not have the announced length")
 
         retried(attempt)
 
 
 def _resumption(file: BinaryIO, etag: str | None) -> dict[str, str]:
-    """Headers that ask for the rest of what the same file began with, if the server names its state."""
+    """Return the headers that request the rest of a partial download, if the server sent a strong ETag."""
     if file.tell() == 0 or etag is None or etag.startswith("W/"):
         return {}
     return {"Range": f"bytes={file.tell()}-", "If-Range": etag}
@@ -124,11 +124,11 @@ def _end(file: BinaryIO, length: str) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """What a client may know of it: what libraries say can hold host paths and signed URLs."""
+    """Return a reason fit for clients. Messages of libraries may hold host paths and signed URLs."""
     if isinstance(error, Interrupted):
         return str(error)
     if isinstance(error, httpx2.ConnectTimeout | httpx2.ConnectError):
         return "the host cannot be reached"
     if isinstance(error, httpx2.TimeoutException):
-        return f"nothing came for {SILENCE_SECONDS} s"
-    return "the connection was cut"
+        return f"no data arrived for {SILENCE_SECONDS} s"
+    return "the connection was lost"

@@ -1,9 +1,9 @@
-"""Which addresses a transfer may connect to, seen at the last moment: when a socket connects.
+"""Checks the addresses that a transfer connects to, at the last moment: when a socket connects.
 
-An audit hook sees the peer address of every library that is written in Python, after DNS and after each
-redirect, so a name that resolves differently the second time gains nothing. Libraries that bring their own
-sockets (Rust, C) are not seen, so a transfer uses none. A proxy from the environment is connected to like
-any other peer: a private one must be allow-listed, and answers itself for what lies behind it.
+An audit hook sees the peer address of every library written in Python, after DNS and after each redirect. So a name
+that resolves differently the second time gains nothing. The hook does not see libraries with their own sockets (Rust,
+C), so a transfer uses none. A proxy from the environment is a peer like any other: a private one must be allow-listed,
+and is itself responsible for the addresses behind it.
 """
 
 import ipaddress
@@ -19,7 +19,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _NEVER_PUBLIC: tuple[Network, ...] = (
     ipaddress.IPv4Network("0.0.0.0/8"),
     ipaddress.IPv4Network("100.64.0.0/10"),
-    ipaddress.IPv4Network("168.63.129.16/32"),  # Azure's host, for its machines
+    ipaddress.IPv4Network("168.63.129.16/32"),  # Azure's host, as seen from its machines
     ipaddress.IPv4Network("192.0.0.0/24"),
     ipaddress.IPv4Network("192.88.99.0/24"),
     ipaddress.IPv6Network("2001::/23"),  # Teredo and other special purposes
@@ -32,18 +32,18 @@ _EVENTS = ("socket.connect", "socket.sendto", "socket.sendmsg")
 
 
 class AddressRefused(Exception):
-    """A connection to an address that the operator did not allow.
+    """A connection to an address that the operator does not allow.
 
-    Not an OSError: libraries take those for a broken network and try again.
+    Not an OSError: libraries would take it for a network error and retry.
     """
 
 
 def install(private_networks: Sequence[str]) -> None:
-    """Refuse, in this process and from now on, what is neither public nor in `private_networks`."""
+    """Refuse connections of this process to addresses that are neither public nor in `private_networks`."""
     networks = parse_networks(private_networks)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        # sendmsg on a connected socket has no address: its connect was seen.
+        # sendmsg on a connected socket has no address; its connect was checked.
         if event in _EVENTS and arguments[1] is not None:
             check(arguments[0].family, arguments[1], networks)
 
@@ -51,26 +51,26 @@ def install(private_networks: Sequence[str]) -> None:
 
 
 def parse_networks(texts: Sequence[str]) -> tuple[Network, ...]:
-    """Addresses and networks as the operator writes them. Raises ValueError."""
+    """Parse addresses and networks as the operator writes them. Raises ValueError."""
     return tuple(ipaddress.ip_network(text, strict=False) for text in texts)
 
 
 def check(family: int, address: Any, networks: Sequence[Network]) -> None:
-    """Raises AddressRefused for a peer that must not be connected to."""
+    """Check the address of a peer. Raises AddressRefused."""
     if family not in (socket.AF_INET, socket.AF_INET6):
-        raise AddressRefused("a connection that is none of the internet was refused")
+        raise AddressRefused("refused a connection that is not IPv4 or IPv6")
     try:
         peer = ipaddress.ip_address(address[0])
-    except ValueError:  # a name: where it leads would be decided after this look at it
-        raise AddressRefused("a connection to a name that was not resolved first was refused") from None
+    except ValueError:  # a name would be resolved only after this check
+        raise AddressRefused("refused a connection to a name that was not resolved first") from None
     if not is_permitted(peer, networks):
         raise AddressRefused(
-            f"{peer} is not a public address: to fetch from it, add it to XINGLIN_PRIVATE_NETWORKS"
+            f"{peer} is not a public address: add it to XINGLIN_PRIVATE_NETWORKS to fetch from it"
         )
 
 
 def refusal(error: BaseException | None) -> AddressRefused | None:
-    """The refused connection that libraries may have made something else of."""
+    """Return the AddressRefused behind an error that a library may have wrapped, or None."""
     while error is not None:
         if isinstance(error, AddressRefused):
             return error
@@ -89,7 +89,7 @@ def is_permitted(address: Address, networks: Sequence[Network]) -> bool:
 
 
 def is_public(address: Address) -> bool:
-    """Whether anybody on the internet can be meant by it."""
+    """Whether `address` is a public address on the internet."""
     if any(network.version == address.version and address in network for network in _NEVER_PUBLIC):
         return False
     if address.version == 6 and address not in _PUBLIC_V6:
@@ -98,7 +98,7 @@ def is_public(address: Address) -> bool:
 
 
 def _unwrapped(address: Address) -> Address:
-    """The IPv4 address that an IPv6 address is a way to write, or to reach through NAT64."""
+    """Return the IPv4 address that an IPv6 address maps or reaches through NAT64, else the address itself."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return address.ipv4_mapped

@@ -1,4 +1,4 @@
-"""Fetch from a Hugging Face hub: the revision becomes a commit, and only that commit's files are downloaded."""
+"""Fetches from a Hugging Face hub: resolves the revision to a commit, and downloads only that commit's files."""
 
 import hashlib
 import re
@@ -13,26 +13,26 @@ from app.fetch.download import check_status, client, download, retried
 from app.fetch.source import Source
 from app.fetch.transfer import CONNECT_SECONDS, SILENCE_SECONDS, Transfer, TransferFailed, wanted
 
-_CREDENTIALS = "for a private or gated repository give the service HF_TOKEN, and check the name"
+_CREDENTIALS = "check the name, and set HF_TOKEN for the service if the repository is private or gated"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def fetch(source: Source, transfer: Transfer) -> str:
-    """Download the adapter; returns its source with the commit in it. Raises TransferFailed."""
+    """Download the adapter and return its source with the commit. Raises TransferFailed."""
     is_plain = urlsplit(huggingface_hub.constants.ENDPOINT).scheme == "http"
 
     def check_hop(url: str) -> None:
         if urlsplit(url).scheme != "https" and not is_plain:
-            raise TransferFailed("the hub redirects to a connection without encryption")
+            raise TransferFailed("the hub redirects to an unencrypted connection")
 
     with client(check_hop) as session:
         huggingface_hub.set_client_factory(lambda: session)
         info = retried(lambda: _info(source))
         commit = info.sha or ""
         if not _COMMIT.fullmatch(commit):
-            raise TransferFailed("the hub did not say which commit the revision is")
+            raise TransferFailed("the hub did not report the commit of the revision")
         if info.id != source.place:
-            raise TransferFailed(f"the hub knows this repository as {info.id}: ask for it by that name")
+            raise TransferFailed(f"the hub knows this repository as {info.id}: use that name")
         folder = f"{source.path}/" if source.path else ""
         found = {file.rfilename.removeprefix(folder): file for file in info.siblings or []}
         files = [
@@ -56,7 +56,9 @@ def fetch(source: Source, transfer: Transfer) -> str:
             if _sha256(file) is not None:
                 with target.open("rb") as content:
                     if hashlib.file_digest(content, "sha256").hexdigest() != _sha256(file):
-                        raise TransferFailed("what arrived is not what the hub announced: try again")
+                        raise TransferFailed(
+                            "the file does not have the digest that the hub announced: retry"
+                        )
     return Source("hf", source.place, source.path, commit).url
 
 

@@ -1,4 +1,4 @@
-"""Transfers in the background: what is brought from elsewhere, how far it is, and what became of it."""
+"""Imports: background transfers of adapters, with their progress and results."""
 
 import asyncio
 import fcntl
@@ -27,12 +27,12 @@ Then = Callable[[Path, str], Awaitable[dict[str, Any]]]
 _AT_ONCE = 2
 _KEPT = 100
 _LOCK_FILE = ".lock"
-_UNEXPECTED = "the service failed on this; its log says why"
+_UNEXPECTED = "internal error: see the service's log"
 
 
 @dataclass
 class Import:
-    """One transfer. Times are in seconds since 1970."""
+    """One import. Times are in seconds since 1970."""
 
     id: str
     source: str
@@ -42,23 +42,23 @@ class Import:
     started_at: float = field(default_factory=time.time)
     finished_at: float | None = None
     resolved: str | None = None
-    """The source with the commit in it, once it is fetched."""
+    """The source with its commit, once it is fetched."""
     result: dict[str, Any] | None = None
     error: str | None = None
     problems: list[str] = field(default_factory=list)
 
     def shown(self) -> dict[str, Any]:
-        """As a client reads it."""
+        """Return the fields that clients see."""
         return asdict(self)
 
 
 class Imports:
-    """One for each service. Owns `<data_dir>/imports/`, where nothing outlives its transfer."""
+    """All imports of a service. Owns `<data_dir>/imports/`, where no file outlives its transfer."""
 
     def __init__(
         self, data_dir: Path, *, allowed: Sequence[str], private_networks: Sequence[str], max_bytes: int
     ) -> None:
-        """`allowed`: URL prefixes. Raises ValueError for one that is none, and for a network that is none."""
+        """`allowed`: URL prefixes. Raises ValueError for an invalid prefix or network."""
         self.folder = data_dir.resolve() / "imports"
         self.max_bytes = max_bytes
         self._allowed = checked_prefixes(allowed)
@@ -73,11 +73,11 @@ class Imports:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove what a killed service left, unless another one lives that it may belong to."""
+        """Remove the files that a killed service left, unless they may belong to another running service."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("another service shares the data directory: nothing swept from its imports")
+            logger.info("another service uses the same data directory: not removing old files of imports")
         else:
             for left in self.folder.iterdir():
                 if left.is_dir() and not left.is_symlink():
@@ -89,7 +89,7 @@ class Imports:
     # Imports
 
     def start(self, source: Source, then: Then) -> Import:
-        """Fetch `source` in the background, then await `then(folder, resolved)`; its result is kept."""
+        """Fetch `source` in the background, then await `then(folder, resolved)` and keep its result."""
         one = Import(secrets.token_hex(8), source.url)
         self._imports[one.id] = one
         task = asyncio.create_task(self._carry_out(one, then), name=f"import {one.id}")
@@ -98,32 +98,34 @@ class Imports:
         return one
 
     def get(self, id: str) -> Import:
-        """Raises ImportNotFound."""
+        """Return an import. Raises ImportNotFound."""
         if id not in self._imports:
             raise ImportNotFound(
-                f"there is no such import: GET /v1/imports lists the last {_KEPT}", param="id"
+                f"no such import: GET /v1/imports lists those in progress and the last {_KEPT} finished ones",
+                param="id",
             )
         return self._imports[id]
 
     def list(self) -> list[Import]:
-        """The newest first."""
+        """Return all imports, the newest first."""
         return [*reversed(self._imports.values())]
 
     async def cancel(self, id: str) -> None:
-        """End a transfer and remove what it brought; one that has finished stays as it is.
+        """Cancel an import and remove its files. A finished import stays as it is.
 
-        Raises ModelNotFound, and BadRequest once it is being published.
+        Raises ImportNotFound, and BadRequest once it is being published.
         """
         if self.get(id).state == "publishing":
             raise BadRequest(
-                "it is being published already: wait for it, then roll the alias back", param="id"
+                "the import is being published already: wait until it is done, then roll the alias back",
+                param="id",
             )
         if id in self._tasks:
             self._tasks[id].cancel()
             await asyncio.wait([self._tasks[id]])
 
     async def close(self) -> None:
-        """End everything under way."""
+        """Cancel all imports in progress."""
         tasks = [*self._tasks.values()]
         for task in tasks:
             task.cancel()
@@ -151,7 +153,7 @@ class Imports:
     def _finish(self, one: Import, task: asyncio.Task[None]) -> None:
         del self._tasks[one.id]
         one.finished_at = time.time()
-        # A task that is cancelled before its first step does none: it ends here all the same.
+        # A task cancelled before its first step never runs, but still ends here.
         error = None if task.cancelled() else task.exception()
         if task.cancelled():
             one.state = "cancelled"
@@ -172,7 +174,7 @@ class Imports:
 
     @asynccontextmanager
     async def unpack_upload(self, archive: Path) -> AsyncIterator[Path]:
-        """A folder with what `archive`, an absolute path, holds, unpacked in another process; removed on leaving.
+        """Unpack `archive`, an absolute path, in another process and yield its folder; remove that on leaving.
 
         Raises InvalidAdapter with every problem.
         """

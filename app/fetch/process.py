@@ -1,4 +1,4 @@
-"""The service's side of a transfer: start its process, follow it, and see that nothing of it stays."""
+"""The service's side of a transfer: starts its process, follows it, and makes sure that it ends."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ _LINE_BYTES = 1 << 20
 _MOST_WORDS = 8192
 _END_SECONDS = 5.0
 _ANY = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SSL_CERT_FILE", "SSL_CERT_DIR")
-# A proxy is connected to like any other host: a private one must be among XINGLIN_PRIVATE_NETWORKS.
+# A proxy is a peer like any other: a private one must be in XINGLIN_PRIVATE_NETWORKS.
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 _CREDENTIALS = {
     "hf": ("HF_TOKEN", "HF_ENDPOINT"),
@@ -27,7 +27,7 @@ _CREDENTIALS = {
 
 
 class ProcessFailed(Exception):
-    """The process ended with an error, fit for a client; `problems` are those of an unservable adapter."""
+    """The process failed. The message is fit for clients; `problems` are the faults of an invalid adapter."""
 
     def __init__(self, message: str, problems: list[str]) -> None:
         super().__init__(message)
@@ -35,14 +35,14 @@ class ProcessFailed(Exception):
 
 
 async def run(job: dict[str, Any], on_progress: Callable[[int, int | None], None]) -> str:
-    """Carry out a job of `python -m app.fetch`; returns its source. Raises ProcessFailed.
+    """Run a job of `python -m app.fetch` and return the resolved source. Raises ProcessFailed.
 
-    However this ends, cancelled too, the process has ended before.
+    The process has always ended when this returns, raises or is cancelled.
     """
     scheme = job.get("source", "").partition("://")[0]
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        "-P",  # the folder it runs in holds files from elsewhere
+        "-P",  # its working folder holds downloaded files
         "-m",
         "app.fetch",
         stdin=asyncio.subprocess.PIPE,
@@ -51,21 +51,19 @@ async def run(job: dict[str, Any], on_progress: Callable[[int, int | None], None
         env=environment(scheme, Path(job["folder"])),
         cwd=job["folder"],
         limit=_LINE_BYTES,
-        start_new_session=True,  # Ctrl-C is for the service, which ends it in order
+        start_new_session=True,  # Ctrl-C goes to the service alone, which ends the process in order
     )
     complaints = asyncio.ensure_future(_last_words(process))
     try:
         last = await _follow(process, job, on_progress)
-        with suppress(
-            TimeoutError
-        ):  # it has closed stdout: who killed it now might miss how it ended by itself
+        with suppress(TimeoutError):  # stdout is closed: give it time to exit, so that its exit code is known
             await asyncio.wait_for(process.wait(), _END_SECONDS)
     finally:
         if process.returncode is None:
             process.kill()
         await asyncio.shield(process.wait())
     if said := await complaints:
-        logger.warning("the process of a transfer complained:\n%s", said)
+        logger.warning("messages from a transfer process:\n%s", said)
     if "resolved" in last:
         return str(last["resolved"])
     if "error" in last:
@@ -89,7 +87,7 @@ async def _follow(
 
 
 async def _last_words(process: asyncio.subprocess.Process) -> str:
-    """The end of what it writes to stderr, which it has closed when it has ended."""
+    """Return the end of the process's stderr, once it is closed."""
     if process.stderr is None:
         raise TypeError("it is a pipe")
     said = b""
@@ -100,12 +98,12 @@ async def _last_words(process: asyncio.subprocess.Process) -> str:
 
 def _how_it_ended(code: int) -> str:
     if code < 0:
-        return f"the transfer's process was ended from outside, by signal {-code}: try again"
-    return f"the transfer's process failed with exit code {code}; the service's log says why"
+        return f"the transfer process was killed by signal {-code}: retry"
+    return f"the transfer process failed with exit code {code}: see the service's log"
 
 
 def environment(scheme: str, home: Path) -> dict[str, str]:
-    """Only what a transfer of this scheme needs of the service's environment."""
+    """Return the environment of a transfer process: only the variables that its scheme needs."""
     credentials = _CREDENTIALS.get(scheme, ())
     kept = {
         name: value
@@ -113,11 +111,11 @@ def environment(scheme: str, home: Path) -> dict[str, str]:
         if name in _ANY or name.upper() in _PROXIES or (credentials and name.startswith(credentials))
     }
     return {
-        "AWS_EC2_METADATA_DISABLED": "true",  # the guard refuses its address in any case
+        "AWS_EC2_METADATA_DISABLED": "true",  # the guard refuses its address anyway
         **kept,
         "PYTHONPATH": str(_ROOT),
-        "HOME": str(home),  # no credentials, settings or caches of the service's user
+        "HOME": str(home),  # hides the credentials, settings and caches of the service's user
         "HF_HOME": str(home / "staging"),
-        "HF_HUB_DISABLE_XET": "1",  # its sockets are not Python's: the guard would not see them
+        "HF_HUB_DISABLE_XET": "1",  # the guard would not see its sockets, which are not Python's
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }

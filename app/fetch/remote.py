@@ -1,4 +1,4 @@
-"""Fetch from an object store (a folder or an archive) or from a web server (an archive)."""
+"""Fetches from an object store (a folder or an archive) or from a web server (an archive)."""
 
 import errno
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ from app.fetch.transfer import CONNECT_SECONDS, SILENCE_SECONDS, Transfer, Trans
 
 _RETRIES = 3
 _CREDENTIALS = {
-    "s3": "give the service AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY that may read and list the bucket",
+    "s3": "give the service an AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY that may read and list the bucket",
     "gs": "give the service GOOGLE_APPLICATION_CREDENTIALS that may read and list the bucket",
 }
 
 
 def fetch_web(source: Source, transfer: Transfer, allowed: Sequence[str]) -> str:
-    """Download and unpack an archive from a web server; returns its source. Raises TransferFailed."""
+    """Download and unpack an archive from a web server, and return its source. Raises TransferFailed."""
 
     def check_hop(url: str) -> None:
-        # A redirect may carry a signature in its query; which place it leads to is said before.
+        # A redirect may carry a signature in its query, so only the rest of the URL is checked and shown.
         if not is_listed(urlsplit(url)._replace(query="", fragment="").geturl(), allowed):
             parts = urlsplit(url)
             raise TransferFailed(
-                f"the source redirects to {parts.scheme}://{parts.hostname}/, which is not a place that may be "
-                "fetched from: add it to XINGLIN_SOURCES"
+                f"the source redirects to {parts.scheme}://{parts.hostname}/, which is not an allowed source: "
+                "add it to XINGLIN_SOURCES"
             )
 
     archive = transfer.staging / "archive"
@@ -45,18 +45,18 @@ def fetch_web(source: Source, transfer: Transfer, allowed: Sequence[str]) -> str
             transfer,
             headers={},
             size=None,
-            credentials="only what anybody may read can be fetched this way",
+            credentials="only public files can be fetched over HTTP",
         )
     _unpack(archive, transfer)
     return source.url
 
 
 def fetch_objects(source: Source, transfer: Transfer) -> str:
-    """Download a folder's files or an archive from an object store; returns its source. Raises TransferFailed."""
+    """Download a folder or an archive from an object store, and return its source. Raises TransferFailed."""
     try:
         _fetch_objects(source, transfer)
     except ImportError as error:
-        raise TransferFailed("gs:// needs one more package beside the service: pip install gcsfs") from error
+        raise TransferFailed("gs:// needs another package: pip install gcsfs") from error
     except FileNotFoundError as error:
         raise TransferFailed("the source has no such bucket, folder or file: check its name") from error
     except (PermissionError, NoCredentialsError, PartialCredentialsError) as error:
@@ -64,14 +64,14 @@ def fetch_objects(source: Source, transfer: Transfer) -> str:
     except (OSError, BotoCoreError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise TransferFailed("the transfer broke off: try again later") from error
+        raise TransferFailed("the transfer was interrupted: retry later") from error
     return source.url
 
 
 def _fetch_objects(source: Source, transfer: Transfer) -> None:
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if source.scheme == "s3":
-        options["max_concurrency"] = 1  # in pieces of 64 KiB, not ten of 50 MiB at once in memory
+        options["max_concurrency"] = 1  # pieces of 64 KiB; by default, ten of 50 MiB are in memory at once
         options["config_kwargs"] = {
             "connect_timeout": CONNECT_SECONDS,
             "read_timeout": SILENCE_SECONDS,
@@ -99,11 +99,11 @@ def _fetch_objects(source: Source, transfer: Transfer) -> None:
 def _get(files: Any, key: str, target: Path, size: int, transfer: Transfer) -> None:
     files.get_file(key, str(target), callback=_Count(transfer))
     if target.stat().st_size != size:
-        raise TransferFailed("the file changed while it was fetched: try again")
+        raise TransferFailed("the file changed during the download: retry")
 
 
 class _Count(fsspec.callbacks.Callback):  # type: ignore[misc]
-    """How fsspec tells what arrives."""
+    """Counts the bytes that fsspec reports."""
 
     def __init__(self, transfer: Transfer) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What may be fetched: the URLs a client may name, in one spelling each, and the operator's allow-list.
+"""Sources: parses the URLs that clients send into one canonical form, and checks the operator's allow-list.
 
-A URL is read strictly: what two libraries could read differently is refused, not mended.
+Parsing is strict: a URL that two libraries could read differently is rejected, not repaired.
 """
 
 import ipaddress
@@ -30,52 +30,50 @@ _PATH = re.compile(r"(?:[A-Za-z0-9._~!$&'()+,;=:@/ -]|%[0-9A-Fa-f]{2})*")
 
 @dataclass(frozen=True)
 class Source:
-    """One place to fetch from, spelled in the one way that is compared and used."""
+    """A place to fetch from, in canonical form."""
 
     scheme: str
     place: str
-    """The repository, the bucket, or the host and its port unless that is the usual one."""
+    """The repository, the bucket, or the host with its port unless that is the default."""
     path: str
-    """What comes after, without a slash in front."""
+    """The path, without a leading slash."""
     revision: str | None = None
-    """Of a repository: a commit, a branch or a tag; None for the main branch."""
+    """A repository's commit, branch or tag; None for the main branch."""
 
     @property
     def url(self) -> str:
-        """The whole of it. It never holds a secret."""
+        """The whole URL, which never holds a secret."""
         revision = f"@{self.revision}" if self.revision else ""
         separator = "/" if self.path or self.scheme != "hf" else ""
         return f"{self.scheme}://{self.place}{revision}{separator}{self.path}"
 
     @property
     def is_archive(self) -> bool:
-        """Whether one file is named that must be unpacked."""
+        """Whether the source is a single archive to unpack."""
         return self.scheme != "hf" and self.path.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 def parse_source(text: str, allowed: Sequence[str]) -> Source:
-    """Read what a client named. `allowed` are URL prefixes, as in XINGLIN_SOURCES.
+    """Parse the source that a client sent. `allowed`: URL prefixes, as in XINGLIN_SOURCES.
 
-    Raises BadRequest for what is no source, PathNotAllowed for what no prefix covers, ValueError for a
-    prefix that is none.
+    Raises BadRequest for an invalid source, PathNotAllowed if no prefix covers it, ValueError for an invalid prefix.
     """
     try:
         source = _parse(text)
         if source.scheme in _DEFAULT_PORTS and not source.is_archive:
-            raise ValueError(f"name an archive: a file that ends in {', '.join(ARCHIVE_SUFFIXES)}")
+            raise ValueError(f"must name an archive: a file that ends in {', '.join(ARCHIVE_SUFFIXES)}")
     except ValueError as error:
         raise BadRequest(f"source: {error}", code=Code.INVALID_SOURCE, param="source") from error
     if not is_listed(source.url, allowed):
         raise PathNotAllowed(
-            f"source: {source.scheme}://{source.place}/ is not a place that may be fetched from: "
-            "add it to XINGLIN_SOURCES",
+            f"source: {source.scheme}://{source.place}/ is not an allowed source: add it to XINGLIN_SOURCES",
             param="source",
         )
     return source
 
 
 def is_listed(url: str, allowed: Sequence[str]) -> bool:
-    """Whether one of the prefixes covers `url`. Raises ValueError for a prefix that is none."""
+    """Whether one of the prefixes covers `url`. Raises ValueError for an invalid prefix."""
     try:
         source = _parse(url)
     except ValueError:
@@ -84,7 +82,7 @@ def is_listed(url: str, allowed: Sequence[str]) -> bool:
 
 
 def checked_prefixes(allowed: Sequence[str]) -> tuple[str, ...]:
-    """The prefixes as they were given. Raises ValueError for one that can never cover anything."""
+    """Return the prefixes unchanged. Raises ValueError for an invalid one."""
     for prefix in allowed:
         _prefix(prefix)
     return tuple(allowed)
@@ -99,7 +97,7 @@ def _prefix(text: str) -> Source:
             return Source(scheme, rest.removesuffix("/") + "/", "")  # a whole organization
         return _parse(text)
     except ValueError as error:
-        raise ValueError(f"XINGLIN_SOURCES: {text!r} is no prefix of a source: {error}") from error
+        raise ValueError(f"XINGLIN_SOURCES: {text!r} is not a valid source prefix: {error}") from error
 
 
 def _covers(prefix: Source, source: Source) -> bool:
@@ -111,39 +109,43 @@ def _covers(prefix: Source, source: Source) -> bool:
         return source.place.startswith(prefix.place)
     if prefix.place != source.place or prefix.revision not in (None, source.revision):
         return False
-    # A prefix ends where a name does: `models` covers `models/doctor`, not `models-of-others`.
+    # A prefix matches whole names: `models` covers `models/doctor`, not `models-of-others`.
     folder = prefix.path.removesuffix("/")
     return not folder or source.path == prefix.path or source.path.startswith(folder + "/")
 
 
 def _parse(text: str) -> Source:
-    """Raises ValueError, which says what is wrong without repeating what may be a secret."""
+    """Parse a source. Raises ValueError, whose message does not repeat text that may be a secret."""
     if len(text) > _MAX_LENGTH:
-        raise ValueError(f"longer than {_MAX_LENGTH} characters")
+        raise ValueError(f"must have at most {_MAX_LENGTH} characters")
     if not text.isascii() or not text.isprintable() or text != text.strip():
         raise ValueError(
-            "only printable ASCII characters, without spaces around them: percent-encode the others"
+            "must be printable ASCII without surrounding spaces: percent-encode other characters"
         )
     scheme, separator, rest = text.partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in _SCHEMES:
-        raise ValueError(f"begin with one of {', '.join(f'{known}://' for known in _SCHEMES)}")
+        raise ValueError(f"must begin with one of {', '.join(f'{known}://' for known in _SCHEMES)}")
     if "?" in rest or "#" in rest:
-        raise ValueError("no query and no fragment: give credentials to the service by its environment")
+        raise ValueError(
+            "must have no query or fragment: give credentials to the service as environment variables"
+        )
     if "\\" in rest:
-        raise ValueError("no backslash: separate folders by '/'")
+        raise ValueError("must have no backslash: separate folders by '/'")
     return _hub(rest) if scheme == "hf" else _elsewhere(scheme, rest)
 
 
 def _hub(rest: str) -> Source:
     match = _HUB.fullmatch(rest.removesuffix("/"))
     if match is None:
-        raise ValueError("write hf://org/repo, hf://org/repo@revision or hf://org/repo@revision/folder")
+        raise ValueError("must be hf://org/repo, hf://org/repo@revision or hf://org/repo@revision/folder")
     place, revision, path = match["place"], match["revision"], match["path"] or ""
     if not all(map(_is_hub_name, place.split("/"))):
-        raise ValueError("the organization or the repository has a name that the hub does not know")
+        raise ValueError("the name of the organization or repository is not valid on the hub")
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise ValueError("the revision is no commit, branch or tag; one with '/' in it: name its commit")
+        raise ValueError(
+            "the revision is not a valid commit, branch or tag; for a name with '/' give its commit"
+        )
     if "%" in path:
         raise ValueError("the folder has a '%' in its name")
     _check_path(path)
@@ -157,39 +159,41 @@ def _is_hub_name(name: str) -> bool:
 def _elsewhere(scheme: str, rest: str) -> Source:
     place, _, path = rest.partition("/")
     if "@" in place:
-        raise ValueError("no user name and no password: give credentials to the service by its environment")
+        raise ValueError(
+            "must have no user name or password: give credentials to the service as environment variables"
+        )
     if scheme in _DEFAULT_PORTS:
         place = _host(place.lower(), _DEFAULT_PORTS[scheme])
     elif not _BUCKET.fullmatch(place) or ".." in place:
-        raise ValueError("the bucket has a name that no bucket can have")
+        raise ValueError("the name of the bucket is not valid")
     elif "%" in path:
-        raise ValueError("the key has a '%' in it: write the key itself, not an encoded one")
+        raise ValueError("the key has a '%' in it: give the key without percent-encoding")
     _check_path(path)
     if scheme not in _DEFAULT_PORTS and path and not path.lower().endswith((*ARCHIVE_SUFFIXES, "/")):
         path += "/"  # a folder
     if scheme in _DEFAULT_PORTS and " " in path:
-        raise ValueError("a space in a URL is written %20")
+        raise ValueError("the path has a space: write %20")
     return Source(scheme, place, path)
 
 
 def _host(place: str, default_port: int) -> str:
-    """The host, and its port unless it is the usual one."""
+    """Return the canonical host, with its port unless that is the default."""
     host, port = place, ""
     if not place.endswith("]"):
         host, separator, port = place.rpartition(":")
         if not separator:
             host, port = place, ""
         elif not _PORT.fullmatch(port) or int(port) > 65535:
-            raise ValueError("the port is no number from 1 to 65535")
+            raise ValueError("the port must be a number from 1 to 65535")
     if host.startswith("[") and host.endswith("]"):
         address = ipaddress.IPv6Address(host[1:-1])
         if address.scope_id is not None:
-            raise ValueError("an address with a zone is no source")
+            raise ValueError("the address must not have a zone")
         host = f"[{address.compressed}]"
     elif _LAST_LABEL_OF_AN_ADDRESS.fullmatch(host):
-        host = str(ipaddress.IPv4Address(host))  # four decimal numbers, nothing that means the same
+        host = str(ipaddress.IPv4Address(host))  # only four decimal numbers, no other notation
     elif not _HOST.fullmatch(host):
-        raise ValueError("the host has a name that no host can have")
+        raise ValueError("the name of the host is not valid")
     return host if not port or int(port) == default_port else f"{host}:{port}"
 
 

@@ -1,4 +1,4 @@
-"""What every way of fetching shares: which files an adapter is made of, limits, progress, clear errors."""
+"""Shared by all kinds of transfers: the files of an adapter, limits, progress and errors."""
 
 import time
 from collections.abc import Callable
@@ -18,39 +18,39 @@ ADAPTER_FILES = (
 
 CONNECT_SECONDS = 10
 SILENCE_SECONDS = 60
-"""A transfer may take hours, but not without a byte for this long."""
+"""A transfer may take hours, but fails after this long without data."""
 
 _REPORT_SECONDS = 0.2
 
 
 class TransferFailed(Exception):
-    """A transfer that cannot succeed. The message goes to the client as it is."""
+    """A transfer cannot succeed. The client reads the message unchanged."""
 
 
 @dataclass
 class Transfer:
-    """One adapter on its way: where to, how much of it is there, and how much it may be."""
+    """The transfer of one adapter: its folders, progress and size limit."""
 
     folder: Path
-    """Where the files of the adapter go; there, and empty."""
+    """The folder for the adapter's files; exists and is empty."""
     staging: Path
-    """Where anything else goes; removed in the end."""
+    """The folder for all other files; removed at the end."""
     max_bytes: int
     report: Callable[[int, int | None], None]
-    """Is told bytes done and bytes in all, where known."""
+    """Called as (bytes done, total bytes or None) for progress."""
     total: int | None = None
     done: int = 0
     _reported_at: float = field(default=0.0, init=False)
 
     def expect(self, total: int | None) -> None:
-        """Say how much it will be. Raises TransferFailed when that is too much."""
+        """Set the total size. Raises TransferFailed if it exceeds the limit."""
         if total is not None and total > self.max_bytes:
             raise self._too_large(total)
         self.total = total
         self.report(self.done, self.total)
 
     def add(self, count: int) -> None:
-        """Count bytes that arrived; below zero for what is thrown away. Raises TransferFailed when too many."""
+        """Count bytes that arrived, negative for discarded ones. Raises TransferFailed above the limit."""
         self.done += count
         if self.done > self.max_bytes:
             raise self._too_large(self.done)
@@ -61,19 +61,19 @@ class Transfer:
 
     def _too_large(self, found: int) -> TransferFailed:
         return TransferFailed(
-            f"the source is larger than the {self.max_bytes} bytes allowed (at least {found}): start the "
-            "service with a larger XINGLIN_MAX_ADAPTER_GIB"
+            f"the source is larger than the {self.max_bytes} bytes allowed (at least {found}): raise "
+            "XINGLIN_MAX_ADAPTER_GIB"
         )
 
 
 def wanted(names: set[str]) -> list[str]:
-    """Those of `names` that an adapter is made of. Raises TransferFailed when it is none."""
+    """Return those of `names` that belong to an adapter. Raises TransferFailed if required files are missing."""
     if WEIGHTS not in names and PICKLED_WEIGHTS in names:
         raise TransferFailed(
-            f"the source has its weights only as {PICKLED_WEIGHTS}, which is a program as well as data: save "
-            "it as safetensors: python -m training convert-adapter"
+            f"the source has its weights only as {PICKLED_WEIGHTS}, a pickle, which can run code: convert it to "
+            "safetensors with python -m training convert-adapter"
         )
     missing = [name for name in ADAPTER_FILES[:2] if name not in names]
     if missing:
-        raise TransferFailed(f"the source holds no adapter: there is no {' and no '.join(missing)} in it")
+        raise TransferFailed(f"the source holds no adapter: it has no {' and no '.join(missing)}")
     return [name for name in ADAPTER_FILES if name in names]

@@ -1,1 +1,1 @@
-"""Which revision answers to which name: load, prove, point, drain, remove."""
+"""The life of a served revision: load, prove, point, drain, remove."""

@@ -1,4 +1,4 @@
-"""The base models of the service: each with an engine of its own, and with the adapters that were trained on it."""
+"""The base models of the service. Each has its own engine and the adapters that were trained on it."""
 
 import asyncio
 import logging
@@ -18,27 +18,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Base:
-    """One base model. Its engine may start, die and be rebuilt while the others answer."""
+    """One base model. Its engine may start, die and restart while the others answer."""
 
     name: str
-    """On the wire."""
+    """The name that clients use."""
     supervisor: Supervisor
     residency: Residency
 
     @property
     def fingerprint(self) -> str:
-        """The base model and its fingerprint, as replies name it."""
+        """The base model's name and fingerprint, as in `system_fingerprint`."""
         facts = self.supervisor.facts
         return f"{self.name}@{facts.fingerprint}" if facts else self.name
 
     @property
     def is_to_come(self) -> bool:
-        """Whether its fingerprint is not known yet, and will be."""
+        """Whether its fingerprint is still unknown but expected."""
         return self.supervisor.facts is None and self.supervisor.state.status is not BaseStatus.FAILED
 
 
 class Bases:
-    """All of them, in the order of the settings."""
+    """All base models, in the order of the settings."""
 
     def __init__(self, bases: Sequence[Base]) -> None:
         self._by_name = {base.name: base for base in bases}
@@ -48,33 +48,33 @@ class Bases:
 
     @property
     def names(self) -> list[str]:
-        """Of the base models, on the wire."""
+        """The names that clients use for the base models."""
         return [*self._by_name]
 
     def named(self, name: str) -> Base:
-        """A base model that there is."""
+        """Return a base model by name. Raises KeyError."""
         return self._by_name[name]
 
     def check_ready(self) -> None:
-        """Raises EngineUnavailable while none can answer."""
+        """Check that at least one base model is ready. Raises EngineUnavailable."""
         if not any(base.supervisor.is_ready for base in self):
             failed = BaseStatus.FAILED
             waiting = next((base for base in self if base.supervisor.state.status is not failed), None)
             (waiting or next(iter(self))).supervisor.check_ready()
 
     def answering(self, choice: Choice) -> Base:
-        """The base model that a choice is made on. Raises what `of` raises."""
+        """Return the base model that serves a choice. Raises what `of` raises."""
         return self._by_name[choice.base] if choice.base else self.of(cast(Manifest, choice.manifest))
 
     def of(self, trained: Provenance) -> Base:
-        """The base model that a revision was trained on.
+        """Return the base model that a revision was trained on.
 
-        Base models of one structure (a model and its instruct version) have one fingerprint: between those the
-        name decides, and the golden prompts prove it. Raises AdapterRefused when the base model is not here,
-        AdapterUnavailable while nobody can say.
+        Base models of the same structure (a model and its instruct version) share a fingerprint. Between those the
+        name decides, and the golden prompts prove it. Raises AdapterRefused if the base model is not served,
+        AdapterUnavailable while that is unknown.
         """
         if len(self._by_name) == 1:
-            return next(iter(self))  # what does not fit is refused there, with all that is wrong with it
+            return next(iter(self))  # validation reports every fault of an adapter that does not fit
         named = self._by_name.get(trained.base_model or "")
         if trained.base_fingerprint is None:
             return named or next(iter(self))
@@ -88,15 +88,17 @@ class Bases:
         if fitting and not (named and named.is_to_come):
             return fitting[0]
         if any(base.is_to_come for base in self):
-            raise AdapterUnavailable("the adapter waits for its base model to start", param="model")
+            raise AdapterUnavailable(
+                "the adapter is waiting for its base model to start: retry in a moment", param="model"
+            )
         known = ", ".join(base.fingerprint for base in self)
         raise AdapterRefused(
-            f"it was trained on {trained.base_model} with fingerprint {trained.base_fingerprint}, and this service "
-            f"runs {known}: serve it on its own base, or train it on one of these"
+            f"the adapter was trained on {trained.base_model} with fingerprint {trained.base_fingerprint}, but this "
+            f"service runs {known}: serve it on its own base model, or train it on one of these"
         )
 
     def find(self, trained: Provenance) -> Base | None:
-        """The base model that a revision was trained on, if that is known to be here."""
+        """Return the base model that a revision was trained on, or None if it is not served or not known yet."""
         try:
             return self.of(trained)
         except ApiError:
@@ -113,12 +115,12 @@ class Bases:
     ) -> None:
         """Keep all engines running until cancelled.
 
-        `attach` fills a fresh engine before it answers, `detach` follows its death. `on_start` is called for each
-        engine that becomes ready, `on_settled` when no base model is starting any more and one of them answers,
-        `on_give_up` when none ever will.
+        Calls `attach` to fill a new engine before it answers, and `detach` after its death. Calls `on_start` for each
+        engine that becomes ready, `on_settled` when no base model is starting any more and at least one is ready,
+        `on_give_up` if all have failed.
         """
         starting = asyncio.Lock()
-        """Engines that start together take each other's memory for used, and each other's cores."""
+        """One engine starts at a time: they would mismeasure free memory and compete for cores."""
 
         def ready() -> None:
             on_start()
@@ -134,7 +136,7 @@ class Bases:
                     on_death=partial(detach, base),
                 )
             except Exception:
-                logger.exception("giving up: the engine of %s cannot be started", base.name)
+                logger.exception("giving up: the engine of %s could not be started", base.name)
                 if all(other.supervisor.state.status is BaseStatus.FAILED for other in self):
                     on_give_up()
                 elif all(other.supervisor.is_settled for other in self):

@@ -1,4 +1,4 @@
-"""What the store says shall answer. All of it reads files: call it in a thread."""
+"""The desired state, read from the store. Every method reads files: call it in a thread."""
 
 import logging
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A revision that an alias names, and that cannot be read."""
+    """A revision that an alias points at but that cannot be read."""
 
     revision: str
     error: AdapterError
 
 
 class Desired:
-    """Reads the aliases of a store, again and again; a revision's manifest only once."""
+    """Reads the aliases of a store; caches the manifests, which never change."""
 
     def __init__(self, store: AdapterStore) -> None:
         self._store = store
         self._manifests: dict[AdapterRef, Manifest] = {}
 
     def read(self) -> tuple[dict[tuple[str, str], Manifest | Unreadable], dict[str, Traffic]]:
-        """What every chat alias points at, by name and alias, or why that cannot be read; and the shares."""
+        """Return what every chat alias points at, by name and alias, and the traffic shares by name."""
         found: dict[tuple[str, str], Manifest | Unreadable] = {}
         pointed = self._store.pointed()
         manifests: dict[AdapterRef, Manifest] = {}
@@ -48,23 +48,23 @@ class Desired:
         return found, {name: shares for name, shares in traffic.items() if shares != Traffic()}
 
     def aliased(self, name: str, alias: str) -> str | None:
-        """The revision that an alias points at."""
+        """Return the revision that an alias points at, or None."""
         return self._store.aliases(name).get(alias)
 
     def is_chat(self, name: str, alias: str) -> bool:
-        """Whether the alias is there, and not moved to an adapter of another task."""
+        """Whether the alias exists and points at a chat adapter."""
         revision = self.aliased(name, alias)
         try:
             return (
                 revision is not None and self._store.get(AdapterRef(name, revision=revision)).task == "chat"
             )
         except AdapterError:
-            return True  # what answers goes on answering; the next round says what is wrong
+            return True  # keep what answers; the next round reports the error
 
     def previous(self, name: str, alias: str) -> Manifest | None:
-        """What a rollback would point the alias at; None where nothing, or nothing readable, is before it."""
+        """Return the previous revision of an alias; None if there is none or it cannot be read."""
         try:
             revision = self._store.previous(name, alias)
             return self._store.get(AdapterRef(name, revision=revision))
-        except AdapterError:  # who rolls back is told
+        except AdapterError:  # a rollback reports the error
             return None

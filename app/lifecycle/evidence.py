@@ -1,14 +1,14 @@
-"""What golden prompts tell of base model and adapter: the statistics of a proof, and what a failure is likely due to.
+"""The statistics of a proof, and the likely cause of a failure.
 
-A trainer wrote down the log-probability of each golden token under the base model, b, and with the adapter, a; the
-engine found B and A. Two sides never agree exactly: a number of bfloat16 has 8 bits. How far that moves the scores of
-these very prompts the trainer has measured (`Rounding`). So the rule is not one tolerance for all models. It compares
+The trainer recorded the log-probability of each golden token under the base model, b, and with the adapter, a. The
+engine computes B and A. They never agree exactly, since a bfloat16 number has only 8 bits. The trainer measured how far
+that moves the scores of these very prompts (`Rounding`). So no single tolerance holds for all models. A proof compares
 
-- the mean difference of the base model, |B - b|, and of the adapter, |A - a|, with what rounding explains, and
-- the effect of the adapter as the engine has it, A - B, with what it was, a - b, by the slope of the line through them.
+- the mean difference of the base model, |B - b|, and of the adapter, |A - a|, with the part that rounding explains;
+- the adapter's effect in the engine, A - B, with its effect in training, a - b, by the slope of the line through them.
 
-One token's difference is no measure: among some hundred tokens of a right adapter, one is often ten times as far off as
-the mean. Measured on right and wrong adapters, see docs/proof.md.
+It uses means, not single tokens: among some hundred tokens of a correct adapter, one is often ten times as far off as
+the mean. The limits were measured on correct and wrong adapters, see docs/proof.md.
 """
 
 import math
@@ -19,31 +19,31 @@ from adapters import GoldenPrompt, Rounding
 from app.engine.base import TokenScore
 
 UNIT = {"bfloat16": 1.0, "float16": 1 / 8, "float32": 1 / 65536}
-"""How coarse numbers are, as a share of bfloat16: 8, 11 and 24 bits (IEEE 754; bfloat16 is float32's upper half)."""
+"""Rounding error relative to bfloat16: 8, 11 and 24 bits (IEEE 754; bfloat16 is float32's upper half)."""
 
 UNMEASURED = Rounding(base=0.05, adapter=0.05)
-"""What bfloat16 does to a model whose trainer has not measured it: twice what was seen of real models."""
+"""The rounding of bfloat16 if the trainer did not measure it: twice that of real models."""
 
 FLOOR = 1e-4
-"""Nats. Sums in another order, as other kernels build them, move a mean of float32 by at most this."""
+"""Nats. Kernels that sum in another order move a float32 mean by at most this."""
 
 _WRONG_BASE, _WRONG_ADAPTER = 1.75, 1.35
-"""A mean difference of so many times what rounding explains is no rounding, were there no end of tokens."""
+"""With unlimited tokens, a mean difference of more than this many times rounding is an error."""
 
 _FEW_BASE, _FEW_ADAPTER = 4.0, 8.5
-"""What is added to those times, over the root of the number of tokens: a mean of few says less. More of an adapter's,
-since single tokens of a strong one differ much."""
+"""Added to those factors, divided by the square root of the number of tokens, since a mean of few tokens is less
+certain. The adapter's is larger, since single tokens of a strong adapter differ much."""
 
 _SLOPE = 0.1
-"""How far the slope may be from 1, beside four standard errors."""
+"""Allowed distance of the slope from 1, in addition to four standard errors."""
 
 _SPREAD = 1.25
-"""Standard deviation over mean absolute difference, of a normal distribution."""
+"""Ratio of standard deviation to mean absolute deviation in a normal distribution."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was seen on all golden tokens. Differences are in nats a token."""
+    """The comparison over all golden tokens. Differences are in nats per token."""
 
     tokens: int
     base_difference: float
@@ -51,17 +51,17 @@ class Evidence:
     adapter_difference: float
     """Mean of |A - a|."""
     effect: float
-    """Mean of |A - B|: how far the adapter moves the base model here."""
+    """Mean of |A - B|: the adapter's effect in this engine."""
     expected_effect: float
-    """Mean of |a - b|."""
+    """Mean of |a - b|: the adapter's effect in training."""
     slope: float
-    """Of A - B over a - b, by least squares through 0: 1 is the whole effect, 0.5 half of it, 0 none."""
+    """Slope of A - B over a - b, by least squares through 0: 1 is the whole effect, 0.5 half of it, 0 none."""
     correlation: float
-    """Of A - B with a - b, through 0."""
+    """Correlation of A - B with a - b, through 0."""
 
     @property
     def is_number(self) -> bool:
-        """Whether the engine gave numbers at all."""
+        """Whether the engine's scores are finite numbers."""
         return math.isfinite(self.base_difference + self.adapter_difference)
 
 
@@ -70,7 +70,7 @@ def gather(
     base: Sequence[Sequence[TokenScore]],
     adapter: Sequence[Sequence[TokenScore]],
 ) -> Evidence:
-    """Put together what the engine found of each golden prompt, without and with the adapter."""
+    """Compute the evidence from the engine's scores of each golden prompt, without and with the adapter."""
     was_base = [score for prompt in golden for score in prompt.base_logprobs]
     was = [score for prompt in golden for score in prompt.logprobs]
     is_base = [score.logprob for scores in base for score in scores]
@@ -91,28 +91,28 @@ def gather(
 
 
 def explained(rounding: Rounding, trainer_dtype: str, engine_dtype: str) -> Rounding:
-    """The mean differences that rounding alone makes between a trainer and an engine of those dtypes."""
+    """Return the mean differences that rounding explains between a trainer and an engine of these dtypes."""
     both = math.hypot(UNIT[trainer_dtype], UNIT[engine_dtype])
     return Rounding(base=rounding.base * both + FLOOR / 2, adapter=rounding.adapter * both + FLOOR / 2)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a right adapter keeps to, in nats a token."""
+    """The limits of a proof, in nats per token."""
 
     base: float
     adapter: float
     slope: float
-    """The most that the slope may differ from 1."""
+    """Largest allowed distance of the slope from 1; without a unit."""
     effect: float
-    """The least effect that stands out from rounding."""
+    """Smallest effect that exceeds rounding."""
 
 
 def limits(evidence: Evidence, rounding: Rounding | None, trainer_dtype: str, engine_dtype: str) -> Limits:
-    """The limits for this many tokens.
+    """Return the limits for this many tokens.
 
-    Where the engine rounds the base model more than the trainer's measurement says, it may round the adapter so too.
-    Where nothing was measured, the base model's own difference tells what rounding does to the adapter.
+    If the engine rounds the base model more than the trainer measured, the adapter's limit grows by the same factor.
+    If the trainer measured nothing, the base model's own difference estimates the adapter's rounding.
     """
     root = math.sqrt(evidence.tokens)
     usual = explained(rounding or UNMEASURED, trainer_dtype, engine_dtype)
@@ -129,11 +129,11 @@ def limits(evidence: Evidence, rounding: Rounding | None, trainer_dtype: str, en
 
 
 def likely_cause(evidence: Evidence) -> str:
-    """What the numbers say of an adapter that does not answer as in training, and what an operator can do."""
+    """Return the likely cause of an adapter's difference from training, and the remedy."""
     if evidence.effect < 0.1 * evidence.expected_effect:
         return (
-            "the engine answers as the base model does, as if the adapter were not applied: were its modules' names "
-            "those of this base model? Convert it again with --base, and publish that"
+            "the engine answers as the base model does, as if the adapter were not applied; its module names may not "
+            "match this base model: convert it again with --base, and publish the result"
         )
     if evidence.slope < -0.1:
         return "the adapter works in the opposite direction: its weights were changed after training; publish it again"
@@ -141,27 +141,27 @@ def likely_cause(evidence: Evidence) -> str:
         word = "weakly" if evidence.slope < 1 else "strongly"
         return (
             f"it works too {word}, {evidence.slope:.2f} times as much as in training: lora_alpha, r or use_rslora in "
-            "adapter_config.json are not those of training, or weights are missing; publish it as training wrote it"
+            "adapter_config.json differ from training, or weights are missing; publish the folder as training wrote it"
         )
     if evidence.correlation > 0.5:
         return (
-            "it is applied in part or otherwise than it was trained: layers or modules are missing, its weights or "
-            "their scale (lora_alpha, r, use_rslora, alpha_pattern) were changed, or it was trained in another dtype "
-            "than it says; publish it as training wrote it"
+            "it is applied in part or not as trained: layers or modules are missing, its weights or their scale "
+            "(lora_alpha, r, use_rslora, alpha_pattern) were changed, or it was trained in another dtype than it "
+            "states; publish the folder as training wrote it"
         )
     return (
-        "it answers as another adapter would: these weights and these golden prompts do not belong together; publish "
-        "both from one run"
+        "it answers as another adapter would: the weights and the golden prompts do not belong together; publish "
+        "both from the same run"
     )
 
 
 def likely_base(evidence: Evidence, engine_dtype: str) -> str:
-    """What the numbers say of a base model that is not the one of training, and what an operator can do."""
+    """Return the likely cause of a base model's difference from training, and the remedy."""
     if evidence.correlation > 0.9 and abs(evidence.slope - 1) < 0.2:
         return (
-            "its effect is as in training, so that the base model is nearly the same: quantised, stretched, further "
-            f"trained or served in another dtype ({engine_dtype} here); serve the very base model, or try "
-            "XINGLIN_DTYPE=float32"
+            "the adapter's effect is as in training, so the base model is nearly the same: quantised, with a stretched "
+            f"context, trained further or served in another dtype ({engine_dtype} here); serve the exact base model, "
+            "or try XINGLIN_DTYPE=float32"
         )
     return (
         "it is another model: serve the base model that the adapter was trained on, or train it on this one"

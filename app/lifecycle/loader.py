@@ -1,4 +1,4 @@
-"""Brings one revision from the store into an engine, and has it prove itself there."""
+"""Loads a revision from the store into an engine and proves it there."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ _PROOF_SECONDS = 60
 
 @dataclass(frozen=True)
 class Staged:
-    """A revision checked once more, with all that loading it takes in the page cache."""
+    """A revision that was checked again, with its files in the page cache for loading."""
 
     ref: str
     manifest: Manifest
@@ -39,11 +39,11 @@ class Staged:
     template: str | None
     """The adapter's own chat template."""
     recorded: Path | None
-    """Of an adapter without golden prompts: where what it says here is kept."""
+    """The file of recorded answers, for an adapter without golden prompts."""
 
 
 class Loader:
-    """Loads and proves, one at a time. Knows which revisions have proved themselves in the present engine."""
+    """Loads and proves revisions, and remembers which are proved in the present engine."""
 
     def __init__(
         self, store: AdapterStore, metrics: Metrics, *, recorded_dir: Path, allow_unproven: bool
@@ -55,11 +55,11 @@ class Loader:
         self._proofs: dict[str, Proof] = {}
 
     def forget(self) -> None:
-        """The engine is gone: nothing has proved itself in the next one."""
+        """Forget all proofs, since the engine is gone."""
         self._proofs.clear()
 
     def stage(self, engine: Engine, manifest: Manifest) -> Staged:
-        """Check a revision before an engine sees it. Reads every byte: call it in a thread.
+        """Check a revision before loading it. Reads every byte: call it in a thread.
 
         Raises AdapterError, AdapterRefused.
         """
@@ -76,16 +76,16 @@ class Loader:
             return Staged(ref, manifest, folder, read_golden(folder / GOLDEN_FILE), template, None)
         if not self._allow_unproven:
             raise Unproven(
-                f"{ref} brings no {GOLDEN_FILE} to prove it by: train it with python -m training, or start the "
+                f"{ref} has no {GOLDEN_FILE} and cannot be proved: train it with python -m training, or start the "
                 "service with XINGLIN_ALLOW_UNPROVEN=true"
             )
-        # What it said when it was first loaded, on this base model, stands in for what its trainer heard.
+        # Its answers when first loaded on this base model replace the trainer's golden prompts.
         recorded = self._recorded_dir / engine.facts.fingerprint / f"{ref}.jsonl"
         golden = read_golden(recorded) if recorded.exists() else []
         return Staged(ref, manifest, folder, golden, template, recorded)
 
     async def load(self, engine: Engine, staged: Staged) -> LoadedAdapter:
-        """Hand it to the engine; what fails leaves nothing there. Raises AdapterRefused, EngineUnavailable."""
+        """Load a revision into the engine; a failure leaves nothing there. Raises AdapterRefused, EngineUnavailable."""
         started = time.perf_counter()
         loaded = await engine.load(
             staged.ref,
@@ -98,7 +98,7 @@ class Loader:
         return loaded
 
     async def prove(self, engine: Engine, loaded: LoadedAdapter, staged: Staged) -> None:
-        """Have it prove itself, or remove it. Raises AdapterRefused, EngineUnavailable."""
+        """Prove a loaded revision; remove it if that fails. Raises AdapterRefused, EngineUnavailable."""
         try:
             async with asyncio.timeout(_PROOF_SECONDS):
                 await self._prove(engine, loaded, staged)
@@ -108,8 +108,8 @@ class Loader:
                 self._metrics.proofs.labels(staged.manifest.name, "failed").inc()
             if isinstance(error, TimeoutError):
                 raise AdapterRefused(
-                    f"{staged.ref} could not be proved within {_PROOF_SECONDS} s: the engine is busy with other "
-                    "adapters; try again, or start the service with a larger XINGLIN_MAX_LORAS"
+                    f"{staged.ref} could not be proved within {_PROOF_SECONDS} s, since the engine is busy with other "
+                    "adapters: retry, or raise XINGLIN_MAX_LORAS"
                 ) from error
             raise
         self._metrics.proofs.labels(staged.manifest.name, "passed").inc()
@@ -127,7 +127,7 @@ class Loader:
         if staged.recorded and not staged.golden:
             await asyncio.to_thread(_keep, staged.recorded, golden)
         logger.info(
-            "%s proved itself: over %d tokens of %d golden prompts, log-probabilities differ by %.1e nats in the mean",
+            "proved %s: log-probabilities of %d tokens in %d golden prompts differ by %.1e nats on average",
             staged.ref, proof.evidence.tokens, proof.prompts, proof.evidence.adapter_difference,
         )  # fmt: skip
 
@@ -136,7 +136,7 @@ async def _remove(engine: Engine, adapter: LoadedAdapter) -> None:
     try:
         await engine.remove(adapter)
     except EngineUnavailable:
-        logger.info("%s left with its engine", adapter.name)
+        logger.info("%s is gone with its engine", adapter.name)
 
 
 def _keep(path: Path, golden: list[GoldenPrompt]) -> None:

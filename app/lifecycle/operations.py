@@ -1,6 +1,6 @@
-"""What operators ask for: publish, point, roll back, split, promote, remove.
+"""The operations on adapters: publish, point, roll back, split, promote, remove.
 
-A revision is loaded and proved before an alias moves to it, in the store and here. What fails leaves the alias
+A revision is loaded and proved before an alias moves to it, in the store and in the service. A failure leaves the alias
 where it was.
 """
 
@@ -28,7 +28,7 @@ from app.metrics import Metrics
 
 
 class Operations:
-    """Every method that takes `actor` and `why` puts them into the adapter's log."""
+    """The operations. Those that take `actor` and `why` write them to the adapter's log."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Operations:
         *,
         allow_revisions: bool,
     ) -> None:
-        """`allow_revisions`: a client may name a revision that no alias points at."""
+        """`allow_revisions`: clients may request a revision that no alias points at."""
         self._store = store
         self._bases = bases
         self._transitions = transitions
@@ -49,7 +49,7 @@ class Operations:
     async def publish(
         self, folder: Path, name: str, *, actor: str, why: str, source: str | None = None
     ) -> Manifest:
-        """Validate a folder against the live base model that it was trained on, and put it into the store."""
+        """Validate a folder against the live base model that it was trained on, and publish it to the store."""
         self._transitions.check_name(name)
         try:
             facts = await self._facts_for(folder)
@@ -57,7 +57,7 @@ class Operations:
                 self._store.publish, folder, name, actor=actor, why=why, source=source, base=facts
             )
         except InvalidAdapter as error:
-            # No label is what a client made up.
+            # Metric labels never hold text from a client.
             self._metrics.refusals.labels("unpublished", code_of(error)).inc()
             raise
 
@@ -69,9 +69,9 @@ class Operations:
         return base.supervisor.engine.facts
 
     async def point(self, name: str, alias: str, revision: str, *, actor: str, why: str) -> None:
-        """Load and prove a revision, and only then move the alias, in the store and here.
+        """Load and prove a revision, then move the alias to it, in the store and in the service.
 
-        Raises AdapterError, AdapterRefused; then the alias is where it was.
+        Raises AdapterError, AdapterRefused; the alias then stays where it was.
         """
         async with self._transitions.lock[name]:
             await self._move(
@@ -80,7 +80,7 @@ class Operations:
             )  # fmt: skip
 
     async def rollback(self, name: str, alias: str, *, to: str | None, actor: str, why: str) -> str:
-        """Move the alias back to `to` or its previous revision, which is loaded and proved like any other."""
+        """Load and prove `to` or the previous revision, move the alias back to it, and return it."""
         async with self._transitions.lock[name]:
             revision = to if to else await asyncio.to_thread(self._store.previous, name, alias)
             await self._move(
@@ -90,7 +90,7 @@ class Operations:
         return revision
 
     async def remove(self, name: str, alias: str, *, actor: str, why: str) -> None:
-        """Point the alias at nothing, which ends a canary or shadow; its revision leaves the engine."""
+        """Remove an alias, which ends a canary or shadow. Its revision leaves the engine."""
         async with self._transitions.lock[name]:
             await asyncio.to_thread(self._store.remove_alias, name, alias, actor=actor, why=why)
             self._transitions.unpoint(name, alias)
@@ -99,12 +99,14 @@ class Operations:
     async def split(
         self, name: str, alias: str, revision: str | None, percent: float, *, actor: str, why: str
     ) -> str:
-        """Give `canary` or `shadow` its share, after pointing it at `revision` if that is new."""
+        """Point `canary` or `shadow` at `revision` if that is new, set its share, and return its revision."""
         async with self._transitions.lock[name]:
             await asyncio.to_thread(self._store.get, AdapterRef(name, alias=DEFAULT_ALIAS))
             present = await asyncio.to_thread(self._transitions.desired.aliased, name, alias)
             if revision not in (None, present):
-                if present is not None:  # the old one's share is not the new one's, not for a moment
+                if (
+                    present is not None
+                ):  # the new revision must not get the old one's share, not even for a moment
                     await asyncio.to_thread(self._store.split, name, alias, 0, actor=actor, why=why)
                     await self._transitions.follow_traffic(name)
                 await self._move(
@@ -116,7 +118,7 @@ class Operations:
         return str(revision or present)
 
     async def promote(self, name: str, *, actor: str, why: str) -> str:
-        """Point `default` at what `canary` points at, and end the canary."""
+        """Point `default` at the canary's revision, end the canary, and return the revision."""
         async with self._transitions.lock[name]:
             revision = await asyncio.to_thread(self._transitions.desired.aliased, name, CANARY)
             if revision is None:
@@ -130,7 +132,7 @@ class Operations:
         return revision
 
     async def published(self, model: str) -> Manifest | None:
-        """A revision that a client named and no alias points at, if the operator allows that."""
+        """Return the published revision that `model` names, if the operator allows such requests, else None."""
         if not self._allow_revisions:
             return None
         try:

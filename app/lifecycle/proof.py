@@ -1,8 +1,8 @@
-"""Proof of effect: the adapter that answers is the adapter that was trained.
+"""Proof that the adapter that answers is the adapter that was trained.
 
-The trainer wrote down how likely it found each of its own greedy tokens, with the adapter and without. The live engine
-scores the same tokens both ways. Over all of them it must agree with the trainer on both, as far as rounding allows,
-and the adapter must move the base model as much as it did in training (`app.lifecycle.evidence`).
+The trainer recorded the log-probability of each of its own greedy tokens, with the adapter and without. The live engine
+scores the same tokens both ways. Over all tokens it must agree with the trainer on both, as far as rounding allows, and
+the adapter must move the base model as much as it did in training (`app.lifecycle.evidence`).
 """
 
 import asyncio
@@ -16,12 +16,12 @@ from app.errors import BadRequest, ProofFailed
 from app.lifecycle.evidence import Evidence, gather, likely_base, likely_cause, limits
 
 _AT_ONCE = 2
-"""Golden prompts scored together: enough to keep the engine busy, and too few to stall a step."""
+"""Golden prompts scored together: enough to keep the engine busy, too few to stall a step."""
 
 T = TypeVar("T")
 
 _RECORDED_TOKENS = 32
-# What an adapter without golden prompts is recorded on: short, everyday, in both languages.
+# Prompts to record an adapter that has no golden prompts: short and everyday, in both languages.
 _PROMPTS = (
     "你好，请介绍一下你自己。",
     "感冒了应该怎么办？",
@@ -36,19 +36,19 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class Proof:
-    """What was seen, and what a later look at one prompt is held to."""
+    """The result of a proof, and the limit for proving the revision again."""
 
     prompts: int
     evidence: Evidence
     most_telling: int
-    """The index of the golden prompt on which the adapter differs most from the base model."""
+    """Index of the golden prompt on which the adapter differs most from the base model."""
     still_right: float
-    """How far its scores for that prompt may be from the trainer's when it is loaded again: nats, their mean."""
+    """Largest mean difference from the trainer's scores for that prompt after a reload, in nats per token."""
 
 
 @dataclass(frozen=True)
 class _Replay:
-    """The scores of one golden prompt."""
+    """The engine's scores of one golden prompt."""
 
     base: list[TokenScore]
     adapter: list[TokenScore]
@@ -61,10 +61,10 @@ async def prove(
     trainer_dtype: str,
     rounding: Rounding | None = None,
 ) -> Proof:
-    """Replay golden prompts on the live engine, a few at a time so that other streams hardly notice.
+    """Replay golden prompts on the live engine, a few at a time so that other streams hardly slow down.
 
-    `rounding` is what the trainer measured of bfloat16. Raises ProofFailed saying what was expected, what was seen,
-    what that is likely due to, and what an operator can do.
+    `rounding` is the trainer's measurement of bfloat16. Raises ProofFailed with the expected and the actual numbers,
+    the likely cause and the remedy.
     """
     replays: list[_Replay] = []
     for begin in range(0, len(golden), _AT_ONCE):
@@ -84,31 +84,31 @@ async def prove(
 def _judge(
     name: str, engine_dtype: str, evidence: Evidence, rounding: Rounding | None, trainer_dtype: str
 ) -> float:
-    """The difference that is allowed to the adapter. Raises ProofFailed."""
+    """Judge the evidence and return the adapter's allowed difference. Raises ProofFailed."""
     where = f"{name} failed its proof"
     if not evidence.is_number:
         raise ProofFailed(
-            f"{where}: the engine's scores are no numbers: its weights hold NaN or infinity, or {engine_dtype} cannot "
-            "hold what it computes; try XINGLIN_DTYPE=float32, or train it again"
+            f"{where}: the engine's scores are not finite: the weights hold NaN or infinity, or values overflow "
+            f"{engine_dtype}; try XINGLIN_DTYPE=float32, or train the adapter again"
         )
     allowed = limits(evidence, rounding, trainer_dtype, engine_dtype)
     on = f"over {evidence.tokens} golden tokens"
     if evidence.base_difference > allowed.base:
         raise ProofFailed(
             f"{where}: the base model alone is not the one it was trained on ({on}, log-probabilities differ by "
-            f"{evidence.base_difference:.2g} nats in the mean; rounding explains at most {allowed.base:.2g}): "
+            f"{evidence.base_difference:.2g} nats on average; rounding explains at most {allowed.base:.2g}): "
             f"{likely_base(evidence, engine_dtype)}"
         )
     if evidence.expected_effect < allowed.effect:
         raise ProofFailed(
-            f"{where}: it has no effect ({on}, it moves log-probabilities by {evidence.expected_effect:.2g} nats in "
-            f"the mean, which in {engine_dtype} is not told from rounding, {allowed.effect:.2g}): was it trained? "
-            "Train it longer, or serve it in XINGLIN_DTYPE=float32"
+            f"{where}: it has no effect ({on}, in training it moved log-probabilities by "
+            f"{evidence.expected_effect:.2g} nats on average, which does not exceed rounding in {engine_dtype}, "
+            f"{allowed.effect:.2g}): train it longer, or serve it in XINGLIN_DTYPE=float32"
         )
     if evidence.adapter_difference > allowed.adapter or abs(evidence.slope - 1) > allowed.slope:
         raise ProofFailed(
             f"{where}: it does not answer as it did in training ({on}, log-probabilities differ by "
-            f"{evidence.adapter_difference:.2g} nats in the mean, and rounding explains at most "
+            f"{evidence.adapter_difference:.2g} nats on average, and rounding explains at most "
             f"{allowed.adapter:.2g}; its effect is {evidence.slope:.2f} times that of training): "
             f"{likely_cause(evidence)}"
         )
@@ -129,15 +129,15 @@ async def _replay(engine: Engine, adapter: LoadedAdapter, prompt: GoldenPrompt, 
         raise ProofFailed(f"{where}: the engine cannot replay it: {error}") from error
     if rendered != prompt.prompt_token_ids:
         raise ProofFailed(
-            f"{where}: the chat template makes other tokens of it here than in training (expected "
+            f"{where}: the chat template renders other tokens here than in training (expected "
             f"{len(prompt.prompt_token_ids)} tokens, saw {len(rendered)}): publish it with the chat_template.jinja it "
-            "was trained with, and serve it on the base model and tokenizer"
+            "was trained with, and serve it on its own base model and tokenizer"
         )
     return _Replay(base, scores)
 
 
 async def _all_ended(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, or the first error; either way all have ended then, and the adapter may be removed."""
+    """Return all results or raise the first error, but only when all calls have ended: then the adapter may go."""
     results = await asyncio.gather(*calls, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -148,10 +148,10 @@ async def _all_ended(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 async def prove_again(
     engine: Engine, adapter: LoadedAdapter, golden: Sequence[GoldenPrompt], proof: Proof
 ) -> None:
-    """After a reload into an engine in which it proved itself before: replay its most telling prompt.
+    """Prove a revision again after a reload into the same engine, with its most telling prompt alone.
 
-    Every module of an adapter takes part in every token, so one prompt tells wrong weights from right ones;
-    what the others told, of base model and template, has not changed since. Raises ProofFailed.
+    Every module of an adapter takes part in every token, so one prompt reveals wrong weights. The other prompts checked
+    the base model and the template, which have not changed. Raises ProofFailed.
     """
     prompt = golden[proof.most_telling]
     scores = await engine.score(prompt.prompt_token_ids, prompt.token_ids, adapter)
@@ -159,14 +159,14 @@ async def prove_again(
     if not difference <= proof.still_right:
         raise ProofFailed(
             f"{adapter.name} failed its proof when it was loaded again: over {len(scores)} golden tokens, "
-            f"log-probabilities differ by {difference:.2g} nats in the mean from training; when it proved itself here, "
-            f"rounding explained {proof.still_right:.2g}: its files or its place in the engine were damaged; restart "
-            "the service, and publish it again if that does not help"
+            f"log-probabilities differ by {difference:.2g} nats on average from training, and its first proof here "
+            f"allows {proof.still_right:.2g}: its files or its memory in the engine were damaged; restart the service, "
+            "and publish it again if that does not help"
         )
 
 
 async def record(engine: Engine, adapter: LoadedAdapter) -> list[GoldenPrompt]:
-    """What an adapter that brings no golden prompts says here and now, to hold it to from now on."""
+    """Record the present answers of an adapter without golden prompts, as golden prompts for later loads."""
     golden = []
     for text in _PROMPTS:
         messages = [{"role": "user", "content": text}]

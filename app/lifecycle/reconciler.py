@@ -1,8 +1,8 @@
-"""Makes what answers follow the store's aliases: load, prove, point, drain, remove.
+"""Reconciles the served revisions with the store's aliases: load, prove, point, drain, remove.
 
-The store says what is desired. A revision answers only after it proved itself; the previous one goes on answering
-until then, and leaves the engine when its last request has ended. Aliases moved by anybody (another replica,
-`python -m adapters`, a training job) are followed the same way.
+The store holds the desired state. A revision answers only after its proof. Until then the previous one answers; it
+leaves the engine after its last request. It makes no difference who moves an alias: another replica,
+`python -m adapters` or a training job.
 """
 
 import asyncio
@@ -22,20 +22,20 @@ logger = logging.getLogger(__name__)
 
 
 class AliasStatus(StrEnum):
-    """How far the revision that an alias names has come."""
+    """The progress of the revision that an alias points at."""
 
     LOADING = "loading"
-    """It waits for its base model or its turn, or is being loaded."""
+    """It waits for its base model or for room, or is being loaded."""
     PROVING = "proving"
-    """It is in the engine, and is being held against its golden prompts."""
+    """It is in the engine, and its golden prompts are being replayed."""
     READY = "ready"
     """It answers."""
     FAILED = "failed"
-    """It cannot be loaded or proved; `last_error` says why, and what answers instead goes on."""
+    """It could not be loaded or proved; `last_error` says why. Another revision may still answer."""
 
 
 class Reconciler:
-    """One for the store, whatever base models its adapters belong to; `run` it as a task."""
+    """Follows one store for all base models; start `run` as a task."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Reconciler:
         *,
         interval: float,
     ) -> None:
-        """`interval`: seconds from one look at the store to the next."""
+        """`interval`: seconds between checks of the store."""
         self._store = store
         self._served = served
         self._bases = bases
@@ -54,26 +54,26 @@ class Reconciler:
         self._interval = interval
 
     def status(self, name: str, alias: Alias) -> AliasStatus:
-        """The status of an alias of the adapter `name`."""
+        """Return the status of an alias of the adapter `name`."""
         if alias.is_followed:
             return AliasStatus.READY
         if alias.last_error is not None:
             return AliasStatus.FAILED
         held = {base.residency.status(f"{name}@{alias.desired}") for base in self._bases}
-        # Between its proof and the move of the alias it is ready, and does not answer yet.
+        # Between its proof and the move of the alias it is ready but does not answer yet.
         is_loaded = held & {RevisionStatus.PROVING, RevisionStatus.READY}
         return AliasStatus.PROVING if is_loaded else AliasStatus.LOADING
 
     async def attach(self, base: Base) -> None:
-        """Bring the adapters of a fresh engine to the desired state once; the aliases keep what fails.
+        """Bring the adapters of a new engine to the desired state once; failures are kept with the aliases.
 
-        What does not fit is proved when it is loaded, at its first request.
+        Revisions that do not fit into the engine are loaded and proved at their first request.
         """
         self._served.try_again()
         await self.reconcile(fresh=base)
 
     async def detach(self, base: Base) -> None:
-        """An engine is gone, and all it held."""
+        """Forget the revisions of an engine that is gone."""
         await base.residency.clear()
         self._served.drop(lambda manifest: self._bases.find(manifest) is base)
 
@@ -83,13 +83,13 @@ class Reconciler:
             await asyncio.sleep(self._interval)
             try:
                 await self.reconcile()
-            except Exception:  # a full disk, a lost mount: what is loaded goes on answering
-                logger.exception("the adapter store could not be followed; trying again")
+            except Exception:  # a full disk, a lost mount: loaded revisions keep answering
+                logger.exception("could not follow the adapter store; retrying")
 
     async def reconcile(self, *, fresh: Base | None = None) -> None:
-        """Bring every alias to its desired revision; only those of a `fresh` engine, if there is one.
+        """Bring every alias to its desired revision; with `fresh`, only those of that base model.
 
-        One adapter that fails does not hold up the others, and neither does an engine that is gone.
+        A failing adapter or a dead engine does not hold up the others.
         """
         transitions = self._transitions
         desired, traffic = await asyncio.to_thread(transitions.desired.read)
@@ -105,7 +105,7 @@ class Reconciler:
                     except EngineUnavailable:
                         if fresh:
                             raise
-                        # The supervisor sees to it.
+                        # The supervisor restarts the engine.
         for name, alias in [key for key, _ in self._served.aliases() if key not in desired]:
             async with transitions.lock[name]:
                 if not await asyncio.to_thread(transitions.desired.is_chat, name, alias):
@@ -116,19 +116,19 @@ class Reconciler:
                     await transitions.follow_traffic(name)
 
     def _is_due(self, name: str, alias: str, manifest: Manifest, fresh: Base | None) -> bool:
-        """Whether this round has something to do for the alias."""
+        """Whether this round has work to do for the alias."""
         if self._is_settled(name, alias, manifest):
             return False
         try:
             base = self._bases.of(manifest)
         except AdapterUnavailable:
-            return False  # its base model is to come
+            return False  # its base model is still starting
         except AdapterRefused:
-            return fresh is None  # here is no base model for it: following it says so
+            return fresh is None  # no base model fits: following the alias records that
         return base.supervisor.has_engine if fresh is None else base is fresh
 
     def _is_settled(self, name: str, alias: str, manifest: Manifest) -> bool:
-        """Whether it answers already, or failed a moment ago."""
+        """Whether the revision answers already, or failed less than RETRY_SECONDS ago."""
         known = self._served.alias(name, alias)
         if known is None or known.desired != manifest.revision:
             return False
@@ -138,7 +138,7 @@ class Reconciler:
         return known.is_followed and not (base and base.residency.failure(manifest.ref))
 
     async def _follow(self, manifest: Manifest, alias: str, *, is_start: bool) -> None:
-        # It may have moved again, by us or by somebody else, while we waited for our turn.
+        # The alias may have moved again while this waited for the lock.
         name, transitions = manifest.name, self._transitions
         moved_on = await asyncio.to_thread(transitions.desired.aliased, name, alias) != manifest.revision
         if moved_on or self._is_settled(name, alias, manifest):
@@ -156,13 +156,13 @@ class Reconciler:
                 transitions.point(manifest, alias, previous)
         except EngineUnavailable:
             raise
-        except Exception as error:  # whatever it is, the other adapters go on
+        except Exception as error:  # whatever it is, it must not stop the other adapters
             transitions.record_failure(name, alias, error)
             if known.actual in (None, manifest.revision):
                 await self._fall_back(name, alias)
 
     async def _fall_back(self, name: str, alias: str) -> None:
-        """Nothing proven answers: the previous revision does, if that can. The alias stays where it is."""
+        """Let the previous revision answer if it can, since no proven one does. The store's alias does not move."""
         try:
             revision = await asyncio.to_thread(self._store.previous, name, alias)
             manifest = await asyncio.to_thread(self._store.get, AdapterRef(name, revision=revision))
@@ -170,14 +170,14 @@ class Reconciler:
         except EngineUnavailable:
             raise
         except Exception as error:
-            logger.warning("nothing answers to %s@%s: %s", name, alias, error)
+            logger.warning("no revision answers to %s@%s: %s", name, alias, error)
             self._served.fall_back(name, alias, None)
             return
         with held:
             self._served.fall_back(name, alias, manifest)
-        logger.warning("%s@%s is answered by its previous revision, %s", name, alias, revision)
+        logger.warning("%s@%s now answers with its previous revision %s", name, alias, revision)
 
     def _record_unreadable(self, name: str, alias: str, error: AdapterError) -> None:
         known = self._served.alias(name, alias)
-        if known is None or known.last_error != str(error):  # once, not every round
+        if known is None or known.last_error != str(error):  # log it once, not every round
             self._transitions.record_failure(name, alias, error)

@@ -1,8 +1,8 @@
-"""Which revisions the engine holds: loads on demand, proves what it loads, and makes room.
+"""The revisions that the engine holds: loads and proves them on demand, and evicts them to make room.
 
-There may be far more adapters than fit. A request holds its revision by a lease; what nobody holds may
-leave, the least recently used first, or at once when no alias points at it any more, nor would after a
-rollback. Loading happens between two engine steps, one adapter at a time, and never because a step needed it.
+There may be far more adapters than fit. A request holds its revision with a lease. A revision without leases may be
+evicted, the least recently used first. It is removed at once when no alias points at it, nor would after a rollback.
+Revisions are loaded between two engine steps, one at a time, and never because a step needs one.
 """
 
 import asyncio
@@ -24,32 +24,32 @@ from app.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _SERIES_SECONDS = 600.0
-"""The metrics of a revision that left for good are there for some scrapes more, and then end."""
+"""Seconds that the metrics of a removed revision remain for further scrapes."""
 
 RETRY_SECONDS = 30.0
-"""A revision that failed is not loaded again by requests before this, nor by the reconciler."""
+"""Seconds before requests or the reconciler load a failed revision again."""
 
 
 class RevisionStatus(StrEnum):
-    """Where a revision stands in one engine."""
+    """The status of a revision in one engine."""
 
     LOADING = "loading"
-    """It is being read, checked and handed to the engine."""
+    """It is being read, checked and loaded."""
     PROVING = "proving"
-    """The engine has it; it is being held against its golden prompts."""
+    """It is loaded, and its golden prompts are being replayed."""
     READY = "ready"
     """It is loaded and proved."""
     DRAINING = "draining"
-    """No new request goes to it: it leaves with its last one, or is kept for a rollback."""
+    """It gets no new requests, and is removed after its last one unless a rollback would need it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much the engine may hold."""
+    """The limits of one engine."""
 
     max_resident: int
     max_resident_bytes: int
-    """Of adapter files, which take about as much memory in the engine."""
+    """Bytes of adapter files, which take about as much memory in the engine."""
     max_loras: int
     """Adapters that may have requests in the engine at once."""
     wait_seconds: float
@@ -62,14 +62,14 @@ class Resident:
     manifest: Manifest
     loaded: LoadedAdapter
     size: int
-    """Bytes of its tensors on disk."""
+    """Size of its weights file in bytes."""
     held: ExitStack
-    """The hold on its files, which keeps them from being pruned."""
+    """The hold that keeps its files from being pruned."""
     last_used: float = field(default_factory=time.time)
 
 
 class Lease:
-    """A request's hold on what answers it, one revision or the base model; a context manager."""
+    """A request's hold on a revision or the base model; a context manager."""
 
     def __init__(self, engine: Engine, resident: Resident | None, held: ExitStack) -> None:
         self.engine = engine
@@ -85,7 +85,7 @@ class Lease:
 
 
 class Residency:
-    """What one base model's engine holds. It outlives the engine: `clear` it when that has died."""
+    """The revisions in one base model's engine. It outlives the engine: call `clear` when that has died."""
 
     def __init__(
         self,
@@ -98,12 +98,12 @@ class Residency:
         answers: Callable[[str], bool],
         is_wanted: Callable[[str], bool],
     ) -> None:
-        """`engine` gives the live engine, or raises EngineUnavailable. `answers` says of a ref whether new requests
-        may go to it, `is_wanted` whether it may stay when nobody holds it.
+        """`engine` returns the live engine or raises EngineUnavailable. `answers(ref)`: whether new requests may go to
+        the revision. `is_wanted(ref)`: whether it may stay without leases.
         """
         self.limits = limits
         self.has_line = asyncio.Event()
-        """Set when somebody has to wait; who only uses what is free clears it and gives way when it is set."""
+        """Set when a request has to wait. Shadow requests clear it, and abort when it is set."""
         self._store = store
         self._metrics = metrics
         self._loader = loader
@@ -117,17 +117,15 @@ class Residency:
         self._loading = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
 
-        # Entered in this order, so that two can never wait for each other.
+        # Always entered in this order, which prevents deadlocks.
         self._bytes = Turns(limits.max_resident_bytes, on_line=self.has_line.set)
         self._places = Turns(limits.max_resident, on_line=self.has_line.set)
         self._slots = Turns(limits.max_loras, on_line=self.has_line.set)
 
     async def clear(self) -> None:
-        """The engine is gone, and all it held."""
+        """Forget all revisions, since the engine is gone. Waiting requests fail with EngineUnavailable."""
         for turns in (self._bytes, self._places, self._slots):
-            turns.dismiss(
-                EngineUnavailable("the engine stopped and is being restarted; try again in a moment")
-            )
+            turns.dismiss(EngineUnavailable("the engine stopped and is restarting: retry in a moment"))
         await asyncio.gather(*self._loads.values(), *self._leaving, return_exceptions=True)
         for resident in self._residents.values():
             resident.held.close()
@@ -138,9 +136,9 @@ class Residency:
     # Leases
 
     async def lease(self, manifest: Manifest | None) -> Lease:
-        """Lease a revision for one request, loaded if need be and with a slot of the engine; None: the base.
+        """Lease a revision and an engine slot for one request, and load it if necessary. None: lease the base model.
 
-        Raises AdapterUnavailable: its turn did not come in time, or it cannot be loaded. EngineUnavailable.
+        Raises AdapterUnavailable if no room became free in time or the revision cannot be loaded, EngineUnavailable.
         """
         if manifest is None:
             return Lease(self._live_engine(), None, ExitStack())
@@ -150,7 +148,7 @@ class Residency:
                 resident = await self._enter_and_load(manifest, held)
             except (AdapterUnavailable, EngineUnavailable):
                 raise
-            except Exception as error:  # whatever it was, `failure` keeps it
+            except Exception as error:  # `failure` keeps the cause
                 raise AdapterUnavailable(
                     f"{ref} could not be loaded: GET /v1/adapters says why", param="model"
                 ) from error.with_traceback(None)
@@ -158,11 +156,11 @@ class Residency:
                 await self._slots.enter(ref)
             held.callback(self._slots.leave, ref)
             if self._residents.get(ref) is not resident:
-                raise EngineUnavailable("the engine was restarted meanwhile; try again")
+                raise EngineUnavailable("the engine restarted meanwhile: retry")
             return Lease(self._live_engine(), resident, held.pop_all())
 
     def lease_if_free(self, manifest: Manifest) -> Lease | None:
-        """Lease a revision that is resident and would keep nobody waiting, or None."""
+        """Lease a resident revision if there is room and no request waits, else return None."""
         ref = manifest.ref
         resident = self._residents.get(ref)
         if resident is None or any(turns.has_line for turns in (self._bytes, self._places, self._slots)):
@@ -176,7 +174,7 @@ class Residency:
             return Lease(self._live_engine(), resident, held.pop_all())
 
     async def hold(self, manifest: Manifest) -> tuple[Resident, ExitStack]:
-        """Load and prove a revision that failed before or not; it stays while the stack is open.
+        """Load and prove a revision even if it failed a moment ago. It stays resident while the stack is open.
 
         Raises AdapterError, AdapterRefused, AdapterUnavailable (no room), EngineUnavailable.
         """
@@ -186,15 +184,14 @@ class Residency:
 
     @asynccontextmanager
     async def _bounded(self, ref: str) -> AsyncIterator[None]:
-        """Nobody stands in line for ever. A load is no waiting: it has a limit of its own, in its proof."""
+        """Limit the wait in one queue. Loading is not waiting: its proof has a limit of its own."""
         try:
             async with asyncio.timeout(self.limits.wait_seconds):
                 yield
         except TimeoutError as error:
             raise AdapterUnavailable(
-                f"{ref} waited {self.limits.wait_seconds:g} s for its turn, as other adapters take all there is of the "
-                "engine: try again in a moment, or start the service with a larger XINGLIN_MAX_LORAS or "
-                "XINGLIN_MAX_RESIDENT",
+                f"the engine had no room for {ref} within {self.limits.wait_seconds:g} s: retry, or raise "
+                "XINGLIN_MAX_LORAS, XINGLIN_MAX_RESIDENT or XINGLIN_MAX_RESIDENT_GIB",
                 param="model",
             ) from error
 
@@ -204,21 +201,20 @@ class Residency:
         size = resident.size if resident else self._size(manifest)
         if size > self.limits.max_resident_bytes:
             raise AdapterRefused(
-                f"{ref} takes {size / 2**30:.2f} GiB, and all adapters together may take "
-                f"{self.limits.max_resident_bytes / 2**30:.2f}: start the service with a larger "
-                "XINGLIN_MAX_RESIDENT_GIB"
+                f"{ref} takes {size / 2**30:.2f} GiB, but all resident adapters together may take "
+                f"{self.limits.max_resident_bytes / 2**30:.2f} GiB: raise XINGLIN_MAX_RESIDENT_GIB"
             )
-        held.callback(self._released, ref)  # the last to be called
+        held.callback(self._released, ref)  # runs last
         for turns, cost in ((self._bytes, size), (self._places, 1)):
             async with self._bounded(ref):
                 await turns.enter(ref, cost)
             held.callback(turns.leave, ref)
-        # From here on it is not idle, and stays once it is there.
+        # From here on it is not idle and cannot be evicted.
         return self._residents.get(ref) or await self._load_once(manifest, size)
 
     def _size(self, manifest: Manifest) -> int:
         path = self._store.folder(manifest.name, manifest.revision) / "adapter_model.safetensors"
-        return path.stat().st_size if path.exists() else 0  # loading it will say what is wrong
+        return path.stat().st_size if path.exists() else 0  # loading it reports the error
 
     def _released(self, ref: str) -> None:
         if resident := self._residents.get(ref):
@@ -226,13 +222,13 @@ class Residency:
             self.let_go(ref)
 
     def leases(self, ref: str) -> int:
-        """How many hold a revision, or wait for it to be loaded."""
+        """Return how many requests hold a revision or wait for it to load."""
         return self._places.holders(ref)
 
     # Loading
 
     async def _load_once(self, manifest: Manifest, size: int) -> Resident:
-        """Load, or wait for the load under way. Given up, it still ends before its place is free again."""
+        """Load a revision or join its load in progress. If cancelled, first wait for the load, which takes a place."""
         ref = manifest.ref
         error, at = self._failures.get(ref, (None, 0.0))
         if error is not None and time.monotonic() < at + RETRY_SECONDS:
@@ -245,13 +241,13 @@ class Residency:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            while not task.done():  # however often it is cancelled
+            while not task.done():  # even if cancelled again
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait({task})
             raise
 
     async def _load(self, manifest: Manifest, size: int) -> Resident:
-        """Stage, load and prove. What fails leaves nothing in the engine."""
+        """Stage, load and prove a revision. A failure leaves nothing in the engine."""
         ref, engine = manifest.ref, self._live_engine()
         started = time.perf_counter()
         try:
@@ -268,7 +264,7 @@ class Residency:
         except EngineUnavailable:
             raise
         except Exception as error:
-            # Without its traceback, which would keep the engine, and grow each time it is raised again.
+            # Without its traceback, which would keep the engine alive and grow with each raise.
             self._failures[ref] = (error.with_traceback(None), time.monotonic())
             code = code_of(error) if isinstance(error, AdapterError | ApiError) else "unreadable"
             self._metrics.refusals.labels(manifest.name, code).inc()
@@ -283,9 +279,9 @@ class Residency:
     # Leaving
 
     async def _make_room(self, size: int) -> None:
-        """Remove what was used least recently until one more of `size` bytes fits; under the loading lock.
+        """Evict the least recently used revisions until `size` more bytes fit. Call it under the loading lock.
 
-        Turns see to it that what nobody holds is enough.
+        The turns guarantee that evicting revisions without leases is enough.
         """
         while self._residents and (
             len(self._residents) >= self.limits.max_resident
@@ -297,7 +293,7 @@ class Residency:
             await self._remove_resident(victim)
 
     def retire(self, manifest: Manifest) -> None:
-        """Let go of a revision that was kept for an alias, unless it is wanted still; end its metrics in a while."""
+        """Remove a revision that was kept for an alias, unless it is still wanted; end its metrics later."""
         self.let_go(manifest.ref)
         asyncio.get_running_loop().call_later(_SERIES_SECONDS, self._end_series, manifest)
 
@@ -306,7 +302,7 @@ class Residency:
             self._metrics.forget(manifest.name, manifest.revision)
 
     def let_go(self, ref: str) -> None:
-        """Remove a revision from the engine if nobody holds it and nobody wants it any more."""
+        """Remove a revision from the engine if it has no leases and is not wanted."""
         resident = self._residents.get(ref)
         if resident is None or self.leases(ref) or self._is_wanted(ref):
             return
@@ -329,16 +325,16 @@ class Residency:
         try:
             await engine.remove(adapter)
         except EngineUnavailable:
-            logger.info("%s left with its engine", adapter.name)
+            logger.info("%s is gone with its engine", adapter.name)
 
     # Reading
 
     def failure(self, ref: str) -> Exception | None:
-        """Why a revision could not be loaded the last time it was tried, if it could not."""
+        """Return the error of a revision's last load, or None."""
         return self._failures.get(ref, (None, 0.0))[0]
 
     def status(self, ref: str) -> RevisionStatus | None:
-        """Where a revision stands; None where the engine neither holds nor loads it."""
+        """Return the status of a revision; None if the engine neither holds nor loads it."""
         if ref in self._residents:
             is_over = not self._answers(ref) and (self.leases(ref) or not self._is_wanted(ref))
             return RevisionStatus.DRAINING if is_over else RevisionStatus.READY
@@ -347,26 +343,26 @@ class Residency:
         return None
 
     def statuses(self) -> dict[str, RevisionStatus]:
-        """Of every revision that the engine holds or loads, by ref."""
+        """Return the status of every revision that the engine holds or loads, by ref."""
         found = ((ref, self.status(ref)) for ref in sorted({*self._residents, *self._loads}))
         return {ref: status for ref, status in found if status}
 
     def residents(self) -> list[Resident]:
-        """What the engine holds, by ref."""
+        """Return the resident revisions, sorted by ref."""
         return [resident for _, resident in sorted(self._residents.items())]
 
     def is_resident(self, ref: str) -> bool:
-        """Whether the engine holds it."""
+        """Whether the engine holds a revision."""
         return ref in self._residents
 
     @property
     def has_room(self) -> bool:
-        """Whether one more could be loaded without removing another."""
+        """Whether the engine has room for another revision without evicting one."""
         used = sum(resident.size for resident in self._residents.values())
         return len(self._residents) < self.limits.max_resident and used < self.limits.max_resident_bytes
 
     def waiting(self) -> dict[str, int]:
-        """How many requests wait, by ref."""
+        """Return the number of waiting requests, by ref."""
         found: dict[str, int] = {}
         for turns in (self._bytes, self._places, self._slots):
             for ref, count in turns.waiting().items():
@@ -375,10 +371,10 @@ class Residency:
 
     @property
     def slots_taken(self) -> int:
-        """Adapters that have requests in the engine now."""
+        """The number of adapters with requests in the engine."""
         return self._slots.taken
 
     async def held_by_engine(self) -> list[str]:
-        """The refs the engine's workers hold, asked from them: ours by name, others by `id:N`."""
+        """Ask the engine's workers for the adapters they hold: refs of the resident ones, `id:N` for any other."""
         names = {r.loaded.engine_id: ref for ref, r in self._residents.items()}
         return sorted(names.get(id_, f"id:{id_}") for id_ in await self._live_engine().resident())

@@ -1,4 +1,4 @@
-"""Which revision answers to which name: the one truth about every alias. Requests choose here, and change nothing."""
+"""Maps served names to revisions: the single source of truth for every alias. Requests only read it."""
 
 import random
 import time
@@ -20,29 +20,29 @@ from app.errors import AdapterUnavailable, ModelNotFound
 
 @dataclass(frozen=True)
 class Choice:
-    """Who answers one request."""
+    """The revision or base model that answers one request."""
 
     manifest: Manifest | None
     """None for a base model."""
     shadow: Manifest | None = None
-    """Who gets a copy of it."""
+    """The revision that gets a copy of the request."""
     base: str | None = None
-    """The name of the base model, if that answers itself."""
+    """The name of the base model, if it answers without an adapter."""
 
 
 @dataclass
 class Alias:
-    """One alias: what the store wants, what answers, and why the two differ if they do."""
+    """One alias: the desired revision, the actual one, and the reason if they differ."""
 
     desired: str | None
-    """The revision that the store's alias names; None for an alias that only was asked for."""
+    """The revision that the store's alias points at; None for an alias that is not in the store."""
     answering: Manifest | None = None
-    """What answers now, whatever is desired."""
+    """The revision that answers now, desired or not."""
     previous: Manifest | None = None
-    """What a rollback would point it at; it stays in the engine while there is room."""
+    """The revision that a rollback would point at; it stays in the engine while there is room."""
     last_error: str | None = None
     failed_at: float | None = None
-    """When `last_error` came up, on time.monotonic's clock; None once it may be tried again."""
+    """When `last_error` occurred, on time.monotonic's clock; None if it may be retried at once."""
 
     @property
     def actual(self) -> str | None:
@@ -51,24 +51,24 @@ class Alias:
 
     @property
     def is_followed(self) -> bool:
-        """Whether what is desired answers."""
+        """Whether the desired revision answers."""
         return self.answering is not None and self.actual == self.desired
 
 
 class ServedModels:
-    """The names a client may send as `model`: the base models, and every alias that something answers to."""
+    """The names a client may send as `model`: the base models, and every alias with a revision that answers."""
 
     def __init__(self, bases: Sequence[str]) -> None:
         """`bases`: the names of the base models."""
         self.bases = tuple(bases)
         self._aliases: dict[tuple[str, str], Alias] = {}
         self._traffic: dict[str, Traffic] = {}
-        """By adapter; those without canary and shadow are left out."""
+        """By adapter; only those with a canary or shadow."""
 
     # Choosing
 
     def choose(self, model: str, session: str | None = None) -> Choice:
-        """Who answers a request for `model`. The same `session` gets the same side of a canary each time.
+        """Choose what answers a request for `model`. The same `session` always gets the same side of a canary.
 
         Raises ModelNotFound, AdapterUnavailable.
         """
@@ -82,14 +82,14 @@ class ServedModels:
         if manifest is None:
             known = self._aliases.get((ref.name, ref.alias or DEFAULT_ALIAS))
             if ref.revision is None and known and known.desired:
-                raise AdapterUnavailable(f"{model} is not ready: GET /v1/adapters says why", param="model")
+                raise AdapterUnavailable(f"{model} is not ready: GET /v1/adapters shows why", param="model")
             raise self.not_found(model)
         if ref.alias == DEFAULT_ALIAS and (traffic := self._traffic.get(ref.name)):
             return self._split(ref.name, manifest, traffic, session)
         return Choice(manifest)
 
     def _split(self, name: str, manifest: Manifest, traffic: Traffic, session: str | None) -> Choice:
-        """A canary or shadow that does not stand (yet) gets nothing: the rest goes on as ever."""
+        """Choose between `default` and canary, and for the shadow. Those that are not ready get no requests."""
         canary = self.find(AdapterRef(name, alias=CANARY))
         shadow = self.find(AdapterRef(name, alias=SHADOW))
         if canary and _is_chosen(traffic.canary, canary, session):
@@ -99,23 +99,23 @@ class ServedModels:
         return Choice(manifest, shadow)
 
     def find(self, ref: AdapterRef) -> Manifest | None:
-        """What `ref` names, if it answers."""
+        """Return the revision that answers to `ref`, or None."""
         if ref.revision is None:
             alias = self._aliases.get((ref.name, ref.alias or DEFAULT_ALIAS))
             return alias.answering if alias else None
         return next((m for m in self._answering() if (m.name, m.revision) == (ref.name, ref.revision)), None)
 
     def not_found(self, model: str) -> ModelNotFound:
-        """The error for a name that nothing answers to; it lists some that something does."""
+        """Return the error for an unknown model name; it lists some served models."""
         names = [*self.bases, *(name for name, _ in self.named())]
         listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         shown = model if len(model) <= 80 else model[:77] + "..."
-        return ModelNotFound(f"the model {shown!r} does not exist; served are: {listed}", param="model")
+        return ModelNotFound(f"the model {shown!r} does not exist; served models: {listed}", param="model")
 
     # Reading
 
     def named(self) -> list[tuple[str, Manifest]]:
-        """Every name that can be asked for, with what answers; the alias `default` goes by the bare name."""
+        """Return every served name with its revision; the alias `default` has the bare name."""
         return [
             (name if alias == DEFAULT_ALIAS else f"{name}@{alias}", one.answering)
             for (name, alias), one in self.aliases()
@@ -123,27 +123,27 @@ class ServedModels:
         ]
 
     def aliases(self) -> list[tuple[tuple[str, str], Alias]]:
-        """Every alias that is known, by name and alias."""
+        """Return every known alias, sorted by name and alias."""
         return sorted(self._aliases.items(), key=lambda item: item[0])
 
     def alias(self, name: str, alias: str) -> Alias | None:
-        """One of them."""
+        """Return one alias, or None."""
         return self._aliases.get((name, alias))
 
     def traffic(self, name: str) -> Traffic | None:
-        """The shares of an adapter's requests; None without canary and shadow."""
+        """Return an adapter's traffic shares; None without canary and shadow."""
         return self._traffic.get(name)
 
     def shared(self) -> set[str]:
-        """The adapters whose requests are shared out."""
+        """Return the adapters that have a canary or shadow."""
         return {*self._traffic}
 
     def is_answering(self, ref: str) -> bool:
-        """Whether any name is answered by the revision `name@revision`."""
+        """Whether any served name is answered by the revision `name@revision`."""
         return any(manifest.ref == ref for manifest in self._answering())
 
     def is_wanted(self, ref: str) -> bool:
-        """Whether any name is answered by the revision `name@revision`, or would be after a rollback."""
+        """Whether any served name is answered by the revision `name@revision`, or would be after a rollback."""
         previous = (alias.previous for alias in self._aliases.values())
         return self.is_answering(ref) or any(manifest.ref == ref for manifest in previous if manifest)
 
@@ -153,48 +153,48 @@ class ServedModels:
     # Changing
 
     def expect(self, name: str, alias: str, revision: str) -> None:
-        """The store has this alias: until something answers to it, it is not ready, and not unknown."""
+        """Register an alias of the store: until a revision answers, it is not ready rather than unknown."""
         known = self._aliases.setdefault((name, alias), Alias(revision))
         known.desired = known.desired or revision
 
     def want(self, name: str, alias: str, revision: str) -> Alias:
-        """The store's alias names another revision; what failed before says nothing of it."""
+        """Set the desired revision of an alias and return the alias. A new revision clears the last error."""
         known = self._aliases.setdefault((name, alias), Alias(revision))
         if known.desired != revision:
             known.desired, known.last_error, known.failed_at = revision, None, None
         return known
 
     def point(self, name: str, alias: str, manifest: Manifest, *, previous: Manifest | None = None) -> None:
-        """From now on `name@alias` is answered by this revision, as desired."""
+        """Let this revision, which is the desired one, answer to `name@alias`."""
         self._aliases[name, alias] = Alias(manifest.revision, manifest, previous)
 
     def fall_back(self, name: str, alias: str, manifest: Manifest | None) -> None:
-        """What is desired failed: `name@alias` is answered by another revision, or by nothing."""
+        """Let another revision, or none, answer to `name@alias`, since the desired one failed."""
         known = self._aliases[name, alias]
         known.answering, known.previous = manifest, None
 
     def fail(self, name: str, alias: str, why: str) -> None:
-        """Something went wrong with `name@alias`; what answers goes on answering."""
+        """Record an error of `name@alias`; the revision that answers keeps answering."""
         known = self._aliases.setdefault((name, alias), Alias(None))
         known.last_error, known.failed_at = why, time.monotonic()
 
     def forget(self, name: str, alias: str) -> None:
-        """There is no such alias any more."""
+        """Forget an alias that was removed."""
         self._aliases.pop((name, alias), None)
 
     def drop(self, is_gone: Callable[[Manifest], bool]) -> None:
-        """Nothing is answered by what is gone with its engine, until it has been loaded again."""
+        """Let no revision answer that is gone with its engine; its aliases keep their desired one."""
         for key, alias in self._aliases.items():
             if alias.answering and is_gone(alias.answering):
                 self._aliases[key] = Alias(alias.desired)
 
     def try_again(self) -> None:
-        """An engine is new: what failed before may be tried at once."""
+        """Let failed revisions be retried at once, since an engine is new."""
         for alias in self._aliases.values():
             alias.failed_at = None
 
     def share(self, name: str, traffic: Traffic) -> None:
-        """Give canary and shadow of an adapter their shares of its requests."""
+        """Set the shares of an adapter's canary and shadow."""
         if traffic == Traffic():
             self._traffic.pop(name, None)
         else:
@@ -203,5 +203,5 @@ class ServedModels:
 
 def _is_chosen(percent: float, manifest: Manifest, session: str | None) -> bool:
     if session is None:
-        return random.random() * 100 < percent  # noqa: S311 - a share, and no secret
+        return random.random() * 100 < percent  # noqa: S311 - not a secret
     return is_in_share(percent, revision=manifest.revision, session=session)

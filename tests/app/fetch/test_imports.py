@@ -50,7 +50,7 @@ def test_progress_waiting_and_cancel(hub: Hub, tmp_path: Path) -> None:
     [
         (InvalidAdapter(["one", "two"]), "one; two"),
         (AdapterRefused("not proven"), "not proven"),
-        (OSError("/host/path"), "the service failed on this; its log says why"),
+        (OSError("/host/path"), "internal error: see the service's log"),
     ],
 )
 def test_an_error_of_publishing(hub: Hub, tmp_path: Path, error: Exception, message: str) -> None:
@@ -167,7 +167,7 @@ def test_a_wrong_setting_is_said_at_the_start(tmp_path: Path) -> None:
             "failed with exit code 3",
             "no module named app.fetch",
         ),
-        ("echo out of memory >&2; kill -9 $$", "ended from outside, by signal 9: try again", "out of memory"),
+        ("echo out of memory >&2; kill -9 $$", "was killed by signal 9: retry", "out of memory"),
     ],
 )
 def test_a_process_that_does_not_start_is_told_from_one_that_was_ended(

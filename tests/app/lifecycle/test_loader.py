@@ -68,7 +68,7 @@ def test_golden_prompts_of_a_template_that_is_not_brought(rig: Rig) -> None:
 
 def test_a_template_that_is_not_that_of_the_golden_prompts(rig: Rig) -> None:
     rig.folder.golden = [GOLDEN]
-    with pytest.raises(ProofFailed, match="chat template makes other tokens"):
+    with pytest.raises(ProofFailed, match="chat template renders other tokens"):
         rig.load()
     assert not rig.engine.held
 

@@ -102,8 +102,8 @@ WRONG: dict[str, tuple[Change, str]] = {
     "sign-flipped": (lambda b, a: b - (a - b), "works in the opposite direction"),
     "in part": (lambda b, a: a if int(1e6 * b) % 3 else b, "it is applied in part"),
     "another's": (lambda b, a: b + (0.5 if int(1e6 * b) % 2 else -0.5), "as another adapter would"),
-    "NaN": (lambda b, a: float("nan"), "are no numbers"),
-    "infinity": (lambda b, a: float("-inf"), "are no numbers"),
+    "NaN": (lambda b, a: float("nan"), "are not finite"),
+    "infinity": (lambda b, a: float("-inf"), "are not finite"),
 }
 
 
