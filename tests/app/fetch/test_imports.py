@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from adapters import InvalidAdapter
-from app.errors import AdapterRefused, BadRequest, ModelNotFound
+from app.errors import AdapterRefused, BadRequest, ImportNotFound
 from app.fetch import parse_source
 from app.fetch.imports import Imports
 from tests.app.fetch.servers import CONFIG, WEIGHTS, Hub
@@ -37,7 +37,7 @@ def test_progress_waiting_and_cancel(hub: Hub, tmp_path: Path) -> None:
         at_once = imports.start(source, read)
         await imports.cancel(at_once.id)
         assert at_once.state == "cancelled"
-        with pytest.raises(ModelNotFound):
+        with pytest.raises(ImportNotFound):
             imports.get("none")
         await imports.close()
         assert (first.state, left(tmp_path)) == ("cancelled", [])
