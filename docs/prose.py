@@ -1,4 +1,4 @@
-"""Finds words that the rules for plain English in CONTRIBUTING rule out: `python docs/prose.py`, exit code 1 if any.
+"""Finds words that the rules for plain English in CONTRIBUTING.md rule out: `python docs/prose.py`, exit code 1 if any.
 
 It reads the pages and the texts that programs show: settings, `--help` (docs/en/commands.md), error codes, and the
 OpenAPI page. Each word comes with the one to use instead.
@@ -18,7 +18,6 @@ from training.config import STAGES
 ROOT = Path(__file__).parent.parent
 ENGLISH = [
     ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
     ROOT / "adapters/README.md",
     *ROOT.glob("docs/en/*.md"),
 ]
