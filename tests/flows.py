@@ -3,8 +3,8 @@
     python -m tests.flows [--data-dir .cache/demo]
 
 Prints, for each of the three flows, the files of ours in the order in which control first enters them. A return is
-an entry into a file that had been left: no call of it was under way any more. Entries that repeat for every token or
-tensor count once.
+an entry into a file that had been left, which no call was in any longer. Entries that repeat for every token or tensor
+count once. Functions of fewer than six lines are not followed: their names say what they do.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 _PACKAGES = ("adapters", "app", "training")
 _IS_FOLLOWED: contextvars.ContextVar[bool] = contextvars.ContextVar("followed", default=False)
-_LEAST_LINES = int(os.environ.get("LEAST", "6"))
+_LEAST_LINES = 6
 """Lines of code of a function that is followed. A shorter one says with its name what it does, and is not opened."""
 _YIELDS = dis.opmap["YIELD_VALUE"]
 
