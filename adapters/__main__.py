@@ -1,4 +1,4 @@
-"""The operator's way to the store: python -m adapters validate | publish | list | show | alias | ..."""
+"""Command line of the adapter store: python -m adapters validate | publish | list | show | alias | ..."""
 
 import argparse
 import getpass
@@ -21,7 +21,7 @@ _MAX_UNPACKED_BYTES = 16 << 30
 
 
 def main() -> int:
-    """Run one command; 0 when it did what it was asked, 1 with the reason on stderr when it could not."""
+    """Run one command. Return 0 on success, or 1 with the reason on stderr."""
     arguments = _parser().parse_args()
     store = AdapterStore(arguments.store)
     try:
@@ -44,7 +44,7 @@ def _validate(_: AdapterStore, arguments: argparse.Namespace) -> None:
     )
     if not facts.golden_prompts:
         print(
-            "without golden prompts it is unproven: a service loads it only with XINGLIN_ALLOW_UNPROVEN=true"
+            "without golden prompts it cannot be proved: a service loads it only with XINGLIN_ALLOW_UNPROVEN=true"
         )
 
 
@@ -60,7 +60,7 @@ def _publish(store: AdapterStore, arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[Path]:
-    """The folder of an adapter given as one, or as an archive of one."""
+    """Yield the adapter's folder; an archive is unpacked into a temporary one."""
     if not path.is_file():
         yield path
         return
@@ -109,7 +109,7 @@ def _rollback(store: AdapterStore, arguments: argparse.Namespace) -> None:
 
 def _split(store: AdapterStore, arguments: argparse.Namespace) -> None:
     ref, alias = AdapterRef.parse(arguments.target), arguments.alias
-    store.get(AdapterRef(ref.name, alias=DEFAULT_ALIAS))  # a share of nothing would be of no use
+    store.get(AdapterRef(ref.name, alias=DEFAULT_ALIAS))  # the share is taken from its requests
     if "@" in arguments.target:
         store.set_alias(ref.name, alias, store.get(ref).revision, actor=_actor(), why=arguments.why)
     store.split(ref.name, alias, arguments.percent, actor=_actor(), why=arguments.why)
@@ -140,7 +140,7 @@ def _prune(store: AdapterStore, arguments: argparse.Namespace) -> None:
 def _actor() -> str:
     try:
         return f"cli:{getpass.getuser()}"
-    except (KeyError, OSError):  # in a container, a user id may have no name
+    except (KeyError, OSError):  # in a container, the user id may have no name
         return f"cli:{os.getuid()}"
 
 
@@ -150,26 +150,26 @@ def _percent(text: str) -> float:
     except ValueError:
         value = -1
     if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError("it must be a number from 0 to 100")
+        raise argparse.ArgumentTypeError("must be a number from 0 to 100")
     return value
 
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError("it must be a whole number, 0 or above")
+        raise argparse.ArgumentTypeError("must be a whole number, 0 or more")
     return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m adapters",
-        description="Look after the adapter store. A running service follows the aliases: it loads and proves "
-        "what an alias points at before it answers with it.",
+        description="Manage the adapter store. A running service follows the aliases: it loads and proves a "
+        "revision before it answers with it.",
         epilog="example: python -m adapters publish xinglin-data/runs/RUN/result --name doctor --alias default",
     )
     default = Path(os.environ.get("XINGLIN_DATA_DIR", "xinglin-data"), "store")
     parser.add_argument(
-        "--store", type=Path, default=default, help="the store's folder (default: %(default)s)"
+        "--store", type=Path, default=default, help="folder of the store (default: %(default)s)"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -179,33 +179,35 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_contents(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("validate", help="say all that is wrong with a folder")
+    command = commands.add_parser("validate", help="list every problem of an adapter folder")
     command.add_argument("folder", type=Path, help="a folder, or a .tar.gz or .zip of one")
     command.set_defaults(run=_validate)
 
-    command = commands.add_parser("publish", help="make a folder a revision of an adapter")
+    command = commands.add_parser("publish", help="add a folder to the store as a revision of an adapter")
     command.add_argument("folder", type=Path, help="a folder, or a .tar.gz or .zip of one")
-    command.add_argument("--name", required=True, help="the adapter's name")
-    command.add_argument("--alias", help="point this alias at it too")
+    command.add_argument("--name", required=True, help="name of the adapter")
+    command.add_argument("--alias", help="also point this alias at the new revision")
     _add_why(command)
     command.set_defaults(run=_publish)
 
-    command = commands.add_parser("list", help="all revisions, with the aliases that point at them")
+    command = commands.add_parser("list", help="list all revisions and their aliases")
     command.set_defaults(run=_list)
 
-    command = commands.add_parser("show", help="one revision's manifest, and the adapter's log")
+    command = commands.add_parser("show", help="show a revision's manifest and the adapter's log")
     command.add_argument("ref", help="name, name@alias or name@revision")
     command.set_defaults(run=_show)
 
-    command = commands.add_parser("diff", help="which modules moved between two revisions, and by how much")
+    command = commands.add_parser(
+        "diff", help="show which modules changed between two revisions, and by how much"
+    )
     command.add_argument("old", help="name, name@alias or name@revision")
     command.add_argument("new")
     command.set_defaults(run=_diff)
 
-    command = commands.add_parser("prune", help="remove old revisions that nothing needs")
+    command = commands.add_parser("prune", help="remove old revisions that are not in use")
     command.add_argument("name")
     command.add_argument(
-        "--keep", type=_count, default=5, help="newest revisions to keep (default: %(default)s)"
+        "--keep", type=_count, default=5, help="number of newest revisions to keep (default: %(default)s)"
     )
     _add_why(command)
     command.set_defaults(run=_prune)
@@ -213,35 +215,41 @@ def _add_contents(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _add_pointing(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("alias", help="point an alias at a revision")
-    command.add_argument("target", help="name@revision (or name@alias, for what that alias points at)")
+    command.add_argument("target", help="name@revision, or name@alias for the revision of that alias")
     command.add_argument("alias")
     _add_why(command)
     command.set_defaults(run=_alias)
 
-    command = commands.add_parser("unalias", help="point an alias at nothing; its revision stays")
+    command = commands.add_parser("unalias", help="remove an alias; its revision stays")
     command.add_argument("name")
     command.add_argument("alias")
     _add_why(command)
     command.set_defaults(run=_unalias)
 
-    command = commands.add_parser("rollback", help="point an alias back at its revision before, or any other")
+    command = commands.add_parser(
+        "rollback", help="point an alias at its previous revision, or at another one"
+    )
     command.add_argument("name")
     command.add_argument("--alias", default=DEFAULT_ALIAS, help="(default: %(default)s)")
-    command.add_argument("--to", metavar="REVISION", help="which (default: the one before)")
+    command.add_argument(
+        "--to", metavar="REVISION", help="revision to roll back to (default: the previous one)"
+    )
     _add_why(command)
     command.set_defaults(run=_rollback)
 
     for alias, text in (
-        (CANARY, "have a revision answer a share of the requests, always the same sessions"),
-        (SHADOW, "give a revision copies of a share of the requests, whose answers are only compared"),
+        (CANARY, "send a share of the requests to a revision; a session always gets the same one"),
+        (SHADOW, "send copies of a share of the requests to a revision; its answers are only compared"),
     ):
         command = commands.add_parser(alias, help=text)
-        command.add_argument("target", help="name@revision, or the name alone to change the share")
-        command.add_argument("percent", type=_percent, help="share of the requests, 0 to 100")
+        command.add_argument("target", help="name@revision, or only the name to change the share")
+        command.add_argument("percent", type=_percent, help="share of the requests in percent, 0 to 100")
         _add_why(command)
         command.set_defaults(run=_split, alias=alias)
 
-    command = commands.add_parser("promote", help="point default at the canary, and end the canary")
+    command = commands.add_parser(
+        "promote", help="point default at the canary's revision, and end the canary"
+    )
     command.add_argument("name")
     _add_why(command)
     command.set_defaults(run=_promote)
@@ -254,7 +262,7 @@ def _add_pointing(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_why(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--why", default="", help="kept in the adapter's log")
+    command.add_argument("--why", default="", help="reason, written to the adapter's log")
 
 
 if __name__ == "__main__":

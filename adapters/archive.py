@@ -1,7 +1,7 @@
-"""Unpack an archive from anybody into an empty folder: plain files, or every problem at once.
+"""Unpack an untrusted archive into an empty folder: regular files only, or all problems at once.
 
-What is read is bounded before it is read: members, headers and bytes are counted, content goes through
-memory in pieces, and reading stops at the first thing after which nothing further can be trusted.
+Reads are bounded: members, headers and bytes are counted, content is streamed in pieces, and reading stops at the
+first error after which the rest cannot be trusted.
 """
 
 import io
@@ -21,9 +21,9 @@ from typing import BinaryIO
 from adapters.errors import InvalidAdapter, shown
 
 _MAX_MEMBERS = 64
-_MAX_HEADERS = 4 * _MAX_MEMBERS  # in a tar, headers that extend the next one come on top of members
+_MAX_HEADERS = 4 * _MAX_MEMBERS  # a tar also has extension headers
 _MAX_HEADER_BYTES = 64 << 10
-_MAX_PADDING_BYTES = 1 << 20  # tar fills its last record with zeros
+_MAX_PADDING_BYTES = 1 << 20  # tar pads its last record with zeros
 _PIECE_BYTES = 1 << 20
 _BLOCK_BYTES = 512
 _FILE_NAME = re.compile(r"\.?[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -32,21 +32,21 @@ _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, ta
 _END_OF_ZIP = struct.Struct("<4s16xH")  # signature, length of the comment
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 
-_NO_ARCHIVE = "this is no archive known here: give a .tar.gz, .tgz, .tar or .zip of one adapter's files"
-_TOO_MANY = f"the archive holds more than {_MAX_MEMBERS} files: pack the adapter alone"
-_CUT_SHORT = "the archive is cut short: send it again"
+_NO_ARCHIVE = "unsupported archive: send a .tar.gz, .tgz, .tar or .zip of one adapter's files"
+_TOO_MANY = f"the archive has more than {_MAX_MEMBERS} files: pack only the adapter"
+_CUT_SHORT = "the archive is truncated: send it again"
 _DAMAGED = "the archive is damaged: pack and send it again"
-_TRAILING = "bytes follow the end of the archive: pack the adapter again, alone"
-_SPECIAL = "an adapter is plain files only; these are links or special files: "
-_ENCRYPTED = "pack the adapter without a password; these are encrypted: "
-_METHOD = "pack the adapter with deflate, as zip does unless told otherwise; these are packed another way: "
-_NAMES = "a file's name is letters, digits, '.', '_' and '-', 100 at most; these are not: "
-_NESTED = "an adapter's files lie at the top of the archive or in one folder there; these lie deeper: "
-_TWICE = "each file may be there once, capitals or not; these are there again: "
+_TRAILING = "extra bytes follow the end of the archive: pack only the adapter"
+_SPECIAL = "only regular files are allowed; links or special files: "
+_ENCRYPTED = "pack the adapter without a password; encrypted files: "
+_METHOD = "pack the adapter with deflate, zip's default; files with another compression method: "
+_NAMES = "file names may have letters, digits, '.', '_' and '-', at most 100 characters; invalid names: "
+_NESTED = "files must be at the top of the archive or in one folder; files in deeper folders: "
+_TWICE = "file names must be unique, ignoring case; duplicates: "
 
 
 class _Unreadable(Exception):
-    """A problem after which looking further is not safe."""
+    """An error after which reading on is not safe."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class _Member:
     content: Iterator[bytes]
     is_folder: bool = False
     refused: str | None = None
-    """Why it cannot be unpacked, whatever its name."""
+    """Why it cannot be unpacked; independent of its name."""
 
 
 class _Bounded(io.BufferedReader):
-    """How the archive is read, zipfile's part too: nothing before its start, and never much at once."""
+    """A reader, also for zipfile, that never seeks before the start and limits the size of each read."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:  # zipfile, for the last 64 KiB
+        if size is None or size < 0:  # zipfile reads the last 64 KiB this way
             size = _PIECE_BYTES
         if size > _PIECE_BYTES:
             raise _Unreadable(_TOO_MANY)
@@ -78,10 +78,10 @@ class _Bounded(io.BufferedReader):
 
 
 def unpack(archive: Path, folder: Path, *, max_bytes: int) -> None:
-    """Unpack a tar, gzipped or not, or a zip, told apart by content, into the empty `folder`.
+    """Unpack a tar, tar.gz or zip, detected by content, into the empty `folder`.
 
-    One folder around all files is left out, and so is what macOS adds. `max_bytes` bounds the sum of the
-    unpacked files. Raises InvalidAdapter with all problems found, OSError; nothing is left in `folder` then.
+    Drops a single folder around all files, and the files that macOS adds. `max_bytes` limits the total unpacked
+    size. Raises InvalidAdapter with all problems found, OSError; `folder` is then left empty.
     """
     directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     written: list[str] = []
@@ -99,7 +99,7 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int) -> None:
 
 
 def _unpack(file: BinaryIO, directory: int, written: list[str], max_bytes: int) -> list[str]:
-    """Write the files of an archive and note each name in `written` once it exists; returns all problems."""
+    """Write the files of an archive and add each name to `written` once it exists; return all problems."""
     layout = _Layout()
     left = max_bytes
     try:
@@ -131,18 +131,18 @@ def _write(content: Iterator[bytes], name: str, directory: int, written: list[st
 
 @dataclass
 class _Layout:
-    """Where the members lie, and what is wrong with that."""
+    """The paths of the members, and the problems with them."""
 
     tops: set[str] = field(default_factory=set)
     names: set[str] = field(default_factory=set)
     wrong: dict[str, list[str]] = field(default_factory=dict)
 
     def place(self, member: _Member) -> str | None:
-        """The name of the file to write, if `member` is one; what is wrong with it is noted."""
+        """Return the file name to write, or None if nothing is to be written; record the member's problem, if any."""
         *folders, name = parts = member.name.removeprefix("./").split("/")
         if "__MACOSX" in folders[:1] or name.startswith("._") or name in (".DS_Store", "__MACOSX"):
             return None
-        if member.is_folder and parts == ["."]:  # as `tar -C result .` begins
+        if member.is_folder and parts == ["."]:  # first entry of `tar -C result .`
             return None
         if problem := self._problem(member, folders, name):
             self.wrong.setdefault(problem, []).append(shown(member.name))
@@ -170,12 +170,14 @@ class _Layout:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             found.append(sentence + ", ".join(names[:5]) + more)
         if len(self.tops) > 1:
-            found.append("pack one adapter alone: there are several folders, or a folder beside the files")
+            found.append(
+                "the archive has several folders, or a folder beside the files: pack only one adapter"
+            )
         return found
 
 
 def _is_folder_name(name: str) -> bool:
-    """Whether a folder may be called so. It is never made: any printable name that leads nowhere will do."""
+    """Check a folder's name. The folder is never created, so any printable name without path syntax is valid."""
     return (
         0 < len(name) <= 255 and name.isprintable() and name not in (".", "..") and not set(name) & {*"\\:"}
     )
@@ -191,14 +193,14 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
 
 
 def _pieces(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
-    """The next `size` bytes of a file, or all, in pieces; fewer where it ends."""
+    """Yield the next `size` bytes of a file, or all of it, in pieces; fewer at the end of the file."""
     while piece := file.read(_PIECE_BYTES if size is None else min(size, _PIECE_BYTES)):
         yield piece
         size = None if size is None else size - len(piece)
 
 
 def _inflated(pieces: Iterator[bytes], window: int) -> Iterator[bytes]:
-    """What one whole deflate stream (`window` -15) or gzip member (31) holds, in pieces."""
+    """Yield the content of one whole deflate stream (`window` -15) or gzip member (31), in pieces."""
     inflate = zlib.decompressobj(window)
     try:
         for piece in pieces:
@@ -216,25 +218,25 @@ def _inflated(pieces: Iterator[bytes], window: int) -> Iterator[bytes]:
         raise _Unreadable(_TRAILING)
 
 
-# tar: by hand above the single header, because tarfile reads headers of any length into memory
+# tar: only single headers are parsed by tarfile, which reads extension headers of any length into memory
 
 
 class _Forward:
-    """Pieces of any size, read in the sizes that are asked for."""
+    """A forward-only reader over pieces of any size."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
         self._rest = b""
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes; fewer where all ends."""
+        """Return the next `size` bytes; fewer at the end."""
         while len(self._rest) < size and (piece := next(self._pieces, b"")):
             self._rest += piece
         taken, self._rest = self._rest[:size], self._rest[size:]
         return taken
 
     def take(self, size: int) -> Iterator[bytes]:
-        """Exactly the next `size` bytes, in pieces. Raises _Unreadable where all ends before."""
+        """Yield exactly the next `size` bytes, in pieces. Raises _Unreadable if the stream ends before."""
         while size:
             piece = self.read(min(size, _PIECE_BYTES))
             if not piece:
@@ -265,7 +267,7 @@ def _tar_members(stream: _Forward) -> Iterator[_Member]:
         elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
             content = stream.take(size)
             yield _Member(name, size, content)
-            deque(content, maxlen=0)  # what was not taken is passed over
+            deque(content, maxlen=0)  # skip the rest
             stream.read(-size % _BLOCK_BYTES)
         else:
             raise _Unreadable(_SPECIAL + shown(name))
@@ -273,7 +275,7 @@ def _tar_members(stream: _Forward) -> Iterator[_Member]:
 
 
 def _tar_header(stream: _Forward, *, is_first: bool) -> tarfile.TarInfo | None:
-    """The next header; None after the last, when nothing but zeros follows."""
+    """Return the next header; None after the last one, if only zeros follow."""
     block = stream.read(_BLOCK_BYTES)
     if len(block) == _BLOCK_BYTES and not any(block):
         padding = stream.read(_MAX_PADDING_BYTES + 1)
@@ -291,7 +293,7 @@ def _tar_header(stream: _Forward, *, is_first: bool) -> tarfile.TarInfo | None:
 
 
 def _extension(header: tarfile.TarInfo, stream: _Forward) -> dict[bytes, bytes]:
-    """What a header says of the member after it: its `path` and `size`, among what is of no use here."""
+    """Return the fields that a header sets for the next member; only `path` and `size` are used."""
     if header.size > _MAX_HEADER_BYTES:
         raise _Unreadable(f"a header of the archive is larger than {_MAX_HEADER_BYTES >> 10} KiB: {_DAMAGED}")
     data = b"".join(stream.take(header.size))
@@ -305,13 +307,13 @@ def _extension(header: tarfile.TarInfo, stream: _Forward) -> dict[bytes, bytes]:
         raise _Unreadable("pack the adapter without sparse files (tar's --sparse)")
     if header.type == tarfile.XHDTYPE:
         return records
-    if records.keys() & {b"path", b"size"}:  # readers differ in what they make of these, for all members
+    if records.keys() & {b"path", b"size"}:  # readers disagree on these when set for all members
         raise _Unreadable(_DAMAGED)
     return {}
 
 
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
-    """Lines of "LENGTH KEY=VALUE", where the length counts the whole line."""
+    """Parse lines of "LENGTH KEY=VALUE"; the length is that of the whole line."""
     records, begin = {}, 0
     while begin < len(data):
         space = data.find(b" ", begin, begin + 8)
@@ -330,7 +332,7 @@ def _decimal(digits: bytes) -> int:
     return int(digits)
 
 
-# zip: zipfile reads the directory; members are read by hand, because zipfile believes the directory
+# zip: zipfile reads the central directory; members are read here, because zipfile trusts the directory
 
 
 def _zip_members(file: BinaryIO) -> Iterator[_Member]:
@@ -355,18 +357,18 @@ def _zip_members(file: BinaryIO) -> Iterator[_Member]:
 def _refusal(info: zipfile.ZipInfo, kind: int) -> str | None:
     if kind not in (0, stat.S_IFREG):
         return _SPECIAL
-    if info.flag_bits & 0x2041:  # encrypted: the content, strongly, the directory
+    if info.flag_bits & 0x2041:  # encryption of the content, strong encryption, encryption of the directory
         return _ENCRYPTED
     return None if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else _METHOD
 
 
 def _zip_directory(file: BinaryIO) -> tuple[list[zipfile.ZipInfo], int]:
-    """The members a zip names, and where the directory of them begins."""
+    """Return the members that a zip lists, and the offset of its central directory."""
     try:
         with zipfile.ZipFile(file) as directory:
             infos, begin, comment = directory.infolist(), directory.start_dir, directory.comment
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise _Unreadable(f"{_DAMAGED} (its directory of files cannot be read)") from error
+        raise _Unreadable(f"{_DAMAGED} (its central directory cannot be read)") from error
     end = file.seek(0, os.SEEK_END) - _END_OF_ZIP.size - len(comment)
     file.seek(end)
     if _END_OF_ZIP.unpack(file.read(_END_OF_ZIP.size)) != (b"PK\5\6", len(comment)):
@@ -384,7 +386,7 @@ def _content_begin(file: BinaryIO, info: zipfile.ZipInfo) -> int:
 
 
 def _zip_content(file: BinaryIO, info: zipfile.ZipInfo, begin: int) -> Iterator[bytes]:
-    """The content of a member, held against the size and the checksum that the directory gives."""
+    """Yield the content of a member; check it against the size and checksum in the directory."""
     file.seek(begin)
     packed = _pieces(file, info.compress_size)
     size = checksum = 0
@@ -395,6 +397,4 @@ def _zip_content(file: BinaryIO, info: zipfile.ZipInfo, begin: int) -> Iterator[
         checksum = zlib.crc32(piece, checksum)
         yield piece
     if (size, checksum) != (info.file_size, info.CRC):
-        raise _Unreadable(
-            f"{shown(info.orig_filename)} is not of the size and checksum it should be: {_DAMAGED}"
-        )
+        raise _Unreadable(f"the size or checksum of {shown(info.orig_filename)} does not match: {_DAMAGED}")

@@ -1,4 +1,4 @@
-"""Archives made by hand, so that every part of one can be spoiled."""
+"""Archives built by hand, so that tests can corrupt any part."""
 
 import gzip
 import io
@@ -17,7 +17,7 @@ MAX_BYTES = 1 << 20
 
 
 def tar(*members: tuple[str | tarfile.TarInfo, bytes], form: int = tarfile.PAX_FORMAT) -> bytes:
-    """A tar of names, or of headers to keep, with their content."""
+    """Return a tar with these members, given by name or header."""
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w", format=form, errors="surrogateescape") as archive:
         for name, content in members:
@@ -32,7 +32,7 @@ def tgz(*members: tuple[str | tarfile.TarInfo, bytes]) -> bytes:
 
 
 def packed(*members: tuple[str | zipfile.ZipInfo, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    """A zip of names, or of entries to keep, with their content."""
+    """Return a zip with these members, given by name or entry."""
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", method) as archive:
         for name, content in members:
@@ -56,7 +56,7 @@ def moded(name: str, mode: int) -> zipfile.ZipInfo:
 
 
 def raw(info: tarfile.TarInfo, content: bytes = b"") -> bytes:
-    """One header as it stands, its content filled up, and no end of archive."""
+    """Return one header and its padded content, without an end of archive."""
     return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
 
 
@@ -65,7 +65,7 @@ def pax(records: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
 
 
 def patched(content: bytes, signature: bytes, offset: int, value: bytes) -> bytes:
-    """A zip with bytes changed behind the first `signature`."""
+    """Return a zip with bytes changed at `offset` after the start of the first `signature`."""
     at = content.index(signature) + offset
     return content[:at] + value + content[at + len(value) :]
 
@@ -89,7 +89,7 @@ def unpacked(tmp_path: Path, content: bytes, max_bytes: int = MAX_BYTES) -> dict
 
 
 def problems_of(tmp_path: Path, content: bytes, max_bytes: int = MAX_BYTES) -> list[str]:
-    """What is wrong with an archive, of which nothing may remain anywhere."""
+    """Return the problems of an archive; assert that no file of it is left."""
     with pytest.raises(InvalidAdapter) as caught:
         unpacked(tmp_path, content, max_bytes)
     assert list((tmp_path / "folder").iterdir()) == []

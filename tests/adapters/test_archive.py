@@ -1,4 +1,4 @@
-"""adapters/archive.py: archives as people make them, and what must not come out of one."""
+"""adapters/archive.py: archives as common tools make them, and hostile ones."""
 
 import gzip
 import io
@@ -43,7 +43,7 @@ def test_files_at_the_top_or_in_one_folder(tmp_path: Path, make: Callable[..., b
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 @pytest.mark.parametrize("arcname", ["result", "."])
-def test_a_folder_as_tar_packs_it(tmp_path: Path, adapter: Folder, form: int, arcname: str) -> None:
+def test_folder_packed_by_tar(tmp_path: Path, adapter: Folder, form: int, arcname: str) -> None:
     made = io.BytesIO()
     source = adapter.write()
     with tarfile.open(fileobj=made, mode="w:gz", format=form) as archive:
@@ -53,7 +53,7 @@ def test_a_folder_as_tar_packs_it(tmp_path: Path, adapter: Folder, form: int, ar
     validate(tmp_path / "in" / "folder", BASE)
 
 
-def test_a_zip_written_as_a_stream_with_folders_and_a_comment(tmp_path: Path) -> None:
+def test_streamed_zip_with_folders_and_a_comment(tmp_path: Path) -> None:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.mkdir("result")
@@ -65,18 +65,18 @@ def test_a_zip_written_as_a_stream_with_folders_and_a_comment(tmp_path: Path) ->
 
 
 @kinds
-def test_what_macos_adds_is_left_out(tmp_path: Path, make: Callable[..., bytes]) -> None:
+def test_macos_files_are_skipped(tmp_path: Path, make: Callable[..., bytes]) -> None:
     added = ["__MACOSX/result/._adapter_config.json", "result/._adapter_config.json", "result/.DS_Store"]
     assert unpacked(tmp_path, make(*under("result/"), *((name, b"x") for name in added))) == FILES
 
 
-def test_what_git_adds_is_left_out(tmp_path: Path) -> None:
+def test_git_header_is_skipped(tmp_path: Path) -> None:
     content = pax(b"18 comment=abcdef\n", tarfile.XGLTYPE) + tar(*under("name-main/"))
     assert unpacked(tmp_path, gzip.compress(content)) == FILES
 
 
 @kinds
-def test_nothing_of_mode_owner_or_time_is_kept(tmp_path: Path, make: Callable[..., bytes]) -> None:
+def test_mode_owner_and_time_are_not_kept(tmp_path: Path, make: Callable[..., bytes]) -> None:
     member: object = "a.json"
     if make in (tgz, tar):
         member = header(tarfile.REGTYPE, "a.json", mode=0o6777, mtime=1, uid=12, uname="root")
@@ -97,11 +97,11 @@ NAMES = [
 
 @kinds
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_names_that_lead_elsewhere_or_deceive(tmp_path: Path, make: Callable[..., bytes], name: str) -> None:
+def test_path_traversal_and_deceptive_names(tmp_path: Path, make: Callable[..., bytes], name: str) -> None:
     [problem, *_] = problems_of(tmp_path, make((name, b"x")))
     assert (
-        "a file's name is letters" in problem
-        or "these lie deeper" in problem
+        "file names may have letters" in problem
+        or "files in deeper folders" in problem
         or problem.startswith("the arch")
     )
 
@@ -119,7 +119,7 @@ def test_names_that_lead_elsewhere_or_deceive(tmp_path: Path, make: Callable[...
         raw(header(tarfile.GNUTYPE_LONGNAME, size=7), b"../../x") + tar(("b.json", b"x")),
     ],
 )
-def test_names_that_are_no_text(tmp_path: Path, content: bytes) -> None:
+def test_names_that_are_not_text(tmp_path: Path, content: bytes) -> None:
     problems_of(tmp_path, content)
 
 
@@ -152,18 +152,18 @@ SPARSE = {
 
 
 @pytest.mark.parametrize("content", SPARSE.values(), ids=SPARSE)
-def test_sparse_files_and_kinds_unknown(tmp_path: Path, content: bytes) -> None:
+def test_sparse_files_and_unknown_types(tmp_path: Path, content: bytes) -> None:
     assert re.search("sparse|special", problems_of(tmp_path, content)[0])
 
 
-def test_an_encrypted_zip(tmp_path: Path) -> None:
+def test_encrypted_zip(tmp_path: Path) -> None:
     content = packed(("a.json", b"x"))
     content = patched(content, b"PK\1\2", 8, b"\1")
-    assert "without a password; these are encrypted: 'a.json'" in problems_of(tmp_path, content)[0]
+    assert "without a password; encrypted files: 'a.json'" in problems_of(tmp_path, content)[0]
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_zip_of_another_method(tmp_path: Path, method: int) -> None:
+def test_zip_with_another_compression_method(tmp_path: Path, method: int) -> None:
     assert "with deflate" in problems_of(tmp_path, packed(("a.json", b"x"), method=method))[0]
 
 
@@ -171,15 +171,15 @@ def test_a_zip_of_another_method(tmp_path: Path, method: int) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.json", "a.json"], "each file may be there once"),
-        (["a.json", "A.JSON"], "each file may be there once"),
-        (["a.json", "result/a.json"], "each file may be there once"),
-        (["a.json", "./a.json"], "each file may be there once"),
+        (["a.json", "a.json"], "file names must be unique"),
+        (["a.json", "A.JSON"], "file names must be unique"),
+        (["a.json", "result/a.json"], "file names must be unique"),
+        (["a.json", "./a.json"], "file names must be unique"),
         (["a.json", "result/b.json"], "a folder beside the files"),
         (["one/a.json", "two/b.json"], "several folders"),
         (["result/", "a.json"], "a folder beside the files"),
-        (["result/deep/a.json"], "these lie deeper: 'result/deep/a.json'"),
-        (["result/deep/"], "these lie deeper"),
+        (["result/deep/a.json"], "files in deeper folders: 'result/deep/a.json'"),
+        (["result/deep/"], "files in deeper folders"),
         (["result/"], "holds no files"),
         ([".DS_Store"], "holds no files"),
         ([], "holds no files"),
@@ -187,9 +187,7 @@ def test_a_zip_of_another_method(tmp_path: Path, method: int) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_the_lie_of_the_files(
-    tmp_path: Path, make: Callable[..., bytes], names: Iterable[str], message: str
-) -> None:
+def test_file_layout(tmp_path: Path, make: Callable[..., bytes], names: Iterable[str], message: str) -> None:
     is_zip = make(("x", b"")).startswith(b"PK")
     members = [
         (header(tarfile.DIRTYPE, name), b"") if name.endswith("/") and not is_zip else (name, b"")
@@ -207,7 +205,7 @@ def test_all_problems_at_once(tmp_path: Path, make: Callable[..., bytes]) -> Non
 
 
 @kinds
-def test_an_archive_cut_short(tmp_path: Path, make: Callable[..., bytes]) -> None:
+def test_truncated_archive(tmp_path: Path, make: Callable[..., bytes]) -> None:
     content = make(*under("result/"))
     last = len(content.rstrip(b"\0")) if make in (tar, KINDS["gnu tar"]) else len(content)
     for length in {*range(0, last, 97), *range(60), last - 1}:
@@ -223,7 +221,7 @@ def test_bytes_after_the_end(tmp_path: Path, make: Callable[..., bytes], more: b
     problems_of(tmp_path, content + (content + b"x" if more is None else more))
 
 
-def test_gzip_members_one_after_another(tmp_path: Path) -> None:
+def test_several_gzip_members(tmp_path: Path) -> None:
     content = tar(*FILES.items())
     for at in (0, 512, 3000, len(content)):
         joined = gzip.compress(content[:at]) + gzip.compress(content[at:])
@@ -244,13 +242,13 @@ NO_ARCHIVES = {
 
 
 @pytest.mark.parametrize("content", NO_ARCHIVES.values(), ids=NO_ARCHIVES)
-def test_what_is_no_archive(tmp_path: Path, content: bytes) -> None:
+def test_unsupported_archives(tmp_path: Path, content: bytes) -> None:
     assert problems_of(tmp_path, content) == [
-        "this is no archive known here: give a .tar.gz, .tgz, .tar or .zip of one adapter's files"
+        "unsupported archive: send a .tar.gz, .tgz, .tar or .zip of one adapter's files"
     ]
 
 
-def test_a_file_that_is_there_is_neither_replaced_nor_followed(tmp_path: Path) -> None:
+def test_existing_files_are_not_replaced_and_links_not_followed(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "b").symlink_to(tmp_path / "elsewhere")
@@ -261,7 +259,7 @@ def test_a_file_that_is_there_is_neither_replaced_nor_followed(tmp_path: Path) -
 
 
 @kinds
-def test_whatever_bytes_change_it_is_refused_or_read(tmp_path: Path, make: Callable[..., bytes]) -> None:
+def test_random_corruption_is_refused_or_read(tmp_path: Path, make: Callable[..., bytes]) -> None:
     chance = random.Random(0)
     whole = make(*under("result/"))
     archive, folder = tmp_path / "upload", tmp_path / "folder"

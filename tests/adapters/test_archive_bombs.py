@@ -1,4 +1,4 @@
-"""adapters/archive.py: archives that say one thing and hold another, or far more than they seem to."""
+"""adapters/archive.py: archives with false headers, and archives that unpack to far more than their size."""
 
 import gzip
 import random
@@ -18,13 +18,13 @@ from adapters.archive import unpack
 from tests.adapters.archives import header, kinds, packed, patched, pax, problems_of, raw, tar, tgz, unpacked
 
 
-def test_64_files_are_not_too_many(tmp_path: Path) -> None:
+def test_64_files_are_allowed(tmp_path: Path) -> None:
     members = [(header(tarfile.DIRTYPE, "r"), b""), *((f"r/{number}", b"x") for number in range(63))]
     assert len(unpacked(tmp_path, tgz(*members))) == 63
 
 
 @kinds
-def test_the_sum_of_all_files_is_bounded(tmp_path: Path, make: Callable[..., bytes]) -> None:
+def test_total_size_is_limited(tmp_path: Path, make: Callable[..., bytes]) -> None:
     content = make(("a", bytes(600)), ("b", bytes(400)))
     assert sum(map(len, unpacked(tmp_path, content, 1000).values())) == 1000
     for path in (tmp_path / "folder").iterdir():
@@ -112,7 +112,7 @@ def test_bombs_and_lies(tmp_path: Path, name: str) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_a_large_file_goes_through_in_pieces(tmp_path: Path) -> None:
+def test_large_files_are_streamed(tmp_path: Path) -> None:
     content = random.Random(0).randbytes(1 << 20) * 40
     (tmp_path / "upload").write_bytes(packed(("a", content)))
     (tmp_path / "folder").mkdir()
@@ -126,7 +126,7 @@ def test_a_large_file_goes_through_in_pieces(tmp_path: Path) -> None:
 
 
 def test_files_of_a_zip_may_not_overlap(tmp_path: Path) -> None:
-    """As in the bomb that quotes each local header in the member before it."""
+    """Overlapping members are how a non-recursive zip bomb works."""
     content = packed(("a", b"x" * 100), ("b", b"x" * 100), method=zipfile.ZIP_STORED)
     second = content.rindex(b"PK\1\2")
     both_at_0 = content[: second + 42] + bytes(4) + content[second + 46 :]
@@ -140,7 +140,7 @@ def test_files_of_a_zip_may_not_overlap(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", range(6))
 @pytest.mark.parametrize("value", [0, 1, 1 << 31, 1 << 62, (1 << 64) - 1])
 def test_zip64_lies(tmp_path: Path, field: int, value: int) -> None:
-    """In the sizes and offset of a member, and in the count, size and offset of the directory."""
+    """False sizes and offset of a member, and false count, size and offset of the directory."""
     wide = [1, 1, 0, 1, 0, 0]
     entry_name = b"a.json"
     local = struct.pack("<4s5H3L2H", b"PK\3\4", 45, 0, 0, 0, 0, zlib.crc32(b"x"), 1, 1, len(entry_name), 0)
@@ -159,7 +159,7 @@ def test_zip64_lies(tmp_path: Path, field: int, value: int) -> None:
     end64 += struct.pack("<4sLQL", b"PK\6\7", 0, len(local) + len(directory), 1)
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
     content = local + directory + end64 + end
-    if wide == honest or field == 3:  # how many there are is counted, not believed
+    if wide == honest or field == 3:  # members are counted; the stated count is not used
         assert unpacked(tmp_path, content) == {"a.json": b"x"}
     else:
         problems_of(tmp_path, content)

@@ -1,4 +1,4 @@
-"""python -m adapters: what an operator types and reads."""
+"""python -m adapters: commands and their output."""
 
 import getpass
 import json
@@ -19,7 +19,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(store: AdapterStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run one command on the store; returns what it printed. It must fail just when `fails` says so."""
+    """Run one command on the store and return its output; assert that it fails if and only if `fails`."""
 
     def run(*arguments: str | Path, fails: bool = False) -> str:
         monkeypatch.setattr(sys, "argv", ["adapters", "--store", str(store.root), *map(str, arguments)])
@@ -34,7 +34,7 @@ def run(store: AdapterStore, capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 @pytest.fixture
 def published(run: Run, tmp_path: Path) -> list[str]:
-    """Refs of three revisions; `default` was pointed at each in turn."""
+    """Refs of three revisions; `default` pointed at each in turn."""
     folders = [make_folder(tmp_path / f"seed-{seed}", seed).write() for seed in range(3)]
     return [
         run("publish", folder, "--name", "doctor", "--alias", "default", "--why", "更好")
@@ -45,13 +45,13 @@ def published(run: Run, tmp_path: Path) -> list[str]:
 def test_validate(adapter: Folder, run: Run) -> None:
     assert run("validate", adapter.write()) == (
         "valid: r 4, 2 target modules, 0 golden prompts\n"
-        "without golden prompts it is unproven: a service loads it only with XINGLIN_ALLOW_UNPROVEN=true"
+        "without golden prompts it cannot be proved: a service loads it only with XINGLIN_ALLOW_UNPROVEN=true"
     )
     adapter.golden = [GOLDEN]
     assert run("validate", adapter.write()) == "valid: r 4, 2 target modules, 1 golden prompts"
 
 
-def test_all_that_is_wrong_is_listed_line_by_line(adapter: Folder, run: Run) -> None:
+def test_each_problem_is_printed_on_a_line(adapter: Folder, run: Run) -> None:
     adapter.config |= {"r": 0, "use_dora": True}
     for command in (["validate", adapter.write()], ["publish", adapter.path, "--name", "doctor"]):
         title, *problems = run(*command, fails=True).splitlines()
@@ -71,9 +71,7 @@ def test_publish_prints_the_ref_and_points_the_alias(
     ]
 
 
-def test_a_bad_alias_is_refused_before_anything_is_published(
-    adapter: Folder, run: Run, store: AdapterStore
-) -> None:
+def test_bad_alias_is_refused_before_publishing(adapter: Folder, run: Run, store: AdapterStore) -> None:
     error = run("publish", adapter.write(), "--name", "doctor", "--alias", "no good", fails=True)
     assert error.startswith("'no good' cannot name an alias")
     assert store.names() == []
@@ -126,7 +124,7 @@ def test_rollback(run: Run, published: list[str]) -> None:
 
 
 def test_prune(run: Run, published: list[str], tmp_path: Path) -> None:
-    assert run("prune", "doctor") == ""  # five are kept unless told
+    assert run("prune", "doctor") == ""  # the default keeps five
     assert run("prune", "doctor", "--keep", "1") == f"removed {published[0]}"
     assert [line.split()[0] for line in run("list").splitlines()] == published[1:]
 
@@ -151,11 +149,11 @@ def test_prune(run: Run, published: list[str], tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("published")
-def test_an_error_is_one_clear_message(run: Run, arguments: list[str], error: str) -> None:
+def test_error_messages(run: Run, arguments: list[str], error: str) -> None:
     assert run(*arguments, fails=True).startswith(error)
 
 
-def test_an_error_of_the_system_is_told_too(adapter: Folder, run: Run, store: AdapterStore) -> None:
+def test_system_errors_are_shown(adapter: Folder, run: Run, store: AdapterStore) -> None:
     store.root.write_text("a file where the store should be")
     error = run("publish", adapter.write(), "--name", "doctor", fails=True)
     assert "Not a directory" in error
@@ -165,7 +163,7 @@ def test_an_error_of_the_system_is_told_too(adapter: Folder, run: Run, store: Ad
 @pytest.mark.parametrize(
     "arguments", [[], ["nonsense"], ["prune", "doctor", "--keep", "-1"], ["publish", "x"]]
 )
-def test_wrong_usage_is_told_by_argparse(
+def test_wrong_usage_exits_with_2(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["adapters", *arguments])
@@ -179,7 +177,7 @@ def test_wrong_usage_is_told_by_argparse(
 def test_a_user_without_a_name_can_publish(
     adapter: Folder, run: Run, store: AdapterStore, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    """As in a container that runs under any user id. Python 3.13 raises OSError, before it was KeyError."""
+    """A container may run under any user id. Python 3.13 raises OSError; earlier versions raise KeyError."""
 
     def nobody() -> str:
         raise error("uid not found")
@@ -189,8 +187,8 @@ def test_a_user_without_a_name_can_publish(
     assert re.fullmatch(r"cli:\d+", store.log("doctor")[0].actor)
 
 
-def test_as_a_process_of_its_own(adapter: Folder, tmp_path: Path, start: Start) -> None:
-    """With the service's data directory."""
+def test_as_a_separate_process(adapter: Folder, tmp_path: Path, start: Start) -> None:
+    """The store is in the service's data directory."""
     environment = {"XINGLIN_DATA_DIR": str(tmp_path / "data")}
     process = start("-m", "adapters", "publish", adapter.write(), "--name", "doctor", **environment)
     printed, errors = process.communicate(timeout=60)

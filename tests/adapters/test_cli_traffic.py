@@ -1,4 +1,4 @@
-"""python -m adapters: canary, shadow, promotion, the way back, and what moved between two revisions."""
+"""python -m adapters: canary, shadow, promote, rollback and diff."""
 
 import tarfile
 from pathlib import Path
@@ -12,9 +12,7 @@ from tests.adapters.test_cli import Run, published, run
 __all__ = ["published", "run"]  # fixtures
 
 
-def test_a_canary_from_its_start_to_its_promotion(
-    store: AdapterStore, run: Run, published: list[str]
-) -> None:
+def test_canary_from_start_to_promotion(store: AdapterStore, run: Run, published: list[str]) -> None:
     first, _, third = (ref.partition("@")[2] for ref in published)
     said = run("canary", published[0], "10%", "--why", "a week's trial")
     assert said == f"doctor@canary -> {first} with 10 % of the requests"
@@ -42,7 +40,7 @@ def test_abort_and_unalias(store: AdapterStore, run: Run, published: list[str]) 
 
 
 @pytest.mark.parametrize("percent", ["-1", "101", "nan", "ten", ""])
-def test_no_percentage(run: Run, published: list[str], percent: str) -> None:
+def test_invalid_percentage(run: Run, published: list[str], percent: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         run("canary", published[0], percent)
 
@@ -62,7 +60,7 @@ def test_diff(run: Run, published: list[str]) -> None:
     assert "there is no revision" in run("diff", published[0], "doctor@000000000000", fails=True)
 
 
-def test_an_archive_is_published_like_its_folder(run: Run, tmp_path: Path) -> None:
+def test_archive_is_published_like_its_folder(run: Run, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "packed").write()
     archive = tmp_path / "doctor.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
