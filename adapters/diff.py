@@ -1,4 +1,4 @@
-"""Which modules moved between two revisions, and by how much, read from their files alone."""
+"""Compare two revisions from their files: which modules moved, and by how much."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from adapters.golden import GOLDEN_FILE
 from adapters.tensors import READABLE, BadTensors, TensorSpec, read_header
 from adapters.validate import CONFIG_FILE, TEMPLATE_FILE, TENSOR_FILE
 
-# Squares that cancel to less than this share of what was summed are rounding: a norm of 1e-7 of its parts.
+# A sum of squares that cancels to less than this share of its terms is rounding: a norm of 1e-7 of its parts.
 _ROUNDING = 1e-14
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _ROWS_SHOWN = 20
@@ -27,41 +27,43 @@ _Pair = tuple[TensorSpec, TensorSpec]
 
 
 class ModuleDiff(BaseModel):
-    """One module. Norms are Frobenius norms of what is added to its weights, scale included."""
+    """One module. Norms are Frobenius norms of the update to its weights, including the scale."""
 
     model_config = ConfigDict(frozen=True)
 
     module: str
-    old_norm: float = Field(description="0 where the old revision leaves the module alone")
+    old_norm: float = Field(description="0 if the old revision does not change the module")
     new_norm: float
-    moved: float = Field(description="The norm of the difference")
-    relative: float | None = Field(description="`moved` over `old_norm`; None if that is 0")
-    cosine: float | None = Field(description="Of the angle between old and new; None if either is 0")
+    moved: float = Field(description="Norm of the difference")
+    relative: float | None = Field(description="`moved` / `old_norm`; None if `old_norm` is 0")
+    cosine: float | None = Field(description="Cosine of the angle between old and new; None if either is 0")
     in_old: bool
     in_new: bool
 
 
 class RevisionDiff(BaseModel):
-    """Two revisions. The norms are over all modules."""
+    """The difference between two revisions. Norms are over all modules."""
 
     model_config = ConfigDict(frozen=True)
 
-    modules: list[ModuleDiff] = Field(description="What moved most comes first")
+    modules: list[ModuleDiff] = Field(description="Modules, the one that moved most first")
     old_norm: float
     new_norm: float
     moved: float
-    config: dict[str, tuple[Any, Any]] = Field(description="Settings that differ, old and new; None: not set")
+    config: dict[str, tuple[Any, Any]] = Field(
+        description="Settings that differ, as (old, new); None: not set"
+    )
     golden_differs: bool
     template_differs: bool
 
 
 def diff(old: Path, new: Path) -> RevisionDiff:
-    """Compare the folders of two revisions that were validated; one module's tensors are in memory at a time.
+    """Compare the folders of two validated revisions. Only one module's tensors are in memory at a time.
 
-    The (out, in) products are never formed: ‖BA‖² is the sum of (BᵀB) * (AAᵀ), which are as small as the
-    rank. Subtracting in it costs half the digits of float64: `moved` is good to about 1e-8 of the norms, and
-    what rounding alone may have made of equal products (below 1e-7 of them) is 0. Equal tensors give
-    exactly 0. Raises InvalidAdapter for what cannot be read or compared, OSError.
+    The (out, in) products are never formed: ‖BA‖² is the sum of (BᵀB) * (AAᵀ), which are (r, r). Cancellation in this
+    sum costs half the digits of float64: `moved` is accurate to about 1e-8 of the norms, and a difference below 1e-7 of
+    the norms, which rounding alone can cause, is set to 0. Equal tensors give exactly 0. Raises InvalidAdapter if a
+    folder cannot be read or compared, OSError.
     """
     configs = _config(old), _config(new)
     pairs = _pairs(old), _pairs(new)
@@ -92,7 +94,7 @@ def diff(old: Path, new: Path) -> RevisionDiff:
 
 
 def render(diff: RevisionDiff) -> str:
-    """A table for a terminal, of the modules that moved most, and all else that differs."""
+    """Return a table for the terminal: the modules that moved most, then all other differences."""
     lines = [
         f"{'module':{_NAME_WIDTH}}  {'old':>10}  {'new':>10}  {'moved':>10}  {'relative':>9}  {'cosine':>8}"
     ]
@@ -119,7 +121,7 @@ def render(diff: RevisionDiff) -> str:
 
 
 def expected_alpha(module: str, config: Mapping[str, Any]) -> float:
-    """The alpha PEFT gives `module`: the first key of alpha_pattern that is a dotted suffix of it, or lora_alpha.
+    """Return the alpha PEFT gives `module`: of the first key of alpha_pattern that is a dotted suffix, or lora_alpha.
 
     Raises InvalidAdapter.
     """
@@ -130,9 +132,7 @@ def expected_alpha(module: str, config: Mapping[str, Any]) -> float:
             found = alpha
             break
     if isinstance(found, bool) or not isinstance(found, int | float):
-        raise InvalidAdapter(
-            [f"{CONFIG_FILE}: lora_alpha of {module} is {shown(found)}: it must be a number"]
-        )
+        raise InvalidAdapter([f"{CONFIG_FILE}: lora_alpha of {module} is {shown(found)}: must be a number"])
     return float(found)
 
 
@@ -152,7 +152,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _pairs(folder: Path) -> dict[str, _Pair]:
-    """A and B of each module."""
+    """Return A and B of each module."""
     halves: dict[str, dict[str, TensorSpec]] = {}
     try:
         specs = read_header(folder / TENSOR_FILE)
@@ -164,7 +164,7 @@ def _pairs(folder: Path) -> dict[str, _Pair]:
     broken = [shown(module) for module, found in halves.items() if not _is_pair(found)]
     if broken:
         raise InvalidAdapter(
-            [f"{TENSOR_FILE}: these have no A (r, in) and B (out, r): {', '.join(broken[:5])}"]
+            [f"{TENSOR_FILE}: modules without a matching A (r, in) and B (out, r): {', '.join(broken[:5])}"]
         )
     return {module: (found["A"], found["B"]) for module, found in halves.items()}
 
@@ -176,13 +176,13 @@ def _is_pair(halves: Mapping[str, TensorSpec]) -> bool:
 
 
 def _check_shapes(old: Mapping[str, _Pair], new: Mapping[str, _Pair]) -> None:
-    """Raises InvalidAdapter where the products would be of different shapes."""
+    """Raises InvalidAdapter if the products of a module have different shapes."""
     sizes = {
         module: [(a.shape[1], b.shape[0]) for a, b in (old[module], new[module])]
         for module in sorted(old.keys() & new.keys())
     }
     problems = [
-        f"{shown(module)} is {before[0]} to {before[1]} in the old revision, and {after[0]} to {after[1]} in the "
+        f"{shown(module)} maps {before[0]} to {before[1]} in the old revision, but {after[0]} to {after[1]} in the "
         "new one: compare revisions for the same base model"
         for module, (before, after) in sizes.items()
         if before != after
@@ -192,14 +192,14 @@ def _check_shapes(old: Mapping[str, _Pair], new: Mapping[str, _Pair]) -> None:
 
 
 def _factors(folder: Path, pair: _Pair, scale: float) -> tuple[_Matrix, _Matrix]:
-    """A, and B times the scale."""
+    """Return A, and B times the scale."""
     with (folder / TENSOR_FILE).open("rb") as file:
         matrices = []
         for spec in pair:
             file.seek(spec.begin)
             content = file.read(spec.end - spec.begin)
             if len(content) != spec.end - spec.begin:
-                raise InvalidAdapter([f"{TENSOR_FILE} was cut short while it was read"])
+                raise InvalidAdapter([f"{TENSOR_FILE} was truncated while it was read"])
             values = np.frombuffer(content, READABLE[spec.dtype]).reshape(spec.shape)
             if spec.dtype == "BF16":  # the upper half of a float32
                 values = (values.astype(np.uint32) << 16).view(np.float32)
@@ -230,12 +230,12 @@ def _compare(
 
 
 def _inner(left: tuple[_Matrix, _Matrix], right: tuple[_Matrix, _Matrix]) -> float:
-    """The inner product of two products B A."""
+    """Return the Frobenius inner product of two products B A."""
     return float(np.sum((left[1].T @ right[1]) * (left[0] @ right[0].T)))
 
 
 def _distance(old: tuple[_Matrix, _Matrix], new: tuple[_Matrix, _Matrix]) -> float:
-    """The norm of new B A less old B A: that of one product of stacked factors."""
+    """Return the norm of new B A minus old B A, computed as one product of stacked factors."""
     a, b = np.concatenate([new[0], old[0]]), np.concatenate([new[1], -old[1]], axis=1)
     terms = (b.T @ b) * (a @ a.T)
     square = float(np.sum(terms))

@@ -1,4 +1,4 @@
-"""Files that are there after a crash, and locks that the system frees when their holder dies."""
+"""Files that survive a crash, and locks that the system releases when their holder dies."""
 
 import fcntl
 import hashlib
@@ -11,21 +11,24 @@ from pathlib import Path
 
 @contextmanager
 def flock(path: Path) -> Iterator[None]:
-    """Hold `path` alone, over threads and processes; freed by the system if its holder dies."""
+    """Lock `path` exclusively across threads and processes; the system releases the lock if its holder dies."""
     with path.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def remove_if_abandoned(folder: Path) -> None:
-    """Remove a folder unless somebody holds its `.lock`."""
-    with suppress(OSError), (folder / ".lock").open("a") as lock:  # its owner lives, or has just ended
+    """Remove a folder unless its `.lock` is held."""
+    with (
+        suppress(OSError),
+        (folder / ".lock").open("a") as lock,
+    ):  # the owner is alive, or has just removed it
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def settle(folder: Path) -> None:
-    """Make files readable by every user (safetensors writes 0600) and durable."""
+    """Make the files of a folder durable and readable by every user (safetensors writes 0600)."""
     folder.chmod(0o755)
     for path in folder.iterdir():
         path.chmod(0o644)
@@ -34,7 +37,7 @@ def settle(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file at once or not at all. Its folder is made if need be."""
+    """Write a small file atomically. Creates its folder if needed."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text)
@@ -44,7 +47,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def fsync(*paths: Path) -> None:
-    """Make files, or the entries of folders, durable."""
+    """Sync files, or the entries of folders, to disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -54,6 +57,6 @@ def fsync(*paths: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,29 +1,29 @@
-"""Everything that can go wrong with an adapter.
+"""Errors about adapters.
 
 AdapterError
-├── InvalidRef        a name, alias or revision that cannot be one
-├── InvalidAdapter    a folder that must not be served: every problem at once
+├── InvalidRef        an invalid name, alias or revision
+├── InvalidAdapter    a folder that must not be served: all problems at once
 ├── AdapterNotFound   no such adapter, revision or alias in this store
-├── NothingToRollBack an alias without an earlier revision
-├── AliasMoved        an alias that somebody else moved meanwhile
-└── StoreDamaged      what is on disk is not what was published
+├── NothingToRollBack an alias without a previous revision
+├── AliasMoved        an alias that was moved concurrently
+└── StoreDamaged      files that differ from those published
 """
 
 from collections.abc import Sequence
 
 
 class AdapterError(Exception):
-    """Base of the tree. The message is fit for a client: it names no path of the host."""
+    """Base class. Messages may be shown to clients: they contain no host path."""
 
 
 class InvalidRef(AdapterError):
-    """A name, alias or revision that cannot be one."""
+    """The name, alias or revision is invalid."""
 
 
 class InvalidAdapter(AdapterError):
-    """A folder that must not be served.
+    """The folder must not be served.
 
-    `problems` holds all that is wrong, each with what was found, what was expected and what fixes it.
+    `problems` lists every problem: the value found, the value expected and the fix.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -36,18 +36,18 @@ class AdapterNotFound(AdapterError):
 
 
 class NothingToRollBack(AdapterError):
-    """The alias has never pointed at another revision."""
+    """The alias has no previous revision."""
 
 
 class AliasMoved(AdapterError):
-    """Somebody else moved the alias meanwhile."""
+    """The alias was moved concurrently."""
 
 
 class StoreDamaged(AdapterError):
-    """What is on disk is not what was published."""
+    """The files on disk differ from those published."""
 
 
 def shown(value: object) -> str:
-    """How a message shows what it found in a file or a request: ASCII, and short."""
+    """Return a value from a file or request as short ASCII text for a message."""
     text = ascii(value)
     return text if len(text) <= 120 else text[:117] + "..."

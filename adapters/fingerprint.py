@@ -1,4 +1,4 @@
-"""What makes two copies of a base model the same base for an adapter."""
+"""The fingerprint of a base model, equal for all copies that an adapter fits."""
 
 import hashlib
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 from adapters.errors import AdapterError
 from adapters.tensors import BadTensors, read_header
 
-# What every copy of a config.json says. Saving again adds or drops other keys (head_dim, num_key_value_heads,
-# tie_word_embeddings), which follow from these and the names and shapes of the tensors.
+# The keys that every copy of config.json has. Saving again adds or drops other keys (head_dim, num_key_value_heads,
+# tie_word_embeddings), which follow from these and from the names and shapes of the tensors.
 _STRUCTURE = (
     "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "vocab_size",
@@ -16,11 +16,11 @@ _STRUCTURE = (
 
 
 def fingerprint(base_model_folder: Path) -> str:
-    """16 hexadecimal digits over the structure, the vocabulary, and the names and shapes of all tensors.
+    """Return 16 hexadecimal digits over the structure, the vocabulary, and the names and shapes of all tensors.
 
-    Two copies saved in other dtypes, in other shards or by other library versions agree; another size,
-    vocabulary or architecture does not. Equal shapes with other weights agree too: golden prompts tell
-    those apart. Raises AdapterError when the folder holds no base model.
+    Copies in other dtypes, in other shards or from other library versions have the same fingerprint; a model of another
+    size, vocabulary or architecture has a different one. Other weights of the same shapes also have the same one:
+    golden prompts tell those apart. Raises AdapterError if the folder has no base model.
     """
     name = base_model_folder.name
     try:
@@ -37,14 +37,14 @@ def fingerprint(base_model_folder: Path) -> str:
     except BadTensors as error:
         raise AdapterError(f"{name}: {error}") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{name} holds no readable config.json and tokenizer of a base model") from error
+        raise AdapterError(f"{name} has no readable config.json and tokenizer of a base model") from error
     if not facts["tensors"]:
-        raise AdapterError(f"{name} holds no *.safetensors: save the base model as safetensors")
+        raise AdapterError(f"{name} has no *.safetensors: save the base model as safetensors")
     return _digest(facts)[:16]
 
 
 def _vocabulary(folder: Path) -> str | None:
-    """Digest of the tokens and their ids; saving again rewrites the rest of tokenizer.json."""
+    """Return the digest of the tokens and their ids; saving again rewrites the rest of tokenizer.json."""
     if (folder / "tokenizer.json").is_file():
         saved = json.loads((folder / "tokenizer.json").read_bytes())
         added = sorted((token["id"], token["content"]) for token in saved["added_tokens"])

@@ -1,4 +1,4 @@
-"""The append-only log of one adapter: what happened, when, by whom, and the way back that follows from it."""
+"""The append-only log of one adapter: every change with time and actor, and the rollback order derived from it."""
 
 import os
 from collections.abc import Iterable
@@ -23,15 +23,15 @@ class LogEntry(BaseModel):
     from_revision: str | None = None
     to_revision: str | None = None
     percent: float | None = None
-    """Of a split: the share of requests that the alias gets from now on."""
+    """Split only: the alias's new share of the requests."""
     source: str | None = None
-    """Of a publication: where the files came from, if not from a folder."""
+    """Publish only: the source of the files, if not a folder."""
     why: str = ""
 
 
 def read_log(path: Path) -> list[LogEntry]:
-    """All entries, oldest first. A line torn by a crash is left out."""
-    # Lines of bytes: a crash tears a character too, and text ends lines at U+2028 and others besides.
+    """Return all entries, oldest first. Skips a line torn by a crash."""
+    # Bytes, since a crash may tear a character, and U+2028 and others also end a line of text.
     lines = path.read_bytes().splitlines() if path.exists() else []
     entries = []
     for line in lines:
@@ -43,7 +43,7 @@ def read_log(path: Path) -> list[LogEntry]:
 
 
 def append(path: Path, entry: LogEntry) -> None:
-    """Write one entry, durably."""
+    """Append one entry and sync it to disk."""
     line = entry.model_dump_json() + "\n"
     with path.open("a+", encoding="utf-8") as file:
         # A line torn by a crash must not swallow this one.
@@ -55,10 +55,10 @@ def append(path: Path, entry: LogEntry) -> None:
 
 
 def way_back(entries: Iterable[LogEntry], alias: str, current: str) -> list[str]:
-    """The revisions that `alias` would be rolled back to, nearest first.
+    """Return the revisions that `alias` can be rolled back to, most recent first.
 
-    A rollback takes moves back and is none itself, so that two in a row go back two steps. A crash may have
-    logged a move that never happened: the entry after it, or the alias itself, tells from where it was.
+    A rollback undoes moves and does not count as one, so two in a row go back two steps. A crash may have logged a move
+    that never happened: the next entry, or the alias itself, shows where the alias really pointed.
     """
     path: tuple[str, ...] = ()
     before = path

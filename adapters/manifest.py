@@ -1,4 +1,4 @@
-"""The facts of one revision: what the trainer knew (Provenance) and what publishing found (Manifest)."""
+"""The facts of one revision: from the trainer (Provenance) and from publishing (Manifest)."""
 
 import hashlib
 import json
@@ -18,56 +18,56 @@ Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class Rounding(BaseModel):
-    """How far the scores of golden prompts move when they are computed in bfloat16: nats, the mean over all tokens."""
+    """Change of the golden prompts' scores when computed in bfloat16: mean over all tokens, in nats."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    base: float = Field(ge=0, description="Of the base model alone")
-    adapter: float = Field(ge=0, description="Of base and adapter")
+    base: float = Field(ge=0, description="Without the adapter")
+    adapter: float = Field(ge=0, description="With the adapter")
 
 
 class Provenance(BaseModel):
-    """What only the trainer knows. A run writes it beside the weights as provenance.json."""
+    """Facts that only the trainer knows. A run writes them beside the weights as provenance.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str = Field(
-        pattern=r"^[a-z0-9_-]{1,32}$", description="The training stage that made it, or 'external'"
+        pattern=r"^[a-z0-9_-]{1,32}$", description="Training stage that made the adapter, or 'external'"
     )
     task: Task = "chat"
     base_model: str | None = Field(
         default=None,
         pattern=r"^[^/\\]{1,100}(/[^/\\]{1,100})?$",
-        description="Name of the base model, never a path of the host",
+        description="Name of the base model, never a host path",
     )
     base_fingerprint: str | None = None
-    dtype: Dtype = Field(default="float32", description="What the golden prompts were computed in")
+    dtype: Dtype = Field(default="float32", description="dtype in which the golden prompts were computed")
     rounding: Rounding | None = Field(
         default=None,
-        description="What bfloat16 makes of the scores of the golden prompts, measured by the trainer",
+        description="Change of the golden prompts' scores in bfloat16, measured by the trainer",
     )
     weights_digest: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
-        description="SHA-256 of adapter_model.safetensors as training wrote it; others are refused",
+        description="SHA-256 of adapter_model.safetensors as training wrote it; a file with another one is refused",
     )
     stop: list[Stop] = Field(
         default=[],
         max_length=16,
-        description="Texts of its chat template that end an answer, where no token of their own does",
+        description="Texts that end an answer, for a chat template that has no token for it",
     )
     stop_token_ids: list[TokenId] = Field(
         default=[],
         max_length=64,
-        description="Tokens that end an answer: the base model's own, and those its chat template ends one with",
+        description="Tokens that end an answer: the base model's own, and those of the chat template",
     )
     parent: str | None = Field(
-        default=None, description="Ref of the adapter it was continued from: lineage only"
+        default=None, description="Ref of the adapter that training continued from; lineage only"
     )
     run_id: str | None = None
     data_digests: dict[str, str] = Field(default={}, description="File name to SHA-256 of the training data")
     changed_inputs: list[str] = Field(
-        default=[], description="What of a run's inputs changed while it was interrupted, and was accepted"
+        default=[], description="Inputs of the run that changed while it was interrupted, and were accepted"
     )
     metrics: dict[str, float] = {}
     licence: str | None = None
@@ -75,22 +75,24 @@ class Provenance(BaseModel):
 
 
 class Manifest(Provenance):
-    """The facts of one revision, written last: where there is a manifest there is a whole revision."""
+    """The facts of one revision. Written last: a folder with a manifest is a complete revision."""
 
     name: str
     revision: str = Field(
-        description="First 12 hexadecimal digits of the digest of `files` and of both stops"
+        description="First 12 hexadecimal digits of the digest of `files`, `stop` and `stop_token_ids`"
     )
     r: int
     lora_alpha: float
     target_modules: list[str]
-    golden_prompts: int = Field(description="0: nothing to prove it by; it is served only where allowed")
+    golden_prompts: int = Field(
+        description="0: the adapter cannot be proved, and is served only where allowed"
+    )
     files: dict[str, str] = Field(description="File name to SHA-256")
     created_at: datetime
 
     @property
     def ref(self) -> str:
-        """`name@revision`, by which clients, logs and engines name it."""
+        """`name@revision`, as used by clients, logs and engines."""
         return f"{self.name}@{self.revision}"
 
     @property
@@ -100,14 +102,14 @@ class Manifest(Provenance):
 
     @property
     def chat_template_digest(self) -> str | None:
-        """SHA-256 of the adapter's own chat template; None when it uses the base model's."""
+        """SHA-256 of the adapter's own chat template; None if it uses the base model's."""
         return self.files.get("chat_template.jinja")
 
 
 def revision_of(files: Mapping[str, str], facts: Provenance) -> str:
-    """The name of a revision: a digest of all that makes an answer what it is. `files`: name to SHA-256.
+    """Return the name of a revision: a digest of everything that affects its answers. `files`: name to SHA-256.
 
-    What is empty is left out, so that a revision from before a field existed keeps its name.
+    Empty stops are left out, so that revisions published before these fields existed keep their names.
     """
     stops = {"stop": facts.stop, "stop_token_ids": facts.stop_token_ids}
     content = {**files, **{name: value for name, value in stops.items() if value}}

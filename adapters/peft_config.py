@@ -1,4 +1,4 @@
-"""adapter_config.json: which of PEFT's settings can be served, and the one form in which a revision keeps them."""
+"""adapter_config.json: the PEFT settings that can be served, and the canonical form that a revision keeps."""
 
 import re
 from collections.abc import Mapping
@@ -6,10 +6,10 @@ from typing import Any, TypeGuard
 
 from adapters.errors import shown
 
-# The values of max_lora_rank that vLLM takes.
+# The values that vLLM allows for max_lora_rank.
 _ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_MAX_ALPHA = 1e4  # trained adapters stay below 1000; a huge scale overflows as huge values do
-MAX_PATTERNS = 500  # engines try each on every module, and keep about as many compiled
+_MAX_ALPHA = 1e4  # trained adapters stay below 1000; a huge scale overflows
+MAX_PATTERNS = 500  # engines try each one on every module, and cache about this many compiled
 _LITERAL = re.compile(r"[A-Za-z0-9_.]{1,200}")
 
 _KEPT = {
@@ -17,13 +17,13 @@ _KEPT = {
     "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout", "fan_in_fan_out", "bias",
     "init_lora_weights", "eva_config", "task_type",
 }  # fmt: skip
-# No part of what the adapter computes.
+# Settings that do not change what the adapter computes.
 _LEFT_OUT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "inference_mode",
     "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "unsloth_fixed", "velora_config",
 }  # fmt: skip
-# What makes the saved pairs mean something else than base + scale * B * A, or not all of it.
+# Settings with which the adapter is not base + scale * B * A, or not only that.
 _UNSERVABLE = {
     "use_dora": "DoRA",
     "lora_bias": "LoRA bias",
@@ -38,14 +38,14 @@ _UNSERVABLE = {
     "target_parameters": "LoRA on bare parameters",
     "megatron_config": "Megatron LoRA",
 }
-# All others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base model too, and the saved pairs count
-# from the changed one.
+# All others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the base model, and the saved pairs are relative to the
+# changed one.
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 _SCORE_HEADS = {"score", "classifier"}
 
 
 def check_config(config: Mapping[str, Any], *, is_reward: bool, max_lora_rank: int | None) -> list[str]:
-    """All that keeps an adapter of this config from being served."""
+    """Return every reason why an adapter with this config cannot be served."""
     problems = []
     if config.get("peft_type") not in (None, "LORA"):
         problems.append(f"peft_type is {shown(config['peft_type'])}: only LORA can be served")
@@ -64,7 +64,7 @@ def check_config(config: Mapping[str, Any], *, is_reward: bool, max_lora_rank: i
         )
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
         problems.append(
-            f"init_lora_weights is {shown(init)}: it changes the base model too; convert the adapter with "
+            f"init_lora_weights is {shown(init)}: it also changes the base model; convert the adapter with "
             "PEFT's path_initial_model_for_weight_conversion"
         )
     problems += [
@@ -74,9 +74,7 @@ def check_config(config: Mapping[str, Any], *, is_reward: bool, max_lora_rank: i
     ]
     known = _KEPT | _LEFT_OUT | _UNSERVABLE.keys()
     if unknown := sorted(key for key, value in config.items() if value and key not in known):
-        problems.append(
-            f"{shown(unknown)} are no settings known here, and may change what the adapter computes"
-        )
+        problems.append(f"unknown settings, which may change what the adapter computes: {shown(unknown)}")
     problems += _check_saved_modules(config, is_reward)
     problems += _check_module_names(config)
     return problems + _check_patterns(config, max_lora_rank)
@@ -92,7 +90,7 @@ def _check_saved_modules(config: Mapping[str, Any], is_reward: bool) -> list[str
 
 
 def _check_module_names(config: Mapping[str, Any]) -> list[str]:
-    """PEFT matches these as regular expressions: refused unless they are plain names."""
+    """Refuse all but plain names, since PEFT matches these as regular expressions."""
     problems = []
     if not config.get("target_modules"):
         problems.append("target_modules is missing: it must be a list of module names")
@@ -102,14 +100,14 @@ def _check_module_names(config: Mapping[str, Any]) -> list[str]:
         if key == "target_modules" and value == "all-linear":
             continue
         if not isinstance(names, list) or not all(is_plain_name(name) for name in names):
-            problems.append(f"{key} must be plain module names, and no regular expression")
+            problems.append(f"{key} must be plain module names, no regular expressions")
         elif len(names) > MAX_PATTERNS:
             problems.append(f"{key} has {len(names)} names: at most {MAX_PATTERNS} are allowed")
     return problems
 
 
 def _check_patterns(config: Mapping[str, Any], max_lora_rank: int | None) -> list[str]:
-    """Engines match these keys as regular expressions: refused unless they are plain names."""
+    """Refuse all but plain names, since engines match these keys as regular expressions."""
     problems = []
     for key, is_proper in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         pattern = config.get(key) or {}
@@ -117,11 +115,9 @@ def _check_patterns(config: Mapping[str, Any], max_lora_rank: int | None) -> lis
             problems.append(f"{key} must be an object of at most {MAX_PATTERNS} module names")
             continue
         if strange := [name for name in pattern if not is_plain_name(name)]:
-            problems.append(
-                f"{key} must hold plain module names, and no regular expression: {shown(strange)}"
-            )
+            problems.append(f"{key} must hold plain module names, no regular expressions: {shown(strange)}")
         if wrong := {name: value for name, value in pattern.items() if not is_proper(value)}:
-            problems.append(f"{key} must hold numbers such as those of r and lora_alpha: {shown(wrong)}")
+            problems.append(f"{key} must hold numbers allowed for r or lora_alpha: {shown(wrong)}")
         elif key == "rank_pattern" and max_lora_rank is not None and pattern:
             name, rank = max(pattern.items(), key=lambda item: int(item[1]))
             if rank > max_lora_rank:
@@ -131,7 +127,7 @@ def _check_patterns(config: Mapping[str, Any], max_lora_rank: int | None) -> lis
 
 
 def expected_rank(module: str, config: Mapping[str, Any]) -> int | None:
-    """The rank PEFT gives `module`: the first key of rank_pattern that is a dotted suffix of it, else r."""
+    """Return the rank PEFT gives `module`: from the first key of rank_pattern that is a dotted suffix of it, else r."""
     pattern = config.get("rank_pattern")
     for name, rank in pattern.items() if isinstance(pattern, dict) else ():
         if f".{module}".endswith(f".{name}"):
@@ -141,19 +137,19 @@ def expected_rank(module: str, config: Mapping[str, Any]) -> int | None:
 
 
 def canonical(config: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
-    """The same adapter gets the same config: no host path, no set order, no setting that changes nothing."""
+    """Return the canonical config: equal for equal adapters, without host paths and settings that have no effect."""
     kept = {
         key: value for key, value in sorted(config.items()) if key in _KEPT and value not in (None, [], {})
     }
     for key in ("target_modules", "exclude_modules"):  # sets in PEFT, saved in any order
         if isinstance(kept.get(key), list):
             kept[key] = sorted(set(kept[key]))
-    # In patterns the first match wins: their order is part of the adapter, and stays.
+    # The first matching pattern wins, so their order stays.
     return {"base_model_name_or_path": base_model, "inference_mode": True, "peft_type": "LORA", **kept}
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether it is the name of a module, and no regular expression of one."""
+    """Check that it is a module name and not a regular expression."""
     return isinstance(name, str) and _LITERAL.fullmatch(name) is not None
 
 

@@ -1,7 +1,7 @@
-"""Refs: how one adapter is named. `doctor`, `doctor@canary` (alias) or `doctor@3f2a9c1b77de` (revision).
+"""Refs, which name one adapter: `doctor`, `doctor@canary` (alias) or `doctor@3f2a9c1b77de` (revision).
 
-Names are those that people give on model hubs, `SQL_LoRA` or `org/My_Adapter.v1`. Each is one folder, on
-file systems that fold case too: `+` stands before what was a capital, and `+.` for the slash.
+Names are like those on model hubs: `SQL_LoRA` or `org/My_Adapter.v1`. Each has a folder of its own, also on
+case-insensitive file systems: a capital becomes `+` and the lower-case letter, and the slash becomes `+.`.
 """
 
 import re
@@ -20,35 +20,32 @@ _REVISION = re.compile(r"[0-9a-f]{12}")
 
 
 def check_name(name: str) -> str:
-    """`name` itself, if it can name an adapter; raises InvalidRef if it cannot."""
+    """Return `name` if it is a valid adapter name. Raises InvalidRef."""
     if len(name) > _MAX_NAME or not _NAME.fullmatch(name) or ".." in name:
         raise InvalidRef(
             f"{shown(name)} cannot name an adapter: use 1 to {_MAX_NAME} letters (a-z, A-Z), digits, '-', '_' or "
-            "single '.', beginning and ending with a letter or digit; one '/' may stand between two such names"
+            "single '.', starting and ending with a letter or digit; one '/' may join two such names"
         )
     return name
 
 
 def check_alias(alias: str) -> str:
-    """`alias` itself, if it can name an alias; raises InvalidRef if it cannot."""
+    """Return `alias` if it is a valid alias. Raises InvalidRef."""
     if not _ALIAS.fullmatch(alias) or ".." in alias or _REVISION.fullmatch(alias):
         raise InvalidRef(
             f"{shown(alias)} cannot name an alias: use 1 to 64 lower-case letters, digits, '-', '_' or single "
-            "'.', beginning and ending with a letter or digit, and not 12 hexadecimal digits, which name a revision"
+            "'.', starting and ending with a letter or digit; 12 hexadecimal digits are reserved for revisions"
         )
     return alias
 
 
 def folder_name(name: str) -> str:
-    """What the folder of `name` is called; `name` itself where it has neither capital nor slash.
-
-    Raises InvalidRef.
-    """
+    """Return the folder name for `name`; `name` itself if it has neither capital nor slash. Raises InvalidRef."""
     return re.sub(r"[A-Z]", lambda capital: f"+{capital[0].lower()}", check_name(name)).replace("/", "+.")
 
 
 def name_of(folder: str) -> str:
-    """The name that `folder_name` made a folder's name of. Raises InvalidRef if none did."""
+    """Undo `folder_name`. Raises InvalidRef if `folder` is not one of its results."""
     name = re.sub(r"\+([a-z])", lambda capital: capital[1].upper(), folder.replace("+.", "/"))
     if folder_name(name) != folder:
         raise InvalidRef(f"{shown(folder)} is not the folder of an adapter")
@@ -56,7 +53,7 @@ def name_of(folder: str) -> str:
 
 
 def check_revision(revision: str) -> str:
-    """`revision` itself, if it has the form of one; raises InvalidRef if it has not."""
+    """Return `revision` if it has the form of a revision. Raises InvalidRef."""
     if not _REVISION.fullmatch(revision):
         raise InvalidRef(f"{shown(revision)} is not a revision: a revision is 12 hexadecimal digits")
     return revision
@@ -64,7 +61,7 @@ def check_revision(revision: str) -> str:
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """One adapter: `alias` or `revision` is set, never both."""
+    """A reference to one adapter: `alias` or `revision` is set, never both."""
 
     name: str
     alias: str | None = None
@@ -72,7 +69,7 @@ class AdapterRef:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `name`, `name@alias` or `name@revision`; a bare name means the alias `default`.
+        """Parse `name`, `name@alias` or `name@revision`; a bare name means the alias `default`.
 
         Raises InvalidRef.
         """

@@ -1,15 +1,15 @@
-"""The durable home of revisions: immutable folders named by their content, and movable aliases.
+"""The adapter store: immutable revision folders named by their content, and movable aliases.
 
     <root>/<name>/revisions/<revision>/   the files of the adapter, manifest.json written last
     <root>/<name>/aliases/<alias>         one line: the revision
-    <root>/<name>/traffic.json            the shares of canary and shadow, if there are any
+    <root>/<name>/traffic.json            the shares of canary and shadow, if any
     <root>/<name>/log.jsonl               every publish and alias move: when, who, from, to, why
-    <root>/.staging/                      publications under way
+    <root>/.staging/                      publications in progress
 
-Readers need no lock. A revision appears by one rename, an alias moves by one replace, so a writer killed
-at any step, or two writers at once, leave the old state or the new one. What a killed publisher leaves in
-`.staging` is swept by the next. The log comes first: a crash may leave an entry for what did not happen,
-and never a change that nobody can trace.
+Readers need no lock. A revision appears by one rename and an alias moves by one replace, so a killed writer, or two
+writers at once, leave the old state or the new one. The next publisher removes what a killed one left in `.staging`.
+The log is written first: a crash may leave an entry for a change that did not happen, but never a change without an
+entry.
 """
 
 import fcntl
@@ -40,11 +40,11 @@ from adapters.ref import (
 from adapters.traffic import CANARY, SHADOW, Traffic
 from adapters.validate import CONFIG_FILE, BaseModelFacts, validate
 
-_REVISIONS = "[0-9a-f]" * 12  # what a revision's folder is called, for glob
+_REVISIONS = "[0-9a-f]" * 12  # glob pattern of revision folders
 
 
 class AdapterStore:
-    """Adapters under one folder, which is made when first written to."""
+    """The adapters in one folder, which is created on the first write."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -52,11 +52,11 @@ class AdapterStore:
     # Read
 
     def names(self) -> list[str]:
-        """Names of all adapters with at least one revision."""
+        """Return the names of all adapters with at least one revision."""
         return self._names(f"revisions/{_REVISIONS}")
 
     def revisions(self, name: str) -> list[Manifest]:
-        """All revisions of `name`, oldest first. Raises AdapterNotFound, StoreDamaged."""
+        """Return all revisions of `name`, oldest first. Raises AdapterNotFound, StoreDamaged."""
         manifests = []
         for revision in self._list(name):
             with suppress(AdapterNotFound):  # pruned while we read
@@ -66,22 +66,22 @@ class AdapterStore:
         return sorted(manifests, key=lambda manifest: (manifest.created_at, manifest.revision))
 
     def aliases(self, name: str) -> dict[str, str]:
-        """Alias to revision. Empty when nothing points at any revision of `name`."""
+        """Return the revision of each alias of `name`; empty if there is no alias."""
         found = {}
         for path in sorted((self._home(name) / "aliases").glob("[!.]*")):
-            with suppress(FileNotFoundError, IsADirectoryError):  # removed while we read; or no alias at all
+            with suppress(FileNotFoundError, IsADirectoryError):  # removed while we read, or not an alias
                 found[path.name] = path.read_text(encoding="utf-8", errors="replace").strip()
         return found
 
     def pointed(self) -> dict[tuple[str, str], str]:
-        """Every alias of every adapter, as (name, alias), to its revision."""
+        """Return the revision of every alias of every adapter, by (name, alias)."""
         found: dict[tuple[str, str], str] = {}
         for name in self._names("aliases/[!.]*"):
             found |= {(name, alias): to for alias, to in self.aliases(name).items()}
         return found
 
     def get(self, ref: AdapterRef) -> Manifest:
-        """The manifest `ref` names. Raises AdapterNotFound, StoreDamaged."""
+        """Return the manifest of `ref`. Raises AdapterNotFound, StoreDamaged."""
         revision = self._resolve(ref)
         try:
             text = (self.folder(ref.name, revision) / MANIFEST_FILE).read_bytes()
@@ -92,15 +92,15 @@ class AdapterStore:
             raise StoreDamaged(f"the manifest of {ref.name}@{revision} cannot be read") from error
         said = manifest.name, manifest.revision, revision_of(manifest.files, manifest)
         if said != (ref.name, revision, revision):
-            raise StoreDamaged(f"the manifest of {ref.name}@{revision} is that of something else")
+            raise StoreDamaged(f"the manifest of {ref.name}@{revision} belongs to another revision")
         return manifest
 
     def folder(self, name: str, revision: str) -> Path:
-        """Where the files of a revision lie, or would lie."""
+        """Return the folder of a revision, which may not exist."""
         return self._home(name) / "revisions" / check_revision(revision)
 
     def verify(self, manifest: Manifest) -> Path:
-        """The folder of a revision, after its files proved to be those that were published.
+        """Check that the files of a revision are those published, and return its folder.
 
         Reads every byte, so the files are in the page cache afterwards. Raises StoreDamaged.
         """
@@ -118,11 +118,11 @@ class AdapterStore:
         return folder
 
     def log(self, name: str) -> list[LogEntry]:
-        """All that happened to `name`, oldest first. A line torn by a crash is left out."""
+        """Return the log of `name`, oldest entry first. Skips a line torn by a crash."""
         return read_log(self._home(name) / "log.jsonl")
 
     def traffic(self, name: str) -> Traffic:
-        """How the requests for `name` are shared out."""
+        """Return the canary and shadow shares of `name`. Raises StoreDamaged."""
         try:
             return Traffic.model_validate_json((self._home(name) / "traffic.json").read_bytes())
         except FileNotFoundError:
@@ -142,11 +142,10 @@ class AdapterStore:
         source: str | None = None,
         base: BaseModelFacts | None = None,
     ) -> Manifest:
-        """Validate `folder`, and make a copy of it a revision of `name`. `source`: where it was fetched from.
+        """Validate `folder` and copy it into the store as a revision of `name`. `source`: where it was fetched from.
 
-        The same content published twice is one revision, with the manifest of the first time; damaged
-        meanwhile, it is made whole. Raises InvalidRef, InvalidAdapter, OSError (the disk is full, no
-        permission); nothing is published then.
+        Publishing the same content again returns the existing revision and its first manifest, and repairs damaged
+        files. Raises InvalidRef, InvalidAdapter, OSError (disk full, no permission); then nothing is published.
         """
         check_name(name)
         wanted = validate(folder, base).files
@@ -156,7 +155,7 @@ class AdapterStore:
             for file in (CONFIG_FILE, PROVENANCE_FILE, MANIFEST_FILE, *wanted):
                 if (folder / file).exists():
                     shutil.copyfile(folder / file, copy / file, follow_symlinks=False)
-            facts = validate(copy, base)  # the folder may have changed since: what counts is what was copied
+            facts = validate(copy, base)  # the folder may have changed while it was copied
             (copy / CONFIG_FILE).write_text(json.dumps(facts.config, indent=2) + "\n", encoding="utf-8")
             files = {file: sha256(copy / file) for file in sorted([CONFIG_FILE, *facts.files])}
             manifest = Manifest(
@@ -170,7 +169,7 @@ class AdapterStore:
                 files=files,
                 created_at=datetime.now(UTC),
             )
-            (copy / PROVENANCE_FILE).unlink(missing_ok=True)  # it is part of the manifest now
+            (copy / PROVENANCE_FILE).unlink(missing_ok=True)  # now part of the manifest
             (copy / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
             settle(copy)
             target = self.folder(name, manifest.revision)
@@ -192,13 +191,13 @@ class AdapterStore:
             self._point(name, alias, revision, "point", actor, why)
 
     def previous(self, name: str, alias: str = DEFAULT_ALIAS) -> str:
-        """The revision `alias` pointed at before the present one. Raises AdapterNotFound, NothingToRollBack."""
+        """Return the previous revision of `alias`. Raises AdapterNotFound, NothingToRollBack."""
         current = self._current(name, alias)
         revisions = way_back(self.log(name), alias, current)
         if not revisions:
-            raise NothingToRollBack(f"{name}@{alias} has pointed at no revision before {current}")
+            raise NothingToRollBack(f"{name}@{alias} has no previous revision before {current}")
         if revisions[0] not in self._list(name):
-            raise NothingToRollBack(f"{name}@{alias} pointed at {revisions[0]} before, which was pruned")
+            raise NothingToRollBack(f"the previous revision of {name}@{alias}, {revisions[0]}, was pruned")
         return revisions[0]
 
     def rollback(
@@ -211,9 +210,9 @@ class AdapterStore:
         why: str = "",
         expected: str | None = None,
     ) -> str:
-        """Point `alias` back at `to`, or at `previous`; the revision is returned.
+        """Point `alias` back at `to`, or at its previous revision; return the revision.
 
-        Raises AdapterNotFound, NothingToRollBack, and AliasMoved if the revision would not be `expected`.
+        Raises AdapterNotFound, NothingToRollBack, and AliasMoved if that revision is not `expected`.
         """
         with self._locked(name):
             self._current(name, alias)
@@ -222,45 +221,42 @@ class AdapterStore:
             else:
                 revision = self.get(AdapterRef(name, revision=check_revision(to))).revision
             if expected not in (None, revision):
-                raise AliasMoved(f"{name}@{alias} was moved by somebody else meanwhile: look, and try again")
+                raise AliasMoved(f"{name}@{alias} was moved concurrently: check its revision, then retry")
             self._point(name, alias, revision, "rollback", actor, why)
         return revision
 
     def remove_alias(self, name: str, alias: str, *, actor: str, why: str = "") -> None:
-        """Point `alias` at nothing, and take its share of traffic away. Its revisions stay.
-
-        Raises AdapterNotFound.
-        """
+        """Remove `alias` and its share of the traffic. Its revisions stay. Raises AdapterNotFound."""
         with self._locked(name):
             self._remove_alias(name, alias, actor, why)
 
     def split(self, name: str, alias: str, percent: float, *, actor: str, why: str = "") -> None:
-        """Give `alias`, `canary` or `shadow`, its share of the requests for `name`; 0 takes it away.
+        """Set the share of the requests for `name` that `alias` (`canary` or `shadow`) gets; 0 removes it.
 
-        Raises AdapterNotFound when nothing stands behind the alias, ValueError for no percentage.
+        Raises AdapterNotFound if the alias does not exist, ValueError for an invalid percentage.
         """
         with self._locked(name):
             self._current(name, alias)
             self._split(name, alias, percent, actor, why)
 
     def promote(self, name: str, *, actor: str, why: str = "", expected: str | None = None) -> str:
-        """Point `default` at what `canary` points at, and end the canary; the revision is returned.
+        """Point `default` at the canary's revision and end the canary; return the revision.
 
-        Killed between two steps, both point at one revision, and promoting again ends the canary.
-        Raises AdapterNotFound, and AliasMoved if the revision would not be `expected`.
+        After a kill between the two steps both aliases point at the revision, and promoting again ends the canary.
+        Raises AdapterNotFound, and AliasMoved if that revision is not `expected`.
         """
         with self._locked(name):
             revision = self._current(name, CANARY)
             if expected not in (None, revision):
-                raise AliasMoved(f"{name}@{CANARY} was moved by somebody else meanwhile: look, and try again")
+                raise AliasMoved(f"{name}@{CANARY} was moved concurrently: check its revision, then retry")
             self._point(name, DEFAULT_ALIAS, revision, "promote", actor, why)
             self._remove_alias(name, CANARY, actor, why)
         return revision
 
     def prune(self, name: str, *, keep: int, actor: str, why: str = "") -> list[str]:
-        """Remove all but the `keep` newest revisions and those that aliases, rollbacks or engines need.
+        """Remove old revisions, except the `keep` newest and those that aliases, rollbacks or engines need.
 
-        Returns the revisions removed. Raises AdapterNotFound.
+        Returns the removed revisions. Raises AdapterNotFound.
         """
         with self._locked(name), self._staging() as staging:
             aliases = self.aliases(name)
@@ -285,9 +281,9 @@ class AdapterStore:
 
     @contextmanager
     def hold(self, manifest: Manifest) -> Iterator[Path]:
-        """Keep a revision from being pruned, by this process or another; its folder.
+        """Keep a revision from being pruned by any process; yield its folder.
 
-        Raises AdapterNotFound. Freed by the system if the holder dies.
+        Raises AdapterNotFound. The system releases the hold if the holder dies.
         """
         folder = self.folder(manifest.name, manifest.revision)
         with ExitStack() as stack:
@@ -303,14 +299,14 @@ class AdapterStore:
     # Primitives
 
     def _home(self, name: str) -> Path:
-        """The folder of an adapter. Raises InvalidRef."""
+        """Return the folder of an adapter. Raises InvalidRef."""
         return self.root / folder_name(name)
 
     def _names(self, holding: str) -> list[str]:
-        """The adapters whose folder holds something that matches the pattern `holding`."""
+        """Return the adapters whose folder has an entry that matches the glob pattern `holding`."""
         names = set()
         for folder in {path.parts[-3] for path in self.root.glob(f"[!.]*/{holding}")}:
-            with suppress(InvalidRef):  # somebody else's folder
+            with suppress(InvalidRef):  # not a folder of the store
                 names.add(name_of(folder))
         return sorted(names)
 
@@ -326,7 +322,7 @@ class AdapterStore:
         try:
             return check_revision(revision)
         except InvalidRef as error:
-            raise StoreDamaged(f"{ref} points at no revision: point it at one again") from error
+            raise StoreDamaged(f"{ref} points at no valid revision: point it at one again") from error
 
     def _get_whole(self, name: str, revision: str) -> Manifest | None:
         try:
@@ -367,7 +363,7 @@ class AdapterStore:
         replace_text(self._home(name) / "traffic.json", after.model_dump_json() + "\n")
 
     def _put(self, folder: Path, target: Path) -> None:
-        """Move a settled folder to its place. The folders above may be new too."""
+        """Move a synced folder to its place. The folders above may also be new."""
         folder.rename(target)
         fsync(target.parent, target.parent.parent, self.root)
 
@@ -377,7 +373,7 @@ class AdapterStore:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """One writer of an adapter at a time. Raises AdapterNotFound, so that a wrong name makes no folder."""
+        """Allow one writer of an adapter at a time. Raises AdapterNotFound; a wrong name creates no folder."""
         folder = self._home(name)
         if not folder.is_dir():
             raise AdapterNotFound(f"there is no adapter {name}")
@@ -386,14 +382,16 @@ class AdapterStore:
 
     @contextmanager
     def _staging(self) -> Iterator[Path]:
-        """A folder of our own, gone afterwards. Sweeps what dead publishers left."""
+        """Yield a temporary folder of our own. Removes the folders of dead publishers."""
         top = self.root / ".staging"
         top.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            with flock(top / ".lock"):  # or a folder just made would look abandoned until it is locked
+            with flock(top / ".lock"):  # a new folder would look abandoned until it is locked
                 for left in top.glob("[!.]*"):
                     remove_if_abandoned(left)
                 folder = Path(tempfile.mkdtemp(dir=top))
-                stack.callback(shutil.rmtree, folder, ignore_errors=True)  # what stays, the next one sweeps
+                stack.callback(
+                    shutil.rmtree, folder, ignore_errors=True
+                )  # the next publisher removes leftovers
                 stack.enter_context(flock(folder / ".lock"))
             yield folder

@@ -1,4 +1,4 @@
-"""JSON that every reader reads alike: no key twice, no NaN or infinity, no depth that ends a reader."""
+"""JSON that all parsers read alike: no duplicate keys, no NaN or infinity, limited depth."""
 
 import json
 import math
@@ -8,7 +8,7 @@ _MAX_DEPTH = 32
 
 
 def loads(text: str | bytes) -> Any:
-    """`json.loads` of UTF-8; raises ValueError for what another reader could take for something else."""
+    """Parse UTF-8 JSON. Raises ValueError for invalid JSON, and for JSON that parsers could read differently."""
     try:
         value = json.loads(
             text.decode("utf-8") if isinstance(text, bytes) else text,
@@ -20,7 +20,7 @@ def loads(text: str | bytes) -> Any:
     except RecursionError:
         is_deep = True
     if is_deep:
-        raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+        raise ValueError(f"nested deeper than {_MAX_DEPTH} levels")
     return value
 
 
@@ -34,7 +34,7 @@ def _finite(text: str) -> float:
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key is given twice")
+        raise ValueError("duplicate key")
     return found
 
 

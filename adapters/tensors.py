@@ -1,4 +1,4 @@
-"""Read safetensors files without torch: the header, then the largest value of each tensor.
+"""Read safetensors files without torch: the header and the largest magnitude of each tensor.
 
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, a JSON header, the data).
 """
@@ -16,7 +16,7 @@ from adapters.errors import shown
 
 _MAX_HEADER_BYTES = 16 << 20
 _MAX_DIMENSIONS = 8
-_MAX_NUMBER = 1 << 48  # keeps the product of a hostile shape cheap
+_MAX_NUMBER = 1 << 48  # makes the product of a hostile shape cheap
 _PIECE_BYTES = 16 << 20
 _ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -26,12 +26,12 @@ READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 class BadTensors(ValueError):
-    """The file is not a whole, well-formed safetensors file."""
+    """The file is truncated or not a valid safetensors file."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One entry of a header. `begin` and `end` are byte offsets from the start of the file."""
+    """One header entry. `begin` and `end` are byte offsets from the start of the file."""
 
     name: str
     dtype: str
@@ -41,7 +41,7 @@ class TensorSpec:
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
-    """All tensors of a safetensors file by name, checked to tile the file without gap or overlap.
+    """Return all tensors of a safetensors file by name; check that they fill the file without gap or overlap.
 
     Raises BadTensors, OSError.
     """
@@ -49,7 +49,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise BadTensors("the file is cut short, or is no safetensors file")
+            raise BadTensors("the file is truncated or not a safetensors file")
         try:
             header = strict_json.loads(file.read(length))
         except ValueError as error:
@@ -64,10 +64,10 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     reached = start
     for spec in sorted(specs, key=lambda spec: (spec.begin, spec.end)):
         if spec.begin != reached:
-            raise BadTensors(f"tensor {shown(spec.name)} does not begin where the one before it ends")
+            raise BadTensors(f"tensor {shown(spec.name)} does not start where the previous one ends")
         reached = spec.end
     if reached != size:
-        raise BadTensors("the file is cut short, or holds bytes that belong to no tensor")
+        raise BadTensors("the file is truncated, or has bytes that belong to no tensor")
     return {spec.name: spec for spec in specs}
 
 
@@ -82,17 +82,19 @@ def _spec(name: str, entry: Any, start: int) -> TensorSpec:
     except (KeyError, TypeError, ValueError):
         is_proper = False
     if not is_proper:
-        raise BadTensors(f"tensor {shown(name)} has no proper dtype, shape and data_offsets")
+        raise BadTensors(f"tensor {shown(name)} has an invalid dtype, shape or data_offsets")
     if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise BadTensors(f"tensor {shown(name)} has {end - begin} bytes, not those of its shape and dtype")
+        raise BadTensors(
+            f"tensor {shown(name)} has {end - begin} bytes, which do not match its shape and dtype"
+        )
     return TensorSpec(name, dtype, shape, start + begin, start + end)
 
 
 def read_peaks(path: Path, specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, float]]:
-    """The largest magnitude in each tensor of a READABLE dtype; not finite where any value is not.
+    """Yield the largest magnitude of each tensor of a READABLE dtype; not finite if any value is not.
 
-    Reads piece by piece, so that a large tensor needs little memory, and never by mmap: there a file cut
-    short meanwhile would end the process. Raises BadTensors, OSError.
+    Reads in pieces to save memory, and without mmap, with which a file truncated meanwhile would kill the process.
+    Raises BadTensors, OSError.
     """
     with path.open("rb") as file:
         for spec in specs:
@@ -102,7 +104,7 @@ def read_peaks(path: Path, specs: Iterable[TensorSpec]) -> Iterator[tuple[Tensor
                 expected = min(_PIECE_BYTES, spec.end - begin)
                 piece = file.read(expected)
                 if len(piece) != expected:
-                    raise BadTensors("the file was cut short while it was read")
+                    raise BadTensors("the file was truncated while it was read")
                 values = np.frombuffer(piece, READABLE[spec.dtype])
                 if spec.dtype == "BF16":  # the upper half of a float32
                     values = (values.astype(np.uint32) << 16).view(np.float32)

@@ -1,4 +1,4 @@
-"""How the requests for `name` are shared out between the aliases `default`, `canary` and `shadow`."""
+"""The split of the requests for `name` between the aliases `default`, `canary` and `shadow`."""
 
 import hashlib
 from typing import Annotated
@@ -14,8 +14,8 @@ Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 class Traffic(BaseModel):
     """Shares of the requests for the alias `default`, in percent; 0 is none.
 
-    The canary's share is answered by `name@canary`. Of the shadow's share `name@shadow` gets a copy, and its
-    answers go to nobody.
+    `name@canary` answers the canary's share. `name@shadow` gets copies of the shadow's share, and its answers are not
+    sent to clients.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,10 +25,10 @@ class Traffic(BaseModel):
 
 
 def is_in_share(percent: float, *, revision: str, session: str) -> bool:
-    """Whether `session` belongs to the `percent` of all sessions that `revision` gets.
+    """Check whether `session` is in the `percent` of all sessions that `revision` gets.
 
-    Always the same for the same three, in every process, and a larger share holds the smaller one. Each
-    revision draws its own, so that not the same people try every new one.
+    The result is the same for the same arguments in every process, and a larger share includes the smaller one. Each
+    revision gets different sessions, so that the same users do not try every new one.
     """
     digest = hashlib.sha256(f"{revision}\0{session}".encode()).digest()
     return int.from_bytes(digest[:8]) < percent / 100 * 2**64

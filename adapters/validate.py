@@ -1,8 +1,7 @@
-"""A folder in, facts out, or every problem at once. Nothing reaches an engine that has not passed here.
+"""Validate an adapter folder: return its facts, or all problems at once. Every adapter passes here before an engine.
 
-Read without torch, and without trusting the folder: only plain files with allow-listed names, bounded
-JSON, tensors checked by name, shape, dtype and value. What stock vLLM does with the adapters refused
-here runs from serving wrong answers in silence to ending the engine.
+Needs no torch and does not trust the folder: regular files with allow-listed names only, bounded JSON, tensors checked
+by name, shape, dtype and value. Stock vLLM may silently serve wrong answers or crash on the adapters refused here.
 """
 
 import math
@@ -29,7 +28,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE = "chat_template.jinja"
 
-# What trainers leave beside an adapter: never read, never copied.
+# Files that trainers leave beside an adapter; never read or copied.
 _LEFT_BEHIND = {
     "README.md", ".gitattributes", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
@@ -48,7 +47,7 @@ _SCORE_KEY = "base_model.model.score.weight"
 
 @dataclass(frozen=True)
 class BaseModelFacts:
-    """What the base model allows an adapter to be."""
+    """The base model's facts that an adapter is checked against."""
 
     name: str
     fingerprint: str
@@ -59,7 +58,7 @@ class BaseModelFacts:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What validation found. `config` is adapter_config.json made canonical and free of host paths."""
+    """Facts of a valid adapter. `config` is the canonical adapter_config.json, without host paths."""
 
     provenance: Provenance
     r: int
@@ -68,11 +67,11 @@ class AdapterFacts:
     golden_prompts: int
     config: dict[str, Any]
     files: list[str]
-    """The names of the files that belong to the revision, adapter_config.json and manifest aside."""
+    """Names of the revision's files, without adapter_config.json and the manifest."""
 
 
 def validate(folder: Path, base: BaseModelFacts | None = None) -> AdapterFacts:
-    """Check everything that can be checked without an engine; with `base`, that it fits that base too.
+    """Check everything that needs no engine; with `base`, also that the adapter fits that base model.
 
     Raises InvalidAdapter with all problems at once.
     """
@@ -109,8 +108,8 @@ def validate(folder: Path, base: BaseModelFacts | None = None) -> AdapterFacts:
 
 
 def _check_files(folder: Path) -> tuple[list[str], set[str]]:
-    if not os.path.isdir(folder):  # unlike Path.is_dir, no error either for what can name no folder
-        raise InvalidAdapter(["there is no such folder: give the folder that holds adapter_config.json"])
+    if not os.path.isdir(folder):  # unlike Path.is_dir, raises nothing for an impossible name
+        raise InvalidAdapter(["folder not found: give the folder that holds adapter_config.json"])
     special, code, strange = [], [], []
     names: set[str] = set()
     for entry in sorted(folder.iterdir()):
@@ -124,13 +123,13 @@ def _check_files(folder: Path) -> tuple[list[str], set[str]]:
         else:
             names.add(name)
     problems = [
-        *_listed("an adapter is plain files only; these are links, folders or special files: ", special),
+        *_listed("only regular files are allowed; links, folders or special files: ", special),
         *_listed(
-            f"only {TENSOR_FILE} is read; convert these, which may run code when read, by python -m training "
-            "convert-adapter: ",
+            f"only {TENSOR_FILE} is read; other formats may run code when loaded, convert them with "
+            "python -m training convert-adapter: ",
             code,
         ),
-        *_listed("remove these, which are no files of an adapter: ", strange),
+        *_listed("unexpected files, remove them: ", strange),
         *(f"{name} is missing" for name in (CONFIG_FILE, TENSOR_FILE) if name not in names),
     ]
     if TEMPLATE_FILE in names:
@@ -164,7 +163,7 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
 
 
 def _read_provenance(folder: Path, names: set[str], problems: list[str]) -> Provenance:
-    """What the trainer wrote down or, for a folder out of a store, what its manifest kept of it."""
+    """Read the trainer's provenance.json or, in a folder from a store, the same facts in its manifest."""
     unknown = Provenance(stage="external")
     file = next((file for file in (PROVENANCE_FILE, MANIFEST_FILE) if file in names), None)
     value = _read_json(folder / file, problems) if file else None
@@ -231,16 +230,18 @@ def _check_tensors(
             strangers.append(module)
         elif base is not None and (a[1], b[0]) != tuple(base.module_shapes[module]):
             into, out = base.module_shapes[module]
-            shapes.append(f"{module} is {into} to {out} in {base.name}, and {a[1]} to {b[0]} here")
+            shapes.append(
+                f"{module} maps {into} to {out} in {base.name}, but {a[1]} to {b[0]} in the adapter"
+            )
     return [
-        *_listed("these tensors are no LoRA weights of PEFT's naming: ", unknown),
-        *_listed("these tensors are not floats (F64, F32, F16 or BF16): ", dtypes),
-        *_listed("these shapes do not fit: ", shapes),
-        *_listed("each module needs both halves of its pair: ", halves_missing),
-        *_listed("A must be (r, in) and B (out, r) with r of adapter_config.json: ", ranks),
-        *_listed(f"{base.name if base else ''} has no LoRA-capable module of these names: ", strangers),
-        *([] if pairs else ["there is no LoRA pair in it: it would change nothing"]),
-        *([f"{_SCORE_KEY} is missing: a reward adapter scores with it"] if needs_score else []),
+        *_listed("tensors that are not PEFT LoRA weights: ", unknown),
+        *_listed("tensors that are not floats (F64, F32, F16 or BF16): ", dtypes),
+        *_listed("wrong shapes: ", shapes),
+        *_listed("each module needs both lora_A and lora_B: ", halves_missing),
+        *_listed("A must be (r, in) and B (out, r), with r from adapter_config.json: ", ranks),
+        *_listed(f"{base.name if base else ''} has no LoRA-capable modules with these names: ", strangers),
+        *([] if pairs else ["no LoRA pairs: the adapter would change nothing"]),
+        *([f"{_SCORE_KEY} is missing: a reward adapter needs its score head"] if needs_score else []),
     ]
 
 
@@ -258,20 +259,22 @@ def _check_values(path: Path, specs: Mapping[str, TensorSpec]) -> list[str]:
                 effective.setdefault(match["module"], set()).update(match["half"] if peak != 0 else ())
     except BadTensors as error:
         return [f"{TENSOR_FILE}: {error}"]
-    problems = _listed("these tensors hold NaN or infinity, which would spoil other answers too: ", broken)
-    problems += _listed(f"values beyond ±{_MAX_MAGNITUDE:g} are not those of a trained adapter: ", huge)
+    problems = _listed("tensors with NaN or infinity, which would also corrupt other answers: ", broken)
+    problems += _listed(f"values beyond ±{_MAX_MAGNITUDE:g}, which trained adapters do not have: ", huge)
     if effective and not any(len(halves) == 2 for halves in effective.values()):
-        problems.append("every pair has an all-zero half: the adapter would change nothing; was it trained?")
+        problems.append(
+            "every pair has an all-zero lora_A or lora_B: the adapter would change nothing; was it trained?"
+        )
     return problems
 
 
 def _check_digest(path: Path, provenance: Provenance) -> list[str]:
-    """A proof in half precision cannot tell a small change of weights from rounding; their digest can."""
+    """Check the digest, since a proof in half precision cannot tell a small change of the weights from rounding."""
     if provenance.weights_digest in (None, sha256(path)):
         return []
     return [
-        f"{TENSOR_FILE} is not the file that training wrote, by its SHA-256 in {PROVENANCE_FILE}: it was changed "
-        "or cut since; publish it as it was written, or without that line if you changed it on purpose"
+        f"the SHA-256 of {TENSOR_FILE} is not weights_digest of {PROVENANCE_FILE}: the file was changed or truncated "
+        "after training; publish the original, or remove weights_digest if you changed it on purpose"
     ]
 
 
@@ -280,8 +283,8 @@ def _check_base(provenance: Provenance, base: BaseModelFacts) -> list[str]:
     if seen is None or seen == base.fingerprint:
         return []
     return [
-        f"it was trained on {shown(provenance.base_model)} with fingerprint {shown(seen)}, and this service runs "
-        f"{base.name} with fingerprint {base.fingerprint}: serve it on its own base, or train it on this"
+        f"the adapter was trained on {shown(provenance.base_model)} with fingerprint {shown(seen)}, but this service "
+        f"runs {base.name} with fingerprint {base.fingerprint}: serve it on its own base model, or train it on this one"
     ]
 
 

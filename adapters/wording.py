@@ -1,4 +1,4 @@
-"""What is wrong with a value, in the words of those who wrote it: pydantic's speak of Python's types."""
+"""Pydantic's validation errors in plain words, without the names of Python types."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -20,11 +20,11 @@ _NAMES = {
     "model_attributes": "an object of names and values",
     "path": "a path",
 }
-"""Of types, by the beginning of pydantic's errors: of `int` there are int_type, int_parsing and int_from_float."""
+"""Type names by prefix of pydantic's error types: `int` has int_type, int_parsing and int_from_float."""
 
 _WORDS = {
     "missing": "is missing",
-    "extra_forbidden": "is no known name",
+    "extra_forbidden": "is not a known field",
     "greater_than": "must be more than {gt}",
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be less than {lt}",
@@ -46,7 +46,7 @@ _WORDS = {
 
 
 def in_words(problem: Mapping[str, Any]) -> str:
-    """One of `ValidationError.errors()`, to stand behind the name of its field: `must be a whole number`."""
+    """Return one of `ValidationError.errors()` as text to put after the field's name: `must be a whole number`."""
     kind, facts = str(problem["type"]), problem.get("ctx", {})
     if kind.startswith("too_") and isinstance(problem.get("input"), str):  # a secret
         kind = f"string_{kind}"
@@ -58,6 +58,6 @@ def in_words(problem: Mapping[str, Any]) -> str:
 
 
 def no_such_setting(name: str, known: Iterable[str]) -> str:
-    """What is said of a setting that there is not, with the `known` one that was likely meant."""
+    """Return the message for an unknown setting, with the most similar `known` one."""
     near = get_close_matches(name, list(known), n=1)
     return "no such setting" + (f"; did you mean `{near[0]}`?" if near else "")

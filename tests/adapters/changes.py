@@ -1,4 +1,4 @@
-"""Ways to spoil or vary an adapter folder, for tables of them."""
+"""Changes to an adapter folder, for tables of valid and invalid ones."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A small valid adapter folder to spoil, a store, and a way to start other processes."""
+"""Fixtures: a small valid adapter folder to change, a store, and a way to start other processes."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(autouse=True)
 def _fsync_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slow, and of use only against a loss of power; the one test of it records its calls instead."""
+    """Skip fsync, which is slow and only matters after a power loss; its one test records the calls instead."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -30,7 +30,7 @@ def adapter(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def reward(tmp_path: Path) -> Folder:
-    """A reward adapter: LoRA and a score head."""
+    """A reward adapter: LoRA pairs and a score head."""
     folder = make_folder(tmp_path / "reward")
     folder.provenance = {"stage": "rm", "task": "reward"}
     folder.config |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
@@ -45,7 +45,7 @@ def store(tmp_path: Path) -> AdapterStore:
 
 @pytest.fixture
 def revisions(store: AdapterStore, tmp_path: Path) -> list[str]:
-    """Four published revisions, to which `default` was pointed one after another."""
+    """Four published revisions; `default` pointed at each in turn."""
     made = [publish(store, tmp_path, seed) for seed in range(4)]
     for revision in made:
         store.set_alias(NAME, "default", revision, actor=WHO)
@@ -54,7 +54,7 @@ def revisions(store: AdapterStore, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def start() -> Start:
-    """Start Python with `adapters` at hand, as another process of the same machine would."""
+    """Start Python as a separate process that can import `adapters`."""
 
     def start(*arguments: str | Path, **environment: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Adapter folders made by hand, byte by byte, so that every part of one can be spoiled."""
+"""Adapter folders built by hand, so that tests can corrupt any part."""
 
 import json
 import shutil
@@ -34,12 +34,12 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int8": "I8", "
 
 
 def key(module: str, half: str) -> str:
-    """The name PEFT saves half of a pair under."""
+    """Return the name under which PEFT saves lora_A or lora_B of a module."""
     return f"base_model.model.{module}.lora_{half}.weight"
 
 
 def pair(module: str, r: int, into: int, out: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """The two tensors of one module."""
+    """Return the two tensors of one module."""
     random = np.random.default_rng(seed)
     shapes = {key(module, "A"): (r, into), key(module, "B"): (out, r)}
     return {name: random.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
@@ -47,7 +47,7 @@ def pair(module: str, r: int, into: int, out: int, seed: int = 0) -> dict[str, n
 
 @dataclass
 class Folder:
-    """What an adapter folder holds, to be changed and then written."""
+    """The content of an adapter folder, to change and then write."""
 
     path: Path
     config: Any
@@ -55,10 +55,10 @@ class Folder:
     provenance: dict[str, Any] | None
     golden: list[GoldenPrompt] = field(default_factory=list)
     others: dict[str, bytes] = field(default_factory=dict)
-    """Files to write as they are, also in place of those made of the above."""
+    """Further files; they replace generated ones of the same name."""
 
     def write(self) -> Path:
-        """Make the folder anew."""
+        """Write the folder, replacing an existing one."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir()
         files = {
@@ -76,7 +76,7 @@ class Folder:
 
 
 def safetensors(tensors: dict[str, np.ndarray], metadata: Any = None) -> bytes:
-    """The bytes of a safetensors file. An array of uint16 is taken for the bits of bfloat16."""
+    """Return the bytes of a safetensors file. A uint16 array is written as bfloat16 bits."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     data = b""
     for name, array in tensors.items():
@@ -87,12 +87,12 @@ def safetensors(tensors: dict[str, np.ndarray], metadata: Any = None) -> bytes:
 
 
 def with_header(header: bytes, data: bytes = b"") -> bytes:
-    """A safetensors file of any header."""
+    """Return a safetensors file with this header."""
     return len(header).to_bytes(8, "little") + header + data
 
 
 def make_folder(path: Path, seed: int = 0) -> Folder:
-    """A valid folder of rank 4 on two modules; another `seed` makes other weights."""
+    """Return a valid folder of rank 4 on two modules; the weights depend on `seed`."""
     return Folder(
         path=path,
         config={
@@ -116,10 +116,10 @@ def make_folder(path: Path, seed: int = 0) -> Folder:
 
 
 def publish(store: AdapterStore, folder: Path, seed: int) -> str:
-    """Publish an adapter of its own weights; returns its revision."""
+    """Publish an adapter with the weights of `seed`; return its revision."""
     return store.publish(make_folder(folder / f"seed-{seed}", seed).write(), NAME, actor=WHO).revision
 
 
 def left_in_staging(store: AdapterStore) -> list[str]:
-    """What publications under way, or killed, have left."""
+    """Return the staging folders of running and killed publications."""
     return [path.name for path in (store.root / ".staging").glob("[!.]*")]

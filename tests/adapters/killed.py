@@ -1,8 +1,8 @@
-"""Kill -9 a change of a store at every step it takes: `python killed.py FOLDER ACTION`.
+"""Kill a store change with SIGKILL at each of its steps: `python killed.py FOLDER ACTION`.
 
-FOLDER/store is copied to FOLDER/1, FOLDER/2, ... A child process changes copy n, and is killed just before
-its n-th step: whatever makes, writes, moves or removes a file or folder, half a file, a lock or an fsync.
-The last copy is the one whose change was completed.
+FOLDER/store is copied to FOLDER/1, FOLDER/2, ... A child process changes copy n and is killed just before its n-th
+step. A step creates, writes, moves or removes a file or folder, writes half a file, takes a lock or calls fsync. The
+last copy is the one whose change was completed.
 """
 
 import fcntl

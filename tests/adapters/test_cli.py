@@ -119,7 +119,7 @@ def test_rollback(run: Run, published: list[str]) -> None:
         run("rollback", "doctor", "--alias", "default", "--why", "x") == f"doctor@default -> {revisions[0]}"
     )
     assert run("rollback", "doctor", fails=True) == (
-        f"doctor@default has pointed at no revision before {revisions[0]}"
+        f"doctor@default has no previous revision before {revisions[0]}"
     )
 
 
@@ -143,9 +143,9 @@ def test_prune(run: Run, published: list[str], tmp_path: Path) -> None:
         (["prune", "nobody"], "there is no adapter nobody"),
         (
             ["publish", "/nowhere", "--name", "x"],
-            "This adapter cannot be served:\n  - there is no such folder: ",
+            "This adapter cannot be served:\n  - folder not found: ",
         ),
-        (["validate", "/nowhere"], "This adapter cannot be served:\n  - there is no such folder: "),
+        (["validate", "/nowhere"], "This adapter cannot be served:\n  - folder not found: "),
     ],
 )
 @pytest.mark.usefixtures("published")

@@ -1,4 +1,4 @@
-"""adapters/diff.py, held against dense products."""
+"""adapters/diff.py, compared with dense products."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from tests.adapters.folders import DOWN, GOLDEN, SCORE, Folder, Q, key, make_fol
 
 
 def dense(folder: Folder, module: str) -> np.ndarray:
-    """What a folder adds to a module's weights, after PEFT's own rule for the scale."""
+    """Return a folder's update to a module's weights, scaled as PEFT scales it."""
     a, b = (folder.tensors[key(module, half)] for half in "AB")
     if a.dtype == np.uint16:
         a, b = ((half.astype(np.uint32) << 16).view(np.float32) for half in (a, b))
@@ -33,7 +33,7 @@ def two(tmp_path: Path) -> tuple[Folder, Folder]:
 
 
 def check(old: Folder, new: Folder) -> RevisionDiff:
-    """Compare, and hold every number against dense products."""
+    """Run diff and check every number against dense products."""
     found = diff(old.write(), new.write())
     for module in found.modules:
         before = dense(old, module.module) if module.in_old else None
@@ -86,7 +86,7 @@ def test_a_small_step_is_measured(tmp_path: Path) -> None:
         assert 1e-5 < module.relative < 1e-3
 
 
-def test_equal_revisions_have_moved_by_exactly_nothing(tmp_path: Path) -> None:
+def test_equal_revisions_have_moved_by_exactly_0(tmp_path: Path) -> None:
     old = make_folder(tmp_path / "old", 1)
     new = make_folder(tmp_path / "new", 1)
     found = diff(old.write(), new.write())
@@ -101,7 +101,7 @@ def test_equal_revisions_have_moved_by_exactly_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_same_product_of_other_factors_has_not_moved(tmp_path: Path, seed: int) -> None:
-    """B Q and Qᵀ A multiply to what B and A do, but for rounding."""
+    """B Q and Qᵀ A have the same product as B and A, except for rounding."""
     old, new = two(tmp_path)
     random = np.random.default_rng(seed)
     old.tensors = {name: array.astype(np.float64) for name, array in pair(Q, 8, 300, 200, seed).items()}
@@ -194,7 +194,7 @@ def test_other_files_differ_by_their_bytes(tmp_path: Path) -> None:
     assert (found.golden_differs, found.template_differs) == (False, True)
 
 
-def test_a_score_head_is_no_pair(tmp_path: Path, reward: Folder) -> None:
+def test_a_score_head_is_not_a_pair(tmp_path: Path, reward: Folder) -> None:
     other = make_folder(tmp_path / "other", 3)
     other.tensors[SCORE] = np.zeros((1, 8), np.float32)
     assert {module.module for module in check(reward, other).modules} == {Q, DOWN}
@@ -207,26 +207,29 @@ def spoiled(folder: Folder, name: str, content: bytes) -> None:
 BROKEN = {
     "config no JSON": (lambda f: spoiled(f, "adapter_config.json", b"{"), "cannot be read as JSON"),
     "config a list": (lambda f: spoiled(f, "adapter_config.json", b"[]"), "must be a JSON object"),
-    "tensors cut short": (
+    "tensors truncated": (
         lambda f: spoiled(f, "adapter_model.safetensors", b"abc"),
-        "safetensors: the file is cut",
+        "safetensors: the file is truncated",
     ),
     "no alpha": (lambda f: f.config.pop("lora_alpha"), "lora_alpha of .* is None"),
-    "half a pair": (lambda f: f.tensors.pop(key(Q, "A")), "have no A .*q_proj"),
-    "ranks that disagree": (lambda f: f.tensors.update({key(Q, "A"): np.ones((3, 8))}), "have no A .*q_proj"),
+    "half a pair": (lambda f: f.tensors.pop(key(Q, "A")), "without a matching A .*q_proj"),
+    "ranks that disagree": (
+        lambda f: f.tensors.update({key(Q, "A"): np.ones((3, 8))}),
+        "without a matching A .*q_proj",
+    ),
     "whole numbers": (
         lambda f: f.tensors.update({key(Q, "A"): np.ones((4, 8), np.int8)}),
-        "have no A .*q_proj",
+        "without a matching A .*q_proj",
     ),
     "another base model": (
         lambda f: f.tensors.update(pair(Q, 4, 9, 8)),
-        "8 to 8 in the old .* 9 to 8 in the new",
+        "maps 8 to 8 in the old .* 9 to 8 in the new",
     ),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
-def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+def test_revisions_that_cannot_be_compared_are_refused(tmp_path: Path, change: Any, message: str) -> None:
     old, new = two(tmp_path)
     change(new)
     with pytest.raises(InvalidAdapter, match=message):
@@ -254,7 +257,7 @@ def test_the_table(tmp_path: Path) -> None:
     assert lines[4:] == ["lora_alpha: 8 -> 16", "the golden prompts differ"]
 
 
-def test_a_long_table_is_cut(tmp_path: Path) -> None:
+def test_a_long_table_is_shortened(tmp_path: Path) -> None:
     row = ModuleDiff(
         module="m" * 200, old_norm=1, new_norm=1, moved=1, relative=1, cosine=0.5, in_old=True, in_new=True
     )

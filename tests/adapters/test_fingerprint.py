@@ -1,4 +1,4 @@
-"""adapters/fingerprint.py: which copies of a base model are the same base."""
+"""adapters/fingerprint.py: copies with equal and with different fingerprints."""
 
 import json
 from collections.abc import Callable
@@ -90,20 +90,20 @@ OTHER: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME.keys())
-def test_copies_of_one_base_agree(tmp_path: Path, change: Change) -> None:
+def test_copies_of_one_base_model_agree(tmp_path: Path, change: Change) -> None:
     one, copy = save(tmp_path / "one"), save(tmp_path / "copy")
     change(copy)
     assert fingerprint(copy) == fingerprint(one)
 
 
 @pytest.mark.parametrize("change", OTHER.values(), ids=OTHER.keys())
-def test_another_base_differs(tmp_path: Path, change: Change) -> None:
+def test_another_base_model_differs(tmp_path: Path, change: Change) -> None:
     one, other = save(tmp_path / "one"), save(tmp_path / "other")
     change(other)
     assert fingerprint(other) != fingerprint(one)
 
 
-def test_a_tokenizer_without_tokenizer_json_counts_too(tmp_path: Path) -> None:
+def test_a_tokenizer_without_tokenizer_json_counts(tmp_path: Path) -> None:
     digests = set()
     for content in ("one", "two"):
         folder = save(tmp_path / content)
@@ -134,7 +134,7 @@ BROKEN: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN.keys())
-def test_what_is_no_base_model_is_named_without_its_place(tmp_path: Path, change: Change) -> None:
+def test_error_names_the_folder_without_its_path(tmp_path: Path, change: Change) -> None:
     folder = save(tmp_path / "llama")
     change(folder)
     with pytest.raises(AdapterError) as caught:

@@ -1,4 +1,4 @@
-"""adapters/golden.py"""
+"""adapters/golden.py: reading and writing golden prompts."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ from tests.adapters.folders import GOLDEN
 GOOD: dict[str, Any] = GOLDEN.model_dump()
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_golden_prompts_are_read_back(tmp_path: Path) -> None:
     other = GoldenPrompt(**{**GOOD, "messages": [{"role": "user", "content": 'line\nline\u2028"\x85 👩‍⚕️'}]})
     write_golden(tmp_path / "golden.jsonl", [GOLDEN, other])
     assert read_golden(tmp_path / "golden.jsonl") == [GOLDEN, other]
 
 
-def test_separators_within_a_message_end_no_line(tmp_path: Path) -> None:
-    """JSON leaves U+2028 and U+0085 as they are, and str.splitlines() splits at them."""
+def test_separators_within_a_message_do_not_split_lines(tmp_path: Path) -> None:
+    """JSON does not escape U+2028 and U+0085, and str.splitlines() splits at them."""
     path = tmp_path / "golden.jsonl"
     content = "a\u2028b\x85c\x0cd"
     text = json.dumps({**GOOD, "messages": [{"role": "user", "content": content}]}, ensure_ascii=False)
@@ -31,8 +31,8 @@ def test_separators_within_a_message_end_no_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"logprobs": []}, "of one length"),
-        ({"base_logprobs": [-1.0, -2.0]}, "of one length"),
+        ({"logprobs": []}, "the same length"),
+        ({"base_logprobs": [-1.0, -2.0]}, "the same length"),
         ({"logprobs": [float("nan")]}, "finite"),
         ({"base_logprobs": [float("-inf")]}, "finite"),
         ({"messages": []}, "messages"),
@@ -43,9 +43,7 @@ def test_separators_within_a_message_end_no_line(tmp_path: Path) -> None:
         ({"extra": 1}, "extra"),
     ],
 )
-def test_a_prompt_that_proves_nothing_is_refused(
-    tmp_path: Path, change: dict[str, Any], problem: str
-) -> None:
+def test_invalid_prompts_are_refused(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError):
         GoldenPrompt(**{**GOOD, **change})
     path = tmp_path / "golden.jsonl"
@@ -55,7 +53,7 @@ def test_a_prompt_that_proves_nothing_is_refused(
     assert caught.value.problems[0].startswith("golden.jsonl line 2: ")
 
 
-def test_every_bad_line_is_named_and_none_is_quoted_at_length(tmp_path: Path) -> None:
+def test_every_bad_line_is_named_in_a_short_message(tmp_path: Path) -> None:
     good = json.dumps(GOOD).encode()
     bad_key = json.dumps({**GOOD, "密" * 5000: 1}).encode()
     (tmp_path / "golden.jsonl").write_bytes(
@@ -73,7 +71,7 @@ def test_every_bad_line_is_named_and_none_is_quoted_at_length(tmp_path: Path) ->
     [(b"\n" * 100_000, "at most 64"), (b" " * ((4 << 20) + 1), "larger than 4 MiB")],
     ids=["lines", "bytes"],
 )
-def test_a_file_without_measure_is_refused_unread(tmp_path: Path, content: bytes, problem: str) -> None:
+def test_too_large_files_are_refused(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "golden.jsonl").write_bytes(content)
     with pytest.raises(InvalidAdapter, match=problem):
         read_golden(tmp_path / "golden.jsonl")

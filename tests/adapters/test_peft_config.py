@@ -1,4 +1,4 @@
-"""adapters/peft_config.py: the config a revision keeps, and what is assumed of PEFT and vLLM."""
+"""adapters/peft_config.py: the config a revision keeps, and its assumptions about PEFT and vLLM."""
 
 import ast
 import importlib.util
@@ -22,15 +22,15 @@ SAME: dict[str, Change] = {
     "the set in another order": config(target_modules=["down_proj", "q_proj"]),
     "a module twice": config(target_modules=["q_proj", "down_proj", "q_proj"]),
     "keys in another order": lambda f: setattr(f, "config", dict(reversed(f.config.items()))),
-    "what PEFT notes for itself": config(
+    "PEFT's own notes": config(
         auto_mapping={"parent_library": "os"}, revision="main", peft_version="0.99", inference_mode=False
     ),
-    "what is set to nothing": config(use_dora=False, layer_replication=None, rank_pattern={}, exclude_modules=None),
+    "settings without a value": config(use_dora=False, layer_replication=None, rank_pattern={}, exclude_modules=None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME.keys())
-def test_the_same_adapter_keeps_the_same_config(adapter: Folder, change: Change) -> None:
+def test_equal_adapters_have_equal_configs(adapter: Folder, change: Change) -> None:
     before = canonical(adapter)
     change(adapter)
     assert canonical(adapter) == before
@@ -45,26 +45,26 @@ def test_the_same_adapter_keeps_the_same_config(adapter: Folder, change: Change)
         config(task_type="SEQ_CLS"),
     ],
 )
-def test_another_adapter_keeps_another_config(adapter: Folder, change: Change) -> None:
+def test_different_adapters_have_different_configs(adapter: Folder, change: Change) -> None:
     before = canonical(adapter)
     change(adapter)
     assert canonical(adapter) != before
 
 
-def test_excluded_modules_are_a_set_too(adapter: Folder) -> None:
+def test_order_of_excluded_modules_does_not_matter(adapter: Folder) -> None:
     adapter.config["exclude_modules"] = ["k_proj", "v_proj"]
     before = canonical(adapter)
     adapter.config["exclude_modules"] = ["v_proj", "k_proj"]
     assert canonical(adapter) == before
 
 
-def test_patterns_keep_their_order_because_the_first_match_wins(adapter: Folder) -> None:
+def test_patterns_keep_their_order(adapter: Folder) -> None:
     adapter.config["alpha_pattern"] = {"self_attn.q_proj": 2, "q_proj": 32, "down_proj": 1}
     kept = validate(adapter.write()).config["alpha_pattern"]
     assert list(kept.items()) == list(adapter.config["alpha_pattern"].items())
 
 
-def test_the_config_tells_no_path_and_names_no_library(adapter: Folder) -> None:
+def test_config_has_no_host_path_and_no_library(adapter: Folder) -> None:
     adapter.config["auto_mapping"] = {"parent_library": "evil"}
     kept = validate(adapter.write()).config
     assert kept["base_model_name_or_path"] == "tiny"
@@ -72,7 +72,7 @@ def test_the_config_tells_no_path_and_names_no_library(adapter: Folder) -> None:
     assert kept["inference_mode"] is True
 
 
-# What is written here about PEFT and vLLM, held against both (read as text: importing them takes 15 s)
+# Assumptions about PEFT and vLLM, checked against their source as text: importing them takes 15 s
 
 
 def source(package: str, path: str) -> ast.Module:

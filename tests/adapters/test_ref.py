@@ -1,4 +1,4 @@
-"""adapters/ref.py: what can name an adapter, an alias, a revision."""
+"""adapters/ref.py: valid names of adapters, aliases and revisions."""
 
 import pytest
 
@@ -39,7 +39,7 @@ BAD = [
 
 @pytest.mark.parametrize("bad", BAD, ids=ascii)
 @pytest.mark.parametrize("check", [check_name, check_alias, check_revision, AdapterRef.parse])
-def test_what_cannot_be_a_name_is_refused_everywhere(check, bad: str) -> None:
+def test_invalid_names_are_refused_everywhere(check, bad: str) -> None:
     with pytest.raises(InvalidRef) as caught:
         check(bad)
     assert len(str(caught.value)) < 400
@@ -47,7 +47,7 @@ def test_what_cannot_be_a_name_is_refused_everywhere(check, bad: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [*BAD, "a@b", "a/b", "Canary", "a" * 65], ids=ascii)
-def test_what_cannot_be_an_alias_is_refused_behind_the_name(bad: str) -> None:
+def test_invalid_aliases_in_a_ref_are_refused(bad: str) -> None:
     with pytest.raises(InvalidRef):
         AdapterRef.parse(f"doctor@{bad}")
 
@@ -72,7 +72,7 @@ def test_a_revision_is_12_hexadecimal_digits(bad: str) -> None:
         ("A/B", "+a+.+b"),
     ],
 )
-def test_every_name_has_a_folder_that_tells_it_where_case_is_folded_too(name: str, folder: str) -> None:
+def test_every_name_has_its_own_lower_case_folder(name: str, folder: str) -> None:
     assert folder_name(name) == folder == folder.lower()
     assert name_of(folder) == name
 
@@ -80,6 +80,6 @@ def test_every_name_has_a_folder_that_tells_it_where_case_is_folded_too(name: st
 @pytest.mark.parametrize(
     "folder", ["Doctor", "a/b", "a+", "++a", "a++.b", "+.a", "+1", "lost+found/", "No Adapter", ".staging"]
 )
-def test_a_folder_that_is_no_adapters_is_known(folder: str) -> None:
+def test_other_folders_are_refused(folder: str) -> None:
     with pytest.raises(InvalidRef):
         name_of(folder)

@@ -1,4 +1,4 @@
-"""adapters/store.py: what is published can be had back, and is proved to be what was published."""
+"""adapters/store.py: publishing, reading and verifying revisions."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.adapters.folders import BASE, GOLDEN, NAME, WHO, Folder, left_in_stag
 # Publish
 
 
-def test_what_is_published_can_be_had_back(adapter: Folder, store: AdapterStore) -> None:
+def test_published_revision_is_read_back(adapter: Folder, store: AdapterStore) -> None:
     adapter.golden = [GOLDEN]
     adapter.others = {"chat_template.jinja": b"{{ x }}", "README.md": b"about"}
     adapter.provenance |= {
@@ -60,7 +60,7 @@ def test_what_is_published_can_be_had_back(adapter: Folder, store: AdapterStore)
     assert left_in_staging(store) == []
 
 
-def test_every_user_may_read_what_only_the_trainer_could(adapter: Folder, store: AdapterStore) -> None:
+def test_published_files_are_readable_by_every_user(adapter: Folder, store: AdapterStore) -> None:
     adapter.write()
     assert (adapter.path / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o600
     before = os.umask(0o077)
@@ -81,7 +81,7 @@ def test_the_same_content_is_one_revision(adapter: Folder, store: AdapterStore) 
     adapter.provenance |= {"run_id": "another", "metrics": {}}
     adapter.others = {"README.md": b"another"}
     second = store.publish(adapter.write(), NAME, actor=WHO)
-    assert second == first  # with the provenance of the first time
+    assert second == first  # with the first provenance
     assert store.revisions(NAME) == [first]
     assert len(store.log(NAME)) == 1
 
@@ -106,7 +106,7 @@ def test_other_content_is_another_revision(adapter: Folder, store: AdapterStore,
 
 
 def test_the_config_of_a_revision_keeps_its_patterns_in_order(adapter: Folder, store: AdapterStore) -> None:
-    """The first match wins: in another order they would scale the same modules otherwise."""
+    """The first match wins, so another order would scale the modules differently."""
     adapter.config["alpha_pattern"] = {"self_attn.q_proj": 2, "q_proj": 32, "down_proj": 1}
     folder = store.verify(store.publish(adapter.write(), NAME, actor=WHO))
     kept = json.loads((folder / "adapter_config.json").read_text())
@@ -125,8 +125,8 @@ def test_a_revision_moves_to_another_store_with_its_provenance(
     other.verify(theirs)
 
 
-def test_a_revision_in_the_store_validates_as_what_it_is(reward: Folder, store: AdapterStore) -> None:
-    """Of another base, and of another task, as its manifest says: its provenance.json is gone."""
+def test_a_revision_in_the_store_validates_by_its_manifest(reward: Folder, store: AdapterStore) -> None:
+    """Base model and task come from the manifest, as a revision has no provenance.json."""
     reward.provenance["base_fingerprint"] = "f" * 16
     folder = store.verify(store.publish(reward.write(), NAME, actor=WHO))
     assert validate(folder).provenance.task == "reward"
@@ -134,7 +134,7 @@ def test_a_revision_in_the_store_validates_as_what_it_is(reward: Folder, store: 
         validate(folder, BASE)
 
 
-def test_what_is_refused_leaves_nothing(adapter: Folder, store: AdapterStore, tmp_path: Path) -> None:
+def test_refused_adapters_leave_no_files(adapter: Folder, store: AdapterStore, tmp_path: Path) -> None:
     adapter.config["r"] = 5
     with pytest.raises(InvalidAdapter):
         store.publish(adapter.write(), NAME, actor=WHO)
@@ -171,14 +171,14 @@ def test_a_bad_name_reaches_no_file(adapter: Folder, store: AdapterStore, name: 
     ("slip_in", "problem"),
     [
         (lambda path: path.symlink_to("/etc/passwd"), "links"),
-        (lambda path: path.write_bytes(b"garbage"), "cut short, or is no safetensors file"),
+        (lambda path: path.write_bytes(b"garbage"), "truncated or not a safetensors file"),
     ],
     ids=["link", "garbage"],
 )
 def test_the_folder_may_change_while_it_is_copied(
     adapter: Folder, store: AdapterStore, monkeypatch: pytest.MonkeyPatch, slip_in, problem: str
 ) -> None:
-    """What counts is what was copied, and not what lies in the folder before and after."""
+    """The copy is validated, not the folder."""
     adapter.write()
     copyfile = shutil.copyfile
 
@@ -200,7 +200,7 @@ def test_the_folder_may_change_while_it_is_copied(
 # Read
 
 
-def test_what_is_not_there(store: AdapterStore, revisions: list[str]) -> None:
+def test_missing_adapters_and_revisions(store: AdapterStore, revisions: list[str]) -> None:
     assert AdapterStore(store.root / "nowhere").names() == []
     assert store.aliases("nobody") == {}
     assert store.log("nobody") == []
@@ -225,13 +225,13 @@ def test_what_is_not_there(store: AdapterStore, revisions: list[str]) -> None:
 
 
 def test_a_name_without_revisions_is_no_adapter(store: AdapterStore, tmp_path: Path) -> None:
-    """As after a kill between the folder and the revision, or when all were pruned."""
+    """A kill after the folder is created, or pruning all revisions, leaves such a name."""
     publish(store, tmp_path, 0)
     assert len(store.prune(NAME, keep=0, actor=WHO)) == 1
     assert store.names() == []
 
 
-def test_strange_things_in_the_store_are_passed_over(store: AdapterStore, revisions: list[str]) -> None:
+def test_unknown_files_in_the_store_are_ignored(store: AdapterStore, revisions: list[str]) -> None:
     inside = store.root / NAME / "revisions"
     shutil.copytree(inside / revisions[0], inside / f"{revisions[0]}.bak")
     (inside / ".nfs0001").touch()
@@ -285,7 +285,7 @@ def test_a_manifest_must_be_that_of_its_folder(
     damage(path, store.folder(NAME, revisions[2]) / "manifest.json")
     with pytest.raises(StoreDamaged, match=f"manifest of doctor@{revisions[3]}"):
         store.get(AdapterRef(NAME, alias="default"))
-    assert store.rollback(NAME, actor=WHO) == revisions[2]  # now more than ever
+    assert store.rollback(NAME, actor=WHO) == revisions[2]  # rollback works with a damaged manifest
     assert publish(store, tmp_path, 3) == revisions[3]
     assert len(store.revisions(NAME)) == 4
 
@@ -294,10 +294,10 @@ def test_a_manifest_must_be_that_of_its_folder(
 def test_an_alias_file_that_holds_no_revision(
     store: AdapterStore, revisions: list[str], content: bytes
 ) -> None:
-    """It stands in nobody else's way, and is pointed again like any other."""
+    """It does not affect other aliases, and can be pointed again."""
     store.set_alias(NAME, "canary", revisions[1], actor=WHO)
     (store.root / NAME / "aliases" / "default").write_bytes(content)
-    with pytest.raises(StoreDamaged, match="doctor@default points at no revision: point it"):
+    with pytest.raises(StoreDamaged, match="doctor@default points at no valid revision: point it"):
         store.get(AdapterRef(NAME, alias="default"))
     assert store.aliases(NAME).keys() == {"default", "canary"}
     assert store.get(AdapterRef(NAME, alias="canary")).revision == revisions[1]

@@ -1,4 +1,4 @@
-"""adapters/store.py: aliases, their log, the way back, and what prune leaves."""
+"""adapters/store.py: aliases, their log, rollback and prune."""
 
 import random
 from pathlib import Path
@@ -31,8 +31,8 @@ def test_every_move_is_in_the_log(store: AdapterStore, revisions: list[str]) -> 
     assert store.aliases(NAME) == {"default": revisions[-1]}
 
 
-def test_a_line_torn_by_a_crash_swallows_no_other(store: AdapterStore, revisions: list[str]) -> None:
-    """Torn in the middle of a character, too."""
+def test_a_line_torn_by_a_crash_does_not_damage_others(store: AdapterStore, revisions: list[str]) -> None:
+    """The line may be torn in the middle of a character."""
     store.set_alias(NAME, "default", revisions[0], actor=WHO, why="换药")
     path = store.root / NAME / "log.jsonl"
     whole = store.log(NAME)
@@ -60,7 +60,7 @@ def test_rollbacks_in_a_row_go_back_step_by_step(store: AdapterStore, revisions:
     assert store.rollback(NAME, actor=WHO) == one
 
 
-def test_a_revision_pointed_at_twice_is_no_loop(store: AdapterStore, revisions: list[str]) -> None:
+def test_rollback_past_a_revision_pointed_at_twice(store: AdapterStore, revisions: list[str]) -> None:
     one, *_, four = revisions
     store.set_alias(NAME, "canary", one, actor=WHO)
     store.set_alias(NAME, "canary", four, actor=WHO)
@@ -71,7 +71,7 @@ def test_a_revision_pointed_at_twice_is_no_loop(store: AdapterStore, revisions: 
 
 
 def test_rollback_undoes_moves_like_a_stack(store: AdapterStore, revisions: list[str]) -> None:
-    """Held against a stack, over random moves, and crashes between the log and the alias."""
+    """Compare with a stack over random moves, with crashes between writing the log and the alias."""
     chance = random.Random(1)
     aliases = store.root / NAME / "aliases"
     stack = list(revisions)
@@ -95,7 +95,7 @@ def test_rollback_undoes_moves_like_a_stack(store: AdapterStore, revisions: list
         assert store.get(AdapterRef(NAME, alias="default")).revision == stack[-1]
 
 
-def test_there_is_no_way_back_past_a_removed_alias(store: AdapterStore, revisions: list[str]) -> None:
+def test_no_rollback_past_a_removed_alias(store: AdapterStore, revisions: list[str]) -> None:
     store.remove_alias(NAME, "default", actor=WHO)
     store.set_alias(NAME, "default", revisions[0], actor=WHO)
     with pytest.raises(NothingToRollBack):
@@ -105,13 +105,13 @@ def test_there_is_no_way_back_past_a_removed_alias(store: AdapterStore, revision
 # Prune
 
 
-def test_prune_keeps_the_newest_and_what_is_needed(
+def test_prune_keeps_the_newest_and_those_in_use(
     store: AdapterStore, revisions: list[str], tmp_path: Path
 ) -> None:
     one, two, three, four = revisions
     five = publish(store, tmp_path, 5)
     store.set_alias(NAME, "canary", one, actor=WHO)
-    # default: four, before it three; canary: one; the newest: five
+    # default: four, previously three; canary: one; newest: five
     assert store.prune(NAME, keep=1, actor="li", why="space") == [two]
     assert [manifest.revision for manifest in store.revisions(NAME)] == [one, three, four, five]
     assert [(e.action, e.actor, e.from_revision) for e in store.log(NAME)][-1] == ("prune", "li", two)
@@ -121,17 +121,17 @@ def test_prune_keeps_the_newest_and_what_is_needed(
 
 
 @pytest.mark.parametrize("keep", [4, 5, 100])
-def test_prune_removes_nothing_while_there_are_few(store: AdapterStore, tmp_path: Path, keep: int) -> None:
+def test_prune_removes_nothing_below_the_limit(store: AdapterStore, tmp_path: Path, keep: int) -> None:
     for seed in range(4):
         publish(store, tmp_path, seed)
     assert store.prune(NAME, keep=keep, actor=WHO) == []
     assert len(store.revisions(NAME)) == 4
 
 
-def test_no_alias_is_rolled_back_to_what_was_pruned(store: AdapterStore, revisions: list[str]) -> None:
+def test_no_rollback_to_a_pruned_revision(store: AdapterStore, revisions: list[str]) -> None:
     one, two, three, _ = revisions
     assert store.prune(NAME, keep=0, actor=WHO) == [one, two]
     assert store.rollback(NAME, actor=WHO) == three
-    with pytest.raises(NothingToRollBack, match=f"pointed at {two} before, which was pruned"):
+    with pytest.raises(NothingToRollBack, match=f"previous revision of doctor@default, {two}, was pruned"):
         store.rollback(NAME, actor=WHO)
     assert store.get(AdapterRef(NAME, alias="default")).revision == three

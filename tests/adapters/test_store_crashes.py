@@ -1,4 +1,4 @@
-"""adapters/store.py: kills, full disks, and others at the same time leave the old state or the new one."""
+"""adapters/store.py: kills, full disks and concurrent writers leave the old state or the new one."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from tests.adapters.folders import NAME, WHO, Folder, left_in_staging, make_fold
 
 
 def state(store: AdapterStore, damaged: str | None = None) -> tuple[set[str], tuple[dict[str, str], Traffic]]:
-    """The revisions, each proved whole (but for one known to be `damaged`), the aliases and their shares."""
+    """Return the undamaged revisions, the aliases and their shares; only `damaged` may be damaged."""
     whole = set()
     for manifest in store.revisions(NAME) if NAME in store.names() else []:
         try:
@@ -59,25 +59,25 @@ def test_kill_9_at_every_step_leaves_the_old_state_or_the_new(
         seen.append((revisions, aliases))
         assert before[0] & after[0] <= revisions <= before[0] | after[0]
         if action == "promote" and aliases not in (before[1], after[1]):
-            pointed, _ = aliases  # in between, both point at the new one
+            pointed, _ = aliases  # between the two steps, both point at the new one
             assert pointed == {"default": made[3], "canary": made[3]}
         else:
             assert aliases in (before[1], after[1])
-        if (revisions, aliases) != before:  # nothing happens without a trace
+        if (revisions, aliases) != before:  # every change is logged
             assert len(copy.log(NAME)) > len(store.log(NAME))
         if (revisions, aliases) != after:
             killed.ACTIONS[verb](copy, tmp_path / "new")
             assert state(copy) == after
         publish(copy, tmp_path, 5)
         assert left_in_staging(copy) == []
-    assert seen.count(before) > 1  # killed early enough,
-    assert seen.count(after) > 1  # and late enough
+    assert seen.count(before) > 1  # some kills were early enough
+    assert seen.count(after) > 1  # and some late enough
 
 
-def test_many_publishers_at_once_of_the_same_and_of_others(
+def test_concurrent_publishers_of_the_same_adapters(
     store: AdapterStore, tmp_path: Path, start: Start
 ) -> None:
-    """Each of four processes publishes the same six adapters, in an order of its own."""
+    """Four processes publish the same six adapters, each in its own order."""
     folders = [make_folder(tmp_path / f"seed-{seed}", seed).write() for seed in range(6)]
     code = """
 import random, sys
@@ -89,7 +89,7 @@ for folder in order.sample(folders, len(folders)):
     store.publish(Path(folder), "doctor", actor=sys.argv[2])
 """
     processes = [start("-c", code, store.root, str(number), *folders) for number in range(4)]
-    time.sleep(0.5)  # for all to be there; were one late, it would race only less
+    time.sleep(0.5)  # until all have started; a late one would only race less
     store.root.mkdir()
     for process in processes:
         _, errors = process.communicate(timeout=120)
@@ -125,10 +125,10 @@ for move in range(400):
     assert len([entry for entry in store.log(NAME) if entry.actor == "writer"]) == 400
 
 
-def test_readers_do_not_stumble_over_a_prune(
+def test_readers_survive_a_prune(
     store: AdapterStore, revisions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A revision and an alias that are gone between listing and reading are passed over."""
+    """Readers skip a revision or alias that is removed between listing and reading."""
     read_bytes, read_text = Path.read_bytes, Path.read_text
 
     def prune_first(path: Path) -> bytes:
@@ -147,10 +147,10 @@ def test_readers_do_not_stumble_over_a_prune(
     assert store.aliases(NAME) == {}
 
 
-def test_everything_is_on_the_disk_before_it_is_seen(
+def test_everything_is_synced_before_it_is_visible(
     adapter: Folder, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a loss of power, a name must not lead to content that was never written."""
+    """After a power loss, no name may point at content that was never written."""
     synced: list[str] = []
     rename, replace = Path.rename, Path.replace
 
@@ -188,10 +188,8 @@ def test_a_living_publisher_keeps_its_staging(adapter: Folder, store: AdapterSto
 
 
 @pytest.mark.parametrize("limit", [0, 100, 600, 1000])
-def test_a_disk_that_is_full_leaves_nothing(
-    adapter: Folder, store: AdapterStore, start: Start, limit: int
-) -> None:
-    """No file can grow beyond `limit` bytes: what fails is the config, the tensors or the manifest."""
+def test_a_full_disk_leaves_no_files(adapter: Folder, store: AdapterStore, start: Start, limit: int) -> None:
+    """No file can grow beyond `limit` bytes, so writing the config, the tensors or the manifest fails."""
     code = """
 import resource, sys
 from pathlib import Path
@@ -211,10 +209,10 @@ except OSError as error:
 
 
 @pytest.mark.parametrize("action", [*killed.ACTIONS])
-def test_a_log_that_cannot_be_written_stops_every_change(
+def test_no_change_without_a_log_entry(
     store: AdapterStore, revisions: list[str], tmp_path: Path, start: Start, action: str
 ) -> None:
-    """The log is the largest file here: with its size for a limit, only it cannot grow."""
+    """The log is the largest file here: with its size as the limit, only the log cannot grow."""
     for _ in range(10):
         store.set_alias(NAME, "canary", revisions[0], actor=WHO, why="x" * 1000)
         store.remove_alias(NAME, "canary", actor=WHO)

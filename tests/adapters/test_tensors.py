@@ -1,4 +1,4 @@
-"""adapters/tensors.py: safetensors files, whole and spoiled, and held against the safetensors library."""
+"""adapters/tensors.py: valid and damaged safetensors files, compared with the safetensors library."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def entry(**changes: Any) -> dict[str, Any]:
     return {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **changes}
 
 
-def test_a_file_of_the_safetensors_library_is_read(tmp_path: Path) -> None:
+def test_file_written_by_the_safetensors_library(tmp_path: Path) -> None:
     tensors = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.ones((4,), np.float16),
@@ -94,14 +94,14 @@ BAD |= {name: with_header(json.dumps(header).encode(), data) for name, (header, 
 
 
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD.keys())
-def test_what_is_not_whole_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(BadTensors):
         read_header(path)
 
 
-def test_a_message_quotes_no_long_name_and_no_control_character(tmp_path: Path) -> None:
+def test_messages_have_no_long_name_and_no_control_character(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for name in ("\x1b[31m" + "n" * 100_000, "\ud800"):
         for changes in ({"dtype": "?"}, {"shape": [2]}, {"data_offsets": [1, 5]}):
@@ -112,8 +112,8 @@ def test_a_message_quotes_no_long_name_and_no_control_character(tmp_path: Path) 
             assert len(str(caught.value)) < 300
 
 
-def test_the_size_of_a_hostile_shape_is_not_worked_out(tmp_path: Path) -> None:
-    """The product of these would keep a core busy for minutes."""
+def test_the_size_of_a_hostile_shape_is_not_computed(tmp_path: Path) -> None:
+    """Computing the product of these would take minutes."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(with_header(json.dumps({"a": entry(shape=[10**4000] * 3000)}).encode()))
     started = time.process_time()
@@ -133,8 +133,8 @@ def test_empty_tensors_may_lie_between_others(tmp_path: Path) -> None:
     assert set(read_header(path)) == {"a", "none", "z"}
 
 
-def test_what_is_read_the_library_reads_too(tmp_path: Path) -> None:
-    """No file that was checked here may mean something else to the engine."""
+def test_accepted_files_are_read_the_same_by_the_library(tmp_path: Path) -> None:
+    """An accepted file must mean the same to the engine."""
     chance = random.Random(0)
     whole = bytearray(
         make({"a": np.ones((2, 3), np.float32), "b": np.ones((3,), np.float16)}, {"format": "pt"})
@@ -194,8 +194,8 @@ def test_the_peak_of_a_tensor(tmp_path: Path, tensor: np.ndarray, peak: float) -
 
 
 @pytest.mark.parametrize("at", [0, 4 << 20, (8 << 20) - 1])
-def test_a_nan_is_found_wherever_it_lies(tmp_path: Path, at: int) -> None:
-    """Large tensors are read in pieces of 16 MiB: what is found in one must outlive the others."""
+def test_a_nan_is_found_anywhere(tmp_path: Path, at: int) -> None:
+    """Large tensors are read in pieces of 16 MiB: a NaN in one piece must not be lost in the next."""
     tensor = np.ones(8 << 20, np.float32)
     tensor[at] = np.nan
     path = tmp_path / "x.safetensors"
@@ -204,11 +204,11 @@ def test_a_nan_is_found_wherever_it_lies(tmp_path: Path, at: int) -> None:
     assert math.isnan(peak)
 
 
-def test_a_file_cut_short_meanwhile_is_refused(tmp_path: Path) -> None:
-    """With mmap it would end the process with SIGBUS."""
+def test_a_file_truncated_while_read_is_refused(tmp_path: Path) -> None:
+    """With mmap this would kill the process with SIGBUS."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(make({"a": np.ones(100_000, np.float32)}))
     specs = read_header(path).values()
     path.write_bytes(path.read_bytes()[:10_000])
-    with pytest.raises(BadTensors, match="cut short"):
+    with pytest.raises(BadTensors, match="truncated"):
         list(read_peaks(path, specs))

@@ -1,4 +1,4 @@
-"""Canary and shadow in the store: shares, promotion, the way back; and revisions that engines hold."""
+"""Canary and shadow in the store: shares, promotion and rollback; and revisions that engines hold."""
 
 import random
 from pathlib import Path
@@ -23,13 +23,13 @@ from tests.adapters.folders import NAME, WHO
 
 @pytest.fixture
 def canary(store: AdapterStore, revisions: list[str]) -> str:
-    """The third revision as canary at 10 %; `default` is the fourth."""
+    """The third revision is the canary at 10 %; `default` is the fourth."""
     store.set_alias(NAME, CANARY, revisions[2], actor=WHO)
     store.split(NAME, CANARY, 10, actor=WHO)
     return revisions[2]
 
 
-def test_a_share_needs_an_alias_and_leaves_with_it(store: AdapterStore, canary: str) -> None:
+def test_a_share_needs_an_alias_and_is_removed_with_it(store: AdapterStore, canary: str) -> None:
     with pytest.raises(AdapterNotFound, match=f"{NAME}@{SHADOW}"):
         store.split(NAME, SHADOW, 5, actor=WHO)
     store.set_alias(NAME, SHADOW, canary, actor=WHO)
@@ -42,7 +42,7 @@ def test_a_share_needs_an_alias_and_leaves_with_it(store: AdapterStore, canary: 
 
 
 @pytest.mark.parametrize("percent", [-1, 100.5, float("nan"), float("inf")])
-def test_no_percentage(store: AdapterStore, canary: str, percent: float) -> None:
+def test_invalid_percentage(store: AdapterStore, canary: str, percent: float) -> None:
     with pytest.raises(ValueError, match="canary"):
         store.split(NAME, CANARY, percent, actor=WHO)
     assert store.traffic(NAME) == Traffic(canary=10)
@@ -72,7 +72,9 @@ def test_roll_back_to_any_earlier_revision(store: AdapterStore, revisions: list[
     assert store.previous(NAME) == one
     store.set_alias(NAME, "default", four, actor=WHO)
     assert store.previous(NAME) == two
-    assert store.rollback(NAME, to=three, actor=WHO) == three  # not on the way back any more: a move
+    assert (
+        store.rollback(NAME, to=three, actor=WHO) == three
+    )  # not an earlier revision of the stack: counts as a move
     assert store.rollback(NAME, actor=WHO) == four
     with pytest.raises(AdapterNotFound):
         store.rollback(NAME, to="0" * 12, actor=WHO)
@@ -80,7 +82,7 @@ def test_roll_back_to_any_earlier_revision(store: AdapterStore, revisions: list[
         store.rollback(NAME, "nightly", to=one, actor=WHO)
 
 
-def test_the_way_back_agrees_with_a_plain_stack(store: AdapterStore, revisions: list[str]) -> None:
+def test_rollback_agrees_with_a_stack(store: AdapterStore, revisions: list[str]) -> None:
     random_ = random.Random(7)
     store.remove_alias(NAME, "default", actor=WHO)
     stack: list[str] = []
@@ -109,7 +111,7 @@ def test_the_way_back_agrees_with_a_plain_stack(store: AdapterStore, revisions: 
         assert store.aliases(NAME)["default"] == stack[-1]
 
 
-def test_prune_leaves_what_an_engine_holds(
+def test_prune_keeps_revisions_that_engines_hold(
     store: AdapterStore, revisions: list[str], tmp_path: Path, start: Start
 ) -> None:
     held = store.get(AdapterRef(NAME, revision=revisions[0]))
@@ -149,4 +151,4 @@ def test_shares_are_sticky_and_of_the_right_size() -> None:
     assert abs(len(ten) - 2000) < 2.58 * (20_000 * 0.1 * 0.9) ** 0.5
     assert ten < chosen(25)
     other = chosen(10, "000000000000")
-    assert abs(len(ten & other) - 200) < 60, "another revision's canary draws other sessions"
+    assert abs(len(ten & other) - 200) < 60, "another revision gets other sessions"

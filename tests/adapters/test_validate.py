@@ -1,6 +1,6 @@
-"""adapters/validate.py: every kind of adapter an engine must never see, and those it must not be denied.
+"""adapters/validate.py: every kind of adapter that must be refused, and those that must be accepted.
 
-The rows follow the table of what stock vLLM does with each of them.
+The rows follow the table of how stock vLLM treats each of them.
 """
 
 import math
@@ -36,13 +36,13 @@ from tests.adapters.folders import BASE, DOWN, GOLDEN, SCORE, Folder, Q, key, ma
 
 EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_A"
 
-# What vLLM refuses, one way or another; part of the message
+# Refused adapters, with part of the message
 REFUSED: dict[str, tuple[Change, str]] = {
     "r of config below the tensors": (config(r=2), "with r 2"),
     "r of config above the tensors": (config(r=8), "with r 8"),
     "A and B of different ranks": (tensor(B, ones(8, 2)), r"A \[4, 8\] and B \[8, 2\]"),
     "rank_pattern says otherwise": (config(rank_pattern={"q_proj": 8}), "q_proj has A .* with r 8"),
-    "weights changed after training": (provenance(weights_digest="0" * 64), "not the file that training wrote"),
+    "weights changed after training": (provenance(weights_digest="0" * 64), "is not weights_digest of provenance.json"),
     "r missing": (without("r"), "r is None"),
     "r null": (config(r=None), "r is None"),
     "r 0": (config(r=0), "r is 0"),
@@ -69,82 +69,82 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "target_modules a number": (config(target_modules=5), "target_modules must be plain"),
     "IA3": (config(peft_type="IA3"), "peft_type is 'IA3'"),
     "DoRA": (config(use_dora=True), "DoRA cannot be served"),
-    "DoRA undeclared": (tensor(f"base_model.model.{Q}.lora_magnitude_vector", ones(8)), "no LoRA weights"),
+    "DoRA undeclared": (tensor(f"base_model.model.{Q}.lora_magnitude_vector", ones(8)), "not PEFT LoRA weights"),
     "bias all": (config(bias="all"), "bias is 'all'"),
     "bias lora_only": (config(bias="lora_only"), "bias is 'lora_only'"),
     "lora_bias": (config(lora_bias=True), "LoRA bias cannot be served"),
-    "lora_B.bias": (tensor(B.replace("weight", "bias"), ones(8)), "no LoRA weights.*lora_B.bias"),
+    "lora_B.bias": (tensor(B.replace("weight", "bias"), ones(8)), "not PEFT LoRA weights.*lora_B.bias"),
     "aLoRA": (config(alora_invocation_tokens=[1, 2]), "Activated LoRA"),
     "layer replication": (config(layer_replication=[[0, 1]]), "layer replication"),
     "token embeddings": (config(trainable_token_indices=[1]), "token embeddings"),
     "bare parameters": (config(target_parameters=["experts"]), "bare parameters"),
     "KaSA": (config(kasa_config={"a": 1}), "KaSA"),
-    "a setting of another day": (config(use_newest_trick=True), r"\['use_newest_trick'\] are no settings known"),
-    "a setting meant for the engine": (config(vllm_lora_scaling_factor=9.0), "vllm_lora_scaling_factor"),
+    "a setting of a later PEFT": (config(use_newest_trick=True), r"unknown settings.*\['use_newest_trick'\]"),
+    "a setting of the engine": (config(vllm_lora_scaling_factor=9.0), "vllm_lora_scaling_factor"),
     "use_rslora a text": (config(use_rslora="false"), "use_rslora is 'false'"),
     "modules_to_save": (config(modules_to_save=["lm_head"]), "modules_to_save is .*whole modules"),
-    "a whole lm_head": (tensor("base_model.model.lm_head.weight", ones(9, 8)), "no LoRA weights"),
-    "a score head for chat": (tensor(SCORE, ones(1, 8)), "no LoRA weights.*score.weight"),
+    "a whole lm_head": (tensor("base_model.model.lm_head.weight", ones(9, 8)), "not PEFT LoRA weights"),
+    "a score head for chat": (tensor(SCORE, ones(1, 8)), "not PEFT LoRA weights.*score.weight"),
     "a score head to save for chat": (config(modules_to_save=["score"]), "whole modules cannot be served for chat"),
     "PiSSA": (config(init_lora_weights="pissa_niter_16"), "'pissa_niter_16'.*path_initial_model"),
-    "OLoRA": (config(init_lora_weights="OLoRA"), "'OLoRA'.*changes the base model"),
-    "LoRA-GA": (config(init_lora_weights="lora_ga"), "'lora_ga'.*changes the base model"),
-    "one half of a pair": (lambda f: f.tensors.pop(A), "both halves.*q_proj has only lora_B"),
-    "the other half": (lambda f: f.tensors.pop(B), "both halves.*q_proj has only lora_A"),
+    "OLoRA": (config(init_lora_weights="OLoRA"), "'OLoRA'.*also changes the base model"),
+    "LoRA-GA": (config(init_lora_weights="lora_ga"), "'lora_ga'.*also changes the base model"),
+    "no lora_A": (lambda f: f.tensors.pop(A), "both lora_A and lora_B.*q_proj has only lora_B"),
+    "no lora_B": (lambda f: f.tensors.pop(B), "both lora_A and lora_B.*q_proj has only lora_A"),
     "A and B swapped": (both(tensor(A, ones(8, 4)), tensor(B, ones(4, 8))), "with r 4"),
     "1-D tensor": (tensor(A, ones(32)), r"lora_A.weight has shape \[32\]"),
     "0-D tensor": (tensor(A, np.float32(1).reshape(())), r"has shape \[\]"),
     "3-D tensor": (tensor(A, ones(1, 4, 8)), r"has shape \[1, 4, 8\]"),
     "a tensor of rank 0": (both(tensor(A, ones(0, 8)), tensor(B, ones(8, 0))), r"has shape \[0, 8\]"),
-    "a smaller model's": (only(pair(Q, 4, 4, 4)), "q_proj is 8 to 8 in tiny, and 4 to 4 here"),
-    "a bigger model's": (only(pair(Q, 4, 16, 16)), "q_proj is 8 to 8 in tiny, and 16 to 16 here"),
+    "a smaller model's": (only(pair(Q, 4, 4, 4)), "q_proj maps 8 to 8 in tiny, but 4 to 4 in the adapter"),
+    "a bigger model's": (only(pair(Q, 4, 16, 16)), "q_proj maps 8 to 8 in tiny, but 16 to 16 in the"),
     "wrong shape in the last layer only": (
         lambda f: f.tensors.update(pair(DOWN, 4, 16, 9)),
-        "layers.1.mlp.down_proj is 16 to 8 in tiny, and 16 to 9 here",
+        "layers.1.mlp.down_proj maps 16 to 8 in tiny, but 16 to 9 in the adapter",
     ),
     "layers beyond the model": (
         lambda f: f.tensors.update(pair("model.layers.2.self_attn.q_proj", 4, 8, 8)),
-        "tiny has no LoRA-capable module of these names: model.layers.2",
+        "tiny has no LoRA-capable modules with these names: model.layers.2",
     ),
     "unknown module": (lambda f: f.tensors.update(pair("model.layers.0.x", 4, 8, 8)), "no LoRA-capable.*layers.0.x"),
     "LoRA on lm_head": (lambda f: f.tensors.update(pair("lm_head", 4, 8, 9)), "no LoRA-capable.*lm_head"),
-    "LoRA on embeddings": (tensor(EMBEDDING, ones(4, 9)), "no LoRA weights"),
+    "LoRA on embeddings": (tensor(EMBEDDING, ones(4, 9)), "not PEFT LoRA weights"),
     "vision prefix": (lambda f: f.tensors.update(pair("vision." + Q, 4, 8, 8)), "no LoRA-capable.*vision"),
     "doubled prefix": (lambda f: f.tensors.update(pair("model." + Q, 4, 8, 8)), "no LoRA-capable.*model.model"),
-    "no prefix": (only({f"{Q}.lora_A.weight": ones(4, 8), f"{Q}.lora_B.weight": ones(8, 4)}), "no LoRA weights"),
-    ".default. infix": (tensor(A.replace("weight", "default.weight"), ones(4, 8)), "no LoRA weights.*default"),
-    "path in a tensor's name": (tensor(key("../../x", "A"), ones(4, 8)), "no LoRA weights"),
+    "no prefix": (only({f"{Q}.lora_A.weight": ones(4, 8), f"{Q}.lora_B.weight": ones(8, 4)}), "not PEFT LoRA weights"),
+    ".default. infix": (tensor(A.replace("weight", "default.weight"), ones(4, 8)), "not PEFT LoRA weights.*default"),
+    "path in a tensor's name": (tensor(key("../../x", "A"), ones(4, 8)), "not PEFT LoRA weights"),
     "int8 tensors": (every(lambda a: np.ones_like(a, np.int8)), "not floats .*is I8"),
-    "no tensors": (only({}), "no LoRA pair in it"),
-    "B is zero": (every(lambda a: a * (a.shape[1] != 4)), "every pair has an all-zero half"),
-    "A is zero": (every(lambda a: a * (a.shape[1] == 4)), "every pair has an all-zero half"),
+    "no tensors": (only({}), "no LoRA pairs"),
+    "B is zero": (every(lambda a: a * (a.shape[1] != 4)), "every pair has an all-zero lora_A or lora_B"),
+    "A is zero": (every(lambda a: a * (a.shape[1] == 4)), "every pair has an all-zero lora_A or lora_B"),
     "halves of different pairs are zero": (
         both(tensor(A, 0 * ones(4, 8)), tensor(key(DOWN, "B"), 0 * ones(8, 4))),
-        "every pair has an all-zero half",
+        "every pair has an all-zero lora_A or lora_B",
     ),
     "NaN": (spoil(math.nan), "NaN or infinity.*q_proj.lora_A"),
     "infinity": (spoil(-math.inf), "NaN or infinity"),
-    "1e30": (spoil(1e30), r"beyond ±1000 .*q_proj.lora_A.weight' reaches 1e\+30"),
+    "1e30": (spoil(1e30), r"beyond ±1000, .*q_proj.lora_A.weight' reaches 1e\+30"),
     "-1001": (spoil(-1001), "beyond ±1000"),
     "NaN in half precision": (both(spoil(math.nan), every(lambda a: a.astype(np.float16))), "NaN or infinity"),
     "truncated": (file("adapter_model.safetensors", with_header(b"{", b"")), "adapter_model.safetensors: .*JSON"),
-    "empty file": (file("adapter_model.safetensors", b""), "adapter_model.safetensors: the file is cut short"),
+    "empty file": (file("adapter_model.safetensors", b""), "adapter_model.safetensors: the file is truncated"),
     "garbage": (file("adapter_model.safetensors", b"garbage" * 99), "adapter_model.safetensors: "),
     "huge header": (file("adapter_model.safetensors", b"\xff" * 99), "adapter_model.safetensors: "),
-    "pickle named safetensors": (file("adapter_model.safetensors", b"\x80\x04cos\nsystem\n."), "cut short, or is no"),
+    "pickle named safetensors": (file("adapter_model.safetensors", b"\x80\x04cos\nsystem\n."), "truncated or not a"),
     ".bin beside the safetensors": (file("adapter_model.bin", b""), "convert-adapter: 'adapter_model.bin'"),
     ".pt beside the safetensors": (file("adapter_model.pt", b""), "convert-adapter: 'adapter_model.pt'"),
-    "new embeddings": (file("new_embeddings.safetensors", b""), "remove these.*'new_embeddings.safetensors'"),
-    "code": (file("modeling_x.py", b""), "remove these.*'modeling_x.py'"),
-    "another case": (file("Adapter_Config.json", b""), "remove these.*'Adapter_Config.json'"),
-    "right-to-left name": (file("a\u202egnp.exe", b""), r"remove these.*'a\\u202egnp.exe'"),
-    "config is JSON no more": (raw_config("{"), "adapter_config.json cannot be read as JSON"),
+    "new embeddings": (file("new_embeddings.safetensors", b""), "unexpected files.*'new_embeddings.safetensors'"),
+    "code": (file("modeling_x.py", b""), "unexpected files.*'modeling_x.py'"),
+    "another case": (file("Adapter_Config.json", b""), "unexpected files.*'Adapter_Config.json'"),
+    "right-to-left name": (file("a\u202egnp.exe", b""), r"unexpected files.*'a\\u202egnp.exe'"),
+    "config is not JSON": (raw_config("{"), "adapter_config.json cannot be read as JSON"),
     "config is not UTF-8": (file("adapter_config.json", b'{"r": "\xff"}'), "cannot be read as JSON"),
     "config a list": (raw_config("[]"), "adapter_config.json must be a JSON object"),
     "NaN literal": (raw_config('{"lora_alpha": NaN}'), "NaN is not a finite number"),
     "Infinity literal": (raw_config('{"lora_alpha": -Infinity}'), "-Infinity is not a finite number"),
     "1e999": (raw_config('{"lora_dropout": 1e999}'), "1e999 is not a finite number"),
-    "duplicate keys": (raw_config('{"r": 4, "r": 8}'), "a key is given twice"),
+    "duplicate keys": (raw_config('{"r": 4, "r": 8}'), "duplicate key"),
     "JSON 33 deep": (raw_config('{"r":' * 32 + "1" + "}" * 32), "nested deeper than 32"),
     "JSON 100k deep": (raw_config("[" * 100_000), "nested deeper than 32"),
     "JSON of 2 MiB": (raw_config(" " * (2 << 20) + "{}"), "larger than 1 MiB"),
@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "5000 patterns": (config(rank_pattern={f"m{i}": 4 for i in range(5000)}), "at most 500 module names"),
     "another base": (
         provenance(base_model="llama", base_fingerprint="f" * 16),
-        "trained on 'llama' with fingerprint 'f{16}', and this service runs tiny with fingerprint 0123456789abcdef",
+        "trained on 'llama' with fingerprint 'f{16}', but this service runs tiny with fingerprint 0123456789abcdef",
     ),
     "unknown provenance": (provenance(author="me"), "provenance.json: 'author': "),
     "provenance without a stage": (lambda f: f.provenance.clear(), "provenance.json: 'stage': "),
@@ -195,7 +195,7 @@ def problems_of(folder: Path, base: Any = BASE) -> list[str]:
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused(adapter: Folder, change: Change, message: str) -> None:
-    validate(adapter.write(), BASE)  # it is the change that is refused
+    validate(adapter.write(), BASE)  # valid before the change
     change(adapter)
     problems = problems_of(adapter.write())
     assert any(re.search(message, problem) for problem in problems), problems
@@ -207,13 +207,13 @@ def test_a_missing_file_is_named(adapter: Folder, name: str) -> None:
     assert problems_of(adapter.path) == [f"{name} is missing"]
 
 
-def test_a_folder_with_nothing_but_a_pickle(tmp_path: Path) -> None:
+def test_folder_with_only_a_pickle(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
     problems = problems_of(tmp_path / "x")
     assert (
-        "only adapter_model.safetensors is read; convert these, which may run code when read, by python -m training "
-        "convert-adapter: 'adapter_model.bin'" in problems
+        "only adapter_model.safetensors is read; other formats may run code when loaded, convert them with "
+        "python -m training convert-adapter: 'adapter_model.bin'" in problems
     )
     assert "adapter_model.safetensors is missing" in problems
 
@@ -227,12 +227,12 @@ def test_a_folder_with_nothing_but_a_pickle(tmp_path: Path) -> None:
         lambda path, real: path.symlink_to(real),
         lambda path, _: path.symlink_to("/etc/passwd"),
         lambda path, _: path.symlink_to("nowhere"),
-        lambda path, _: os.mkfifo(path),  # opened, it would keep us waiting for ever
+        lambda path, _: os.mkfifo(path),  # opening it would block forever
         lambda path, _: path.mkdir(),
     ],
     ids=["link", "link away", "broken link", "fifo", "folder"],
 )
-def test_only_plain_files_are_opened(
+def test_only_regular_files_are_opened(
     adapter: Folder, tmp_path: Path, name: str, special: Callable[[Path, Path], None]
 ) -> None:
     path = adapter.write() / name
@@ -241,16 +241,14 @@ def test_only_plain_files_are_opened(
         path.rename(real)
     special(path, real)
     problems = problems_of(adapter.path)
-    assert (
-        problems[0] == f"an adapter is plain files only; these are links, folders or special files: '{name}'"
-    )
+    assert problems[0] == f"only regular files are allowed; links, folders or special files: '{name}'"
 
 
 @pytest.mark.parametrize("where", ["nowhere", "adapter/adapter_config.json", "x" * 300, "a\0b"])
-def test_what_is_no_folder(adapter: Folder, tmp_path: Path, where: str) -> None:
+def test_missing_or_impossible_folder(adapter: Folder, tmp_path: Path, where: str) -> None:
     adapter.write()
     assert problems_of(tmp_path / where) == [
-        "there is no such folder: give the folder that holds adapter_config.json"
+        "folder not found: give the folder that holds adapter_config.json"
     ]
 
 
@@ -268,12 +266,12 @@ def test_all_problems_are_reported_at_once(adapter: Folder) -> None:
     problems = problems_of(adapter.write())
     for part in (
         "evil.py", "chat_template", "golden.jsonl line 1", "golden.jsonl line 2", "r is 0", "DoRA", "bias is",
-        "target_modules", "both halves", "lm_head", "NaN", "fingerprint",
+        "target_modules", "both lora_A and lora_B", "lm_head", "NaN", "fingerprint",
     ):  # fmt: skip
         assert sum(part in problem for problem in problems) == 1, (part, problems)
 
 
-def test_an_answer_stays_short_whatever_is_thrown_at_it(adapter: Folder) -> None:
+def test_messages_stay_short_for_huge_inputs(adapter: Folder) -> None:
     adapter.tensors |= {key(f"m{i}" + "x" * 150, "A"): ones(4, 8) for i in range(2000)}
     adapter.tensors |= {f"n{i}" + "y" * 300: ones(1) for i in range(2000)}
     adapter.others |= {f"{i}" + "z" * 200: b"" for i in range(2000)}
@@ -340,7 +338,7 @@ def test_the_facts(adapter: Folder) -> None:
     assert facts.provenance.model_dump(exclude_defaults=True) == adapter.provenance
 
 
-def test_without_a_base_shapes_and_rank_are_left_to_the_service(adapter: Folder) -> None:
+def test_without_a_base_model_shapes_and_rank_are_not_checked(adapter: Folder) -> None:
     both(only(pair("any.module", 64, 5, 6)), config(r=64))(adapter)
     assert validate(adapter.write()).r == 64
     assert len(problems_of(adapter.path)) == 2  # rank and module
@@ -351,17 +349,17 @@ def test_a_rank_within_a_larger_limit_is_accepted(adapter: Folder) -> None:
     validate(adapter.write(), replace(BASE, max_lora_rank=32))
 
 
-def test_an_adapter_from_elsewhere_is_external(adapter: Folder) -> None:
+def test_adapter_without_provenance_is_external(adapter: Folder) -> None:
     adapter.provenance = None
     facts = validate(adapter.write(), BASE)
     assert facts.provenance.stage == "external"
-    assert facts.config["base_model_name_or_path"] is None  # somebody's path is not to be told
+    assert facts.config["base_model_name_or_path"] is None  # a host path must not leak
 
 
 # Reward adapters
 
 
-def test_a_reward_adapter_brings_its_score_head(reward: Folder) -> None:
+def test_reward_adapter_with_score_head(reward: Folder) -> None:
     facts = validate(reward.write(), BASE)
     assert facts.provenance.task == "reward"
     assert facts.config["modules_to_save"] == ["classifier", "score"]
@@ -375,16 +373,16 @@ def test_a_reward_adapter_brings_its_score_head(reward: Folder) -> None:
         (config(modules_to_save="score"), "may save only its score head"),
         (tensor(SCORE, ones(1, 8) * math.nan), "NaN or infinity.*score"),
         (tensor(SCORE, np.ones((1, 8), np.int8)), "not floats.*score"),
-        (tensor("base_model.model.v_head.weight", ones(1, 8)), "no LoRA weights.*v_head"),
+        (tensor("base_model.model.v_head.weight", ones(1, 8)), "not PEFT LoRA weights.*v_head"),
         (provenance(task="chat"), "whole modules cannot be served for chat"),
     ],
 )
-def test_a_reward_adapter_is_refused(reward: Folder, change: Change, message: str) -> None:
+def test_refused_reward_adapters(reward: Folder, change: Change, message: str) -> None:
     change(reward)
     problems = problems_of(reward.write())
     assert any(re.search(message, problem) for problem in problems), problems
 
 
-def test_a_folder_made_anew_is_valid(tmp_path: Path) -> None:
-    """Guards this file: were the sound folder refused, so would be all the others."""
+def test_the_unchanged_folder_is_valid(tmp_path: Path) -> None:
+    """Guard of this file: if the unchanged folder were refused, every refusal above would mean nothing."""
     validate(make_folder(tmp_path / "x").write(), BASE)

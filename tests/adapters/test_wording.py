@@ -36,7 +36,7 @@ class Even(BaseModel, extra="forbid"):
         (Even, 5, "must be an object of names and values"),
         (Even, {"number": 1}, "1 is odd"),
         (Even, {}, "is missing"),
-        (Even, {"number": 2, "other": 1}, "is no known name"),
+        (Even, {"number": 2, "other": 1}, "is not a known field"),
         (Path, 5, "must be a path"),
         (Literal["auto", "disabled"], "x", "must be 'auto' or 'disabled'"),
         (Annotated[int, Field(ge=1)], 0, "must be at least 1"),
@@ -49,13 +49,13 @@ class Even(BaseModel, extra="forbid"):
         (Annotated[str, Field(pattern="^[a-z]$")], "1", "must match ^[a-z]$"),
     ],
 )
-def test_what_a_person_reads(kind: Any, value: Any, words: str) -> None:
+def test_words_for_each_error(kind: Any, value: Any, words: str) -> None:
     with pytest.raises(ValidationError) as raised:
         TypeAdapter(kind).validate_python(value)
     (problem,) = raised.value.errors()
     assert in_words(problem) == words
 
 
-def test_a_setting_that_was_likely_meant() -> None:
+def test_the_most_similar_setting_is_suggested() -> None:
     assert no_such_setting("max_lora", ["max_loras", "port"]) == "no such setting; did you mean `max_loras`?"
     assert no_such_setting("colour", ["max_loras", "port"]) == "no such setting"
