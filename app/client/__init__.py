@@ -1,1 +1,1 @@
-"""Programs that ask a service."""
+"""Clients of a running service."""

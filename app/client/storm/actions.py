@@ -1,4 +1,4 @@
-"""The operator of a storm: everything an admin can do to adapters that are being asked, by chance."""
+"""The operator of a storm: random admin actions on adapters under load."""
 
 import asyncio
 import random
@@ -15,37 +15,41 @@ from app.client.storm.variants import Original, variant
 WHY = "swap-storm"
 
 _KEPT = 6
-"""Revisions of a name that pruning leaves; earlier ones are chosen from these."""
+"""Revisions of a name that pruning keeps; earlier ones are chosen from these."""
 _PRUNE_EVERY = 10
 _SESSIONS = 4
 _SHARE_SECONDS = 0.3
-"""How long a shadow is left on, and a session between two questions."""
+"""How long a shadow runs, and how long a session waits between two requests."""
 _MOST_REFUSALS = 10
 _NOT_THERE = "HTTP 404 model_not_found"
 
 Ask = Callable[[str, str | None], Coroutine[None, None, Answer]]
-"""One question to a model, in a session or in none; the answer is kept."""
+"""Send one question to a model, with or without a session id; the answer is recorded."""
 
 
 @dataclass
 class Adapter:
-    """One name the operator moves about."""
+    """One name whose aliases the operator moves."""
 
     name: str
     current: str = ""
-    """What `default` points at; empty for nothing."""
+    """The revision of `default`; empty if there is none."""
     published: list[str] = field(default_factory=list)
     """Revisions in the store, oldest first."""
     publications: int = 0
 
     @property
     def path(self) -> str:
-        """Where the service has it."""
+        """The adapter's URL path."""
         return f"/v1/adapters/{self.name}"
 
 
 class Operator:
-    """Swaps `adapters`, which others ask meanwhile; `gone`, which nobody asks; and asks the `crowd`."""
+    """Performs the actions.
+
+    `adapters` are swapped under load. `gone` gets no load: its alias is removed and pointed again. `crowd` are aliases
+    whose revisions, together with the others, exceed what the engine holds: requests for them cause evictions.
+    """
 
     def __init__(
         self, client: Client, originals: Sequence[Original], timeline: Timeline, ledger: Ledger,
@@ -70,7 +74,7 @@ class Operator:
         stop: asyncio.Event,
         on_swap: Callable[[], None],
     ) -> None:
-        """Act until `swaps` aliases moved, or `stop` is set, or the service refuses everything."""
+        """Act until `swaps` alias moves are done, `stop` is set, or the service refuses too many calls in a row."""
         targets: list[Adapter | None] = [*adapters, gone, *([None] if crowd else [])]
         weights = [3.0] * len(adapters) + [1.0, 2.0][: len(targets) - len(adapters)]
         while self._ledger.swaps < swaps and not stop.is_set():
@@ -88,7 +92,7 @@ class Operator:
     async def publish(
         self, adapter: Adapter, alias: str | None = DEFAULT_ALIAS, made_of: int | None = None
     ) -> str:
-        """Publish a new revision that answers otherwise than the present one, and point `alias` at it.
+        """Publish a new revision whose answers differ from the current one's, and point `alias` at it.
 
         `made_of`: the index of its original. Raises CallFailed.
         """
@@ -155,7 +159,7 @@ class Operator:
                 "POST", f"{adapter.path}/rollback", {"alias": DEFAULT_ALIAS, "why": WHY}
             )
         except CallFailed as error:
-            if error.code != "nothing_to_roll_back":  # that is right for one whose way back was pruned
+            if error.code != "nothing_to_roll_back":  # expected if the previous revision was pruned
                 raise
             return await self._publish(adapter)
         self._took("rollback to ready", perf_counter() - began)
@@ -183,7 +187,7 @@ class Operator:
             self._moved("abort a canary")
 
     async def _check_sides(self, adapter: Adapter) -> None:
-        """While the share stays, a session stays on its side."""
+        """Check that sessions stay on their side while the share is unchanged."""
         sessions = [f"{adapter.name}-{self._chance.getrandbits(32)}" for _ in range(_SESSIONS)]
         asked = [asyncio.create_task(self._ask(adapter.name, session)) for session in sessions]
         await asyncio.sleep(_SHARE_SECONDS)
@@ -205,7 +209,7 @@ class Operator:
         self._moved("end a shadow")
 
     async def _remove_and_return(self, gone: Adapter) -> None:
-        await asyncio.gather(*self._asking)  # one of these may be about to ask it
+        await asyncio.gather(*self._asking)  # one of these may request it
         if gone.current:
             await self._client.call("DELETE", f"{gone.path}/aliases/{DEFAULT_ALIAS}")
             self._timeline.end(gone.name, gone.current, perf_counter())
@@ -220,7 +224,7 @@ class Operator:
             await self._earlier(gone, "point again")
 
     async def _evict(self, crowd: Sequence[str]) -> None:
-        """More are pointed at than fit, and the one asked longest ago has left: asking it makes another leave."""
+        """Request the least recently used alias, whose revision was evicted: loading it evicts another one."""
         model = crowd[self._asked_of_crowd % len(crowd)]
         self._asked_of_crowd += 1
         answer = await self._ask(model, None)
@@ -235,17 +239,17 @@ class Operator:
         reply = await self._client.call("POST", f"{adapter.path}/prune", {"keep": _KEPT, "why": WHY})
         adapter.published = [one for one in adapter.published if one not in reply["removed"]]
 
-    # What they share
+    # Shared
 
     def _settle(self, adapter: Adapter, revision: str, began: float) -> None:
-        """`default` moved to `revision` at some time between `began` and now."""
+        """Record that `default` moved to `revision` at some time between `began` and now."""
         self._timeline.begin(adapter.name, revision, began)
         if adapter.current and adapter.current != revision:
             self._timeline.end(adapter.name, adapter.current, perf_counter())
         adapter.current = revision
 
     def _time_first_token(self, adapter: Adapter, what: str, since: float | None = None) -> None:
-        """Ask now and note, while the storm goes on, when the present revision said its first token."""
+        """Send a request and record, in the background, the time to the current revision's first token."""
         revision = adapter.current
 
         async def first_token() -> None:
@@ -258,7 +262,7 @@ class Operator:
         task.add_done_callback(self._asking.discard)
 
     async def _look(self, adapter: Adapter | None) -> None:
-        """After a refusal: end what may have been left half way, and see where `default` is."""
+        """Recover from a refused call: end a canary or shadow left over, and read where `default` points."""
         if adapter is None:
             return
         try:
@@ -267,20 +271,20 @@ class Operator:
                 if alias in aliases:
                     await self._client.call("DELETE", f"{adapter.path}/{alias}")
         except CallFailed:
-            return  # it is counted already, and the next action will say more
+            return  # the refusal is already counted
         if DEFAULT_ALIAS in aliases:
             self._settle(adapter, aliases[DEFAULT_ALIAS], perf_counter())
         else:
             adapter.current = ""
 
     def _other(self, adapter: Adapter) -> int:
-        """The original that the present revision was not made of."""
+        """Return the index of an original that the current revision was not made of, or 0."""
         present = self._timeline.made_of.get(adapter.current)
         others = [index for index, original in enumerate(self._originals) if original.ref != present]
         return others[0] if others else 0
 
     def _another(self, adapter: Adapter) -> str | None:
-        """A published revision, not in use, that answers otherwise than the present one where there is one."""
+        """Return another published revision, preferably one whose answers differ from the current one's."""
         made_of = self._timeline.made_of
         unused = [one for one in adapter.published if one != adapter.current]
         telling = [one for one in unused if made_of[one] != made_of.get(adapter.current)]

@@ -1,4 +1,4 @@
-"""The service as its users see it: streamed answers with the time of each token, and the admin's calls."""
+"""A client of the service: streamed answers with the time of each token, and admin calls."""
 
 import io
 import json
@@ -12,28 +12,28 @@ import aiohttp
 
 MAX_TOKENS = 64
 _SILENCE_SECONDS = 120
-"""A stream without a byte for so long has failed."""
+"""A stream that sends no byte for this long has failed."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """One streamed answer. Times are on perf_counter's clock."""
+    """One streamed answer. Times are those of perf_counter."""
 
     model: str
     question: int
     sent: float
     began: float = 0.0
-    """When its status came: from then on it is known who answers."""
+    """Time of the response status, at which the revision is known."""
     ended: float = 0.0
     revision: str | None = None
     text: str = ""
     failure: str | None = None
-    """Why it is no whole answer."""
+    """Why the answer is incomplete."""
     tokens_at: list[float] = field(default_factory=list)
 
 
 class CallFailed(Exception):
-    """The service refused an admin's call, or could not be reached."""
+    """The service refused an admin call, or was unreachable."""
 
     def __init__(self, message: str, status: int = 0, code: str = "") -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class CallFailed(Exception):
 
 
 class Client:
-    """One session with the service. Use it as an asynchronous context manager."""
+    """One HTTP session with the service. Use as an async context manager."""
 
     def __init__(self, url: str, key: str) -> None:
         self._url = url.rstrip("/")
@@ -64,7 +64,7 @@ class Client:
     async def ask(
         self, model: str, question: int, messages: Sequence[dict[str, str]], session: str | None = None
     ) -> Answer:
-        """Stream one greedy answer to its end. What goes wrong is in the answer, never raised."""
+        """Stream one greedy answer to its end. Errors are recorded in `Answer.failure`, never raised."""
         body = {
             "model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS, "stream": True
         }  # fmt: skip
@@ -77,7 +77,7 @@ class Client:
             ) as response:
                 answer.began = perf_counter()
                 answer.revision = response.headers.get("x-adapter-revision")
-                # Bytes and times only: what they say is read when nobody waits for the next ones.
+                # Record only bytes and times here; parsing them now would delay the next read.
                 async for piece in response.content.iter_any():
                     reads.append((perf_counter(), piece))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -93,11 +93,11 @@ class Client:
         return answer
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """An admin's call; its reply. Raises CallFailed."""
+        """Make an admin call and return its reply. Raises CallFailed."""
         return await self._reply(method, path, json=body)
 
     async def publish(self, name: str, archive: bytes, *, alias: str | None = None, why: str) -> str:
-        """Upload an adapter and, if given, point `alias` at it; the new revision. Raises CallFailed."""
+        """Upload an adapter and point `alias`, if given, at it; return the new revision. Raises CallFailed."""
         form = aiohttp.FormData()
         for key, value in (("name", name), ("alias", alias or ""), ("why", why)):
             form.add_field(key, value)
@@ -108,7 +108,7 @@ class Client:
         return str(reply["revision"])
 
     async def text(self, path: str) -> str:
-        """The body of a GET. Raises CallFailed."""
+        """Return the body of a GET. Raises CallFailed."""
         try:
             async with self._http.get(self._url + path) as response:
                 return await response.text()
@@ -133,7 +133,7 @@ class Client:
 
 
 def _how_far(answer: Answer, error: Exception) -> str:
-    """A request that met a closed door is another fault than an answer that was not told to its end."""
+    """Tell a refused or closed connection from an answer that was cut off."""
     if answer.began:
         return "cut"
     is_refused = isinstance(error, aiohttp.ClientConnectorError)
@@ -148,7 +148,7 @@ def _error_code(body: bytes) -> str:
 
 
 def _read_events(answer: Answer, reads: Sequence[tuple[float, bytes]]) -> None:
-    """Fill in the text, the time of each token, and what is missing at the end."""
+    """Fill in the text, the time of each token, and the failure if the stream is incomplete."""
     rest, is_done, finish, pieces = b"", False, None, []
     for at, piece in reads:
         *events, rest = (rest + piece).split(b"\n\n")

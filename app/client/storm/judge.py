@@ -1,4 +1,4 @@
-"""What is right: which revision may answer when, and what it must say."""
+"""Check answers: which revision may answer at which time, and with which text."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,38 +10,39 @@ from app.client.storm.client import Answer
 Verdict = Literal["right", "failed", "wrong revision", "unlike any"]
 
 BASE = "base"
-"""What stands for the base model among the originals."""
+"""The base model's key among the originals."""
 
 
 @dataclass
 class Timeline:
-    """When each revision might answer to each name, as an operator outside the service can know it.
+    """When each revision may answer for each name, as known to an operator outside the service.
 
-    A revision may answer from when its alias began to move to it, until the alias has moved away.
+    A revision may answer from the start of the call that points an alias at it to the end of the call that moves the
+    alias away.
     """
 
     made_of: dict[str, str] = field(default_factory=dict)
-    """Revision to its original."""
+    """Revision to original."""
     _spans: defaultdict[str, dict[str, list[list[float]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
     )
     """Model to revision to [begin, end]."""
 
     def begin(self, model: str, revision: str, at: float) -> None:
-        """From `at` on `revision` may answer to `model`."""
+        """Allow `revision` to answer for `model` from `at` on."""
         spans = self._spans[model][revision]
         if spans and spans[-1][1] == float("inf"):
             return
         spans.append([at, float("inf")])
 
     def end(self, model: str, revision: str, at: float) -> None:
-        """Whoever asks `model` after `at` is answered by something else."""
+        """Forbid `revision` to answer requests for `model` sent after `at`."""
         spans = self._spans[model].get(revision)
         if spans:
             spans[-1][1] = min(spans[-1][1], at)
 
     def revisions(self, model: str, since: float, until: float) -> set[str]:
-        """Which revisions might answer to `model` at some time in between."""
+        """Return the revisions that may answer for `model` at any time in between."""
         return {
             revision
             for revision, spans in self._spans[model].items()
@@ -49,22 +50,22 @@ class Timeline:
         }
 
     def could_answer(self, model: str, revision: str, since: float, until: float) -> bool:
-        """Whether `revision` is one of `revisions`."""
+        """Check whether `revision` is one of `revisions`."""
         spans = self._spans[model].get(revision, ())
         return any(begin <= until and end >= since for begin, end in spans)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Compares answers with what each original says when nobody else asks anything."""
+    """Compares answers with the references: the answers of each original without other load."""
 
     base_model: str
     references: Mapping[str, Sequence[str]]
-    """By original, or BASE: the text for each question."""
+    """The text for each question, by original or BASE."""
     timeline: Timeline
 
     def verdict(self, answer: Answer) -> Verdict:
-        """What is to be said of an answer, after everything that moved has been told to the timeline."""
+        """Return the verdict on an answer. Call it when the timeline is complete."""
         if answer.failure is not None:
             return "failed"
         said = self._originals(answer)
@@ -77,11 +78,11 @@ class Judge:
         return "unlike any"
 
     def _originals(self, answer: Answer) -> set[str]:
-        """Whose text it must be; none if a revision answered that no longer, or not yet, answers to that name."""
+        """Return the originals whose text is right; none if the revision could not answer for this name at the time."""
         if answer.model == self.base_model:
             return {BASE} if answer.revision is None else set()
         asked = answer.model, answer.sent, answer.began
-        if answer.revision is None:  # a server that does not say who answers: any that might have
+        if answer.revision is None:  # the server does not name the revision: accept any that may answer
             return {self.timeline.made_of[revision] for revision in self.timeline.revisions(*asked)}
         model, since, until = asked
         if not self.timeline.could_answer(model, answer.revision, since, until):

@@ -1,4 +1,4 @@
-"""What is written down while a storm goes on."""
+"""The measurements of a storm."""
 
 from array import array
 from collections import defaultdict
@@ -11,17 +11,17 @@ from app.client.storm.client import Answer
 
 @dataclass
 class Samples:
-    """Seconds, as users of one phase saw them."""
+    """Times seen by the streams in one phase, in seconds."""
 
     gaps: "array[float]" = field(default_factory=lambda: array("d"))
-    """Between two tokens of one answer."""
+    """From one token of an answer to the next."""
     first_tokens: "array[float]" = field(default_factory=lambda: array("d"))
-    """From a request to its first token."""
+    """From request to first token."""
 
 
 @dataclass
 class Ledger:
-    """Everything that was seen. Times are on perf_counter's clock."""
+    """All measurements. Times are those of perf_counter."""
 
     calm_began: float = 0.0
     storm_began: float = float("inf")
@@ -31,24 +31,24 @@ class Ledger:
     calm: Samples = field(default_factory=Samples)
     storm: Samples = field(default_factory=Samples)
     seconds: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """What took how long, by what the report calls it."""
+    """Durations by their label in the report."""
     actions: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     refusals: list[str] = field(default_factory=list)
-    """Calls of the operator that failed and should not have."""
+    """Admin calls that failed unexpectedly."""
     changed_sides: int = 0
-    """Sessions that a canary answered once and then not, or the other way round."""
+    """Sessions that got both the canary and the default revision."""
     answered_unpointed: int = 0
-    """Requests that were answered though nothing was pointed at."""
+    """Requests that were answered although their alias was removed."""
     lags: "array[float]" = field(default_factory=lambda: array("d"))
-    """By how much the meter itself was late: gaps below this say nothing of the service."""
+    """Lag of this client's event loop; token gaps of this size say nothing about the service."""
     notes: list[str] = field(default_factory=list)
 
     def add(self, answer: Answer) -> None:
-        """Keep an answer for the judge."""
+        """Record an answer for the judge."""
         self.answers.append(answer)
 
     def add_stream(self, answer: Answer) -> None:
-        """Keep an answer of the load, and what its user saw of time."""
+        """Record an answer of a load stream and its token times."""
         self.add(answer)
         tokens_at = answer.tokens_at
         if tokens_at and (samples := self._samples(tokens_at[0])):
@@ -56,7 +56,7 @@ class Ledger:
         for before, at in pairwise(tokens_at):
             if samples := self._samples(at):
                 samples.gaps.append(at - before)
-        answer.tokens_at = tokens_at[:1]  # millions of them otherwise
+        answer.tokens_at = tokens_at[:1]  # there would be millions of them
 
     def _samples(self, at: float) -> Samples | None:
         if self.calm_began <= at < self.storm_began:
@@ -64,5 +64,5 @@ class Ledger:
         return self.storm if self.storm_began <= at < self.storm_ended else None
 
     def in_phase(self, phase: str) -> Iterator[Answer]:
-        """The answers that ended before the first swap (`calm`), or later (`storm`)."""
+        """Yield the answers that ended before the first swap (`calm`), or after it (`storm`)."""
         return (one for one in self.answers if (one.ended < self.storm_began) == (phase == "calm"))

@@ -1,4 +1,4 @@
-"""The load: streams that ask without end, in the calm and then while somebody swaps."""
+"""The load: streams that send requests continuously, first without swaps (calm), then during swaps (storm)."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -9,7 +9,7 @@ from app.client.storm.ledger import Ledger
 from app.client.storm.stage import Messages, seeded
 
 _WARM_UP_SECONDS = 2.0
-"""All streams begin at once, which no later moment is like."""
+"""Not measured, since all streams start at once."""
 _LAG_SECONDS = 0.005
 _PAUSE_AFTER_FAILURE = 0.2
 
@@ -26,7 +26,7 @@ async def under_load(
     seed: int,
     stop: asyncio.Event,
 ) -> None:
-    """Ask `models` in so many streams; after `seconds` of calm `operate`, which is the storm. `stop` ends the calm."""
+    """Request `models` in `streams` streams; after `seconds` of calm, run `operate`, the storm. `stop` ends the calm."""
     ended = asyncio.Event()
 
     async def stream(number: int) -> None:
@@ -54,7 +54,7 @@ async def under_load(
 
 
 async def _unless(stop: asyncio.Event, seconds: float) -> None:
-    """Wait so long, or until `stop`."""
+    """Wait for `seconds`, or until `stop` is set."""
     try:
         async with asyncio.timeout(seconds):
             await stop.wait()

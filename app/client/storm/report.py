@@ -1,4 +1,4 @@
-"""From what was written down to figures, and from figures to a table."""
+"""Compute figures from a ledger, and print them as a table."""
 
 import re
 from collections import Counter
@@ -20,12 +20,13 @@ _TIMES = (
     "rollback to first answer",
     "evicted: request to first token",
 )
+_KINDS = {"failed": "failed", "wrong_revision": "by a wrong revision", "unlike_any": "matching no reference"}
 _SERIES = re.compile(r'^xinglin_adapter_load_seconds_bucket\{le="([^"]+)",to="(\w+)"\} (\S+)$', re.M)
 _COUNTER = r"^{name}(?:\{{[^}}]*\}})? (\S+)$"
 
 
 def spread(seconds: Iterable[float]) -> dict[str, float | int | None]:
-    """p50, p99 and the largest, in milliseconds, and of how many."""
+    """Return count, p50, p99 and maximum; times in milliseconds."""
     values = np.fromiter(seconds, float)
     if not len(values):
         return {"count": 0, "p50_ms": None, "p99_ms": None, "max_ms": None}
@@ -35,7 +36,10 @@ def spread(seconds: Iterable[float]) -> dict[str, float | int | None]:
 
 
 def from_buckets(before: str, after: str, to: str) -> dict[str, float | int | None]:
-    """The same of xinglin_adapter_load_seconds between two readings of /metrics; interpolated in its buckets."""
+    """Return count, p50 and p99 of xinglin_adapter_load_seconds between two readings of /metrics.
+
+    Interpolates within the histogram's buckets.
+    """
     counts: dict[float, float] = {}
     for text, sign in ((before, -1), (after, 1)):
         for edge, series, count in _SERIES.findall(text):
@@ -43,7 +47,7 @@ def from_buckets(before: str, after: str, to: str) -> dict[str, float | int | No
                 counts[float(edge)] = counts.get(float(edge), 0) + sign * float(count)
     edges = sorted(counts)
     total = counts[edges[-1]] if edges else 0
-    if total <= 0:  # nothing was loaded, or the service died
+    if total <= 0:  # no loads, or the service died
         return {"count": 0, "p50_ms": None, "p99_ms": None}
 
     def quantile(share: float) -> float:
@@ -61,14 +65,14 @@ def from_buckets(before: str, after: str, to: str) -> dict[str, float | int | No
 
 
 def counted(before: str, after: str, name: str) -> int:
-    """By how much a counter grew between two readings of /metrics, over all its labels."""
+    """Return the increase of a counter between two readings of /metrics, summed over its labels."""
     pattern = re.compile(_COUNTER.format(name=re.escape(name)), re.M)
     grew = sum(map(float, pattern.findall(after))) - sum(map(float, pattern.findall(before)))
-    return max(0, round(grew))  # a service that died has none to read
+    return max(0, round(grew))  # a service that died returns none
 
 
 def figures(ledger: Ledger, judge: Judge, metrics: tuple[str, str], leaked: Sequence[str] | None) -> Figures:
-    """All that the report says. `metrics`: before and after; `leaked`: None if the engine could not be asked."""
+    """Return all figures of the report. `metrics`: before and after; `leaked`: None if it could not be checked."""
     verdicts = {phase: Counter(map(judge.verdict, ledger.in_phase(phase))) for phase in ("calm", "storm")}
     gaps = {phase: _phase(samples) for phase, samples in (("calm", ledger.calm), ("storm", ledger.storm))}
     return {
@@ -110,38 +114,37 @@ def _phase(samples: Samples) -> dict[str, Any]:
 
 
 def hurt(found: Mapping[str, Any]) -> list[str]:
-    """Everything that must be zero and is not; empty when nobody was hurt."""
+    """Return the failed checks: every count that is not zero but must be. Empty if all passed."""
     answers = {
-        f"{count} answers {kind.replace('_', ' ')} while {phase}"
+        f"{count} answers {_KINDS[kind]} in the {phase}"
         for phase, kinds in found["answers"].items()
         for kind, count in kinds.items()
         if kind != "requests" and count
     }
     rest = {
-        "requests answered though nothing was pointed at": found["answered_without_alias"],
+        "requests answered without an alias": found["answered_without_alias"],
         "sessions that changed sides of a canary": found["sessions_that_changed_sides"],
-        "calls of the operator refused": found["refused_calls"],
+        "admin calls refused": found["refused_calls"],
         "revisions leaked": len(found["leaked"] or ()),
-        "times the engine was restarted": found["service"]["engine_restarts"],
+        "engine restarts": found["service"]["engine_restarts"],
     }
     problems = sorted(answers) + [f"{count} {what}" for what, count in rest.items() if count]
     if found["leaked"] is None:
-        problems.append("the engine could not be asked what it still holds")
+        problems.append("leaks could not be checked: the service did not list what its engine holds")
     if not found["answers"]["storm"]["requests"]:
-        problems.append("nothing was asked during the storm")
+        problems.append("no requests in the storm")
     return problems
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The figures for people."""
+    """Return the figures as a table for the terminal."""
     calm, storm, answers = found["calm"], found["storm"], found["answers"]
     lines = [
         f"{'':34}{'calm':>12}{'storm':>12}",
         *(
             f"{label:34}{answers['calm'][kind]:>12}{answers['storm'][kind]:>12}"
             for label, kind in (
-                ("answers", "requests"), ("  failed", "failed"), ("  by a wrong revision", "wrong_revision"),
-                ("  unlike any reference", "unlike_any"),
+                ("answers", "requests"), *((f"  {label}", kind) for kind, label in _KINDS.items()),
             )
         ),
         *(
@@ -154,12 +157,12 @@ def table(found: Mapping[str, Any]) -> str:
         ),
         "",
         f"{'swaps':34}{found['swaps']:>12}   in {found['seconds']['storm']} s",
-        f"{'added to the p99 token gap, ms':34}{_ms(_added(calm, storm))}   an engine step takes "
+        f"{'p99 token gap, storm - calm, ms':34}{_ms(_added(calm, storm))}   an engine step takes "
         f"{_ms(found['engine_step_ms']).strip()}",
-        f"{'the meter itself was late, ms':34}{_ms(found['meter_lag']['p99_ms'])}   p99; at most "
+        f"{'lag of this client, ms':34}{_ms(found['meter_lag']['p99_ms'])}   p99; max "
         f"{_ms(found['meter_lag']['max_ms']).strip()}",
         "",
-        f"{'':34}{'p50':>12}{'p99':>12}{'of':>8}",
+        f"{'':34}{'p50':>12}{'p99':>12}{'count':>8}",
         *(_row(f"{what}, ms", times) for what, times in found["times"].items()),
         *(_row(f"service: {what}, ms (buckets)", found["service"][what]) for what in ("load", "load and proof")),
         "",
@@ -172,7 +175,7 @@ def table(found: Mapping[str, Any]) -> str:
         *(f"leaked: {ref}" for ref in found["leaked"] or ()),
     ]  # fmt: skip
     problems = hurt(found)
-    return "\n".join([*lines, "", f"HURT: {'; '.join(problems)}" if problems else "nobody was hurt"])
+    return "\n".join([*lines, "", f"FAIL: {'; '.join(problems)}" if problems else "PASS"])
 
 
 def _ms(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Before and after a storm: what it needs is found and made, and all that it made is removed."""
+"""Set up a storm and clean up after it."""
 
 import asyncio
 import itertools
@@ -25,37 +25,37 @@ _DRAIN_SECONDS = 10
 
 
 _HINTS = {
-    0: "no service answers: start one, or say where with --url ({})",
+    0: "no service answers: start one, or set --url ({})",
     401: "the admin key is wrong: set XINGLIN_ADMIN_KEY to the service's",
-    503: "the service is not ready: GET /readyz says when it is ({})",
+    503: "the service is not ready: wait until GET /readyz returns 200 ({})",
 }
 
 
 class CannotStart(Exception):
-    """Something is missing; the message says what mends it."""
+    """A prerequisite is missing; the message says how to fix it."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a storm is played on."""
+    """The adapters, questions and references of a storm."""
 
     base_model: str
     questions: list[Messages]
     references: dict[str, list[str]]
-    """By original, or BASE: the text for each question."""
+    """The text for each question, by original or BASE."""
     adapters: list[Adapter]
     gone: Adapter
     crowd: list[str]
 
 
 async def find(client: Client, store: AdapterStore, ledger: Ledger) -> tuple[str, list[Original]]:
-    """The base model's name and one or two originals, on a service whose key is right.
+    """Return the base model's name and one or two originals; check the service and the key.
 
-    Removes what an earlier storm left behind. Raises CannotStart.
+    Removes the leftovers of an earlier storm. Raises CannotStart.
     """
     try:
         await _remove_leftovers(client)
-        await _prune_all(client, f"{NAME}0")  # which only the admin may
+        await _prune_all(client, f"{NAME}0")  # checks the admin key
         models = (await client.call("GET", "/v1/models"))["data"]
         base_model = str(next(model["id"] for model in models if not model["parent"]))
         hello = {"model": base_model, "messages": [{"role": "user", "content": "1"}], "max_tokens": 1}
@@ -65,12 +65,12 @@ async def find(client: Client, store: AdapterStore, ledger: Ledger) -> tuple[str
     originals = list(itertools.islice(find_originals(store, fingerprint.rpartition("@")[2]), 2))
     if not originals:
         raise CannotStart(
-            f"the store holds no chat adapter of {base_model} with golden prompts: publish one, or say with "
-            "--data-dir where the service's store is"
+            f"the store has no chat adapter of {base_model} with golden prompts: publish one, or set --data-dir to "
+            "the service's data directory"
         )
     if len(originals) == 1:
         ledger.notes.append(
-            f"only {originals[0].ref} is there to start from: all revisions answer alike, and only x-adapter-revision "
+            f"only {originals[0].ref} can be copied: all revisions have equal answers, and only x-adapter-revision "
             "tells them apart"
         )
     return base_model, originals
@@ -87,7 +87,7 @@ async def build(
     adapters: int,
     on_step: Callable[[str], None],
 ) -> Stage:
-    """Publish what will be swapped, and hear what each original says when nobody else asks. Raises CannotStart."""
+    """Publish the adapters to swap, and get the references: answers without other load. Raises CannotStart."""
     made = [Adapter(f"{NAME}{number}") for number in range(adapters)]
     gone, crowd = Adapter(_GONE), Adapter(_CROWD)
     questions = questions_of(originals)
@@ -107,11 +107,11 @@ async def build(
         size = max(file.stat().st_size for original in originals for file in original.folder.iterdir())
         if limit > _MOST_CROWD or limit * size > _MOST_CROWD_BYTES:
             ledger.notes.append(
-                f"nothing was evicted: the service holds {limit} adapters, too many to crowd out"
+                f"evictions were not tested: the service holds {limit} adapters, too many to exceed"
             )
             limit = 0
         for number in range(limit):
-            on_step(f"crowd {number + 1} of {limit}")
+            on_step(f"adapters to evict {number + 1} of {limit}")
             alias = f"c{number:02}"
             began = perf_counter()
             revision = await operator.publish(crowd, alias, made_of=number % len(originals))
@@ -123,9 +123,10 @@ async def build(
 
 
 async def clear(client: Client, *, adapters: int) -> list[str] | None:
-    """Remove all that a storm of so many adapters made.
+    """Remove everything that a storm with this many adapters made.
 
-    Returns what the engine still holds though nothing points at it; None if it could not be asked.
+    Returns the leaked refs: those that the engine still holds though no alias needs them; None if the service cannot
+    tell.
     """
     try:
         names = {
@@ -147,7 +148,7 @@ async def clear(client: Client, *, adapters: int) -> list[str] | None:
 
 
 async def _prune_all(client: Client, name: str) -> None:
-    """Remove what no alias points at; a name that does not exist has none. Raises CallFailed."""
+    """Remove all revisions without an alias; ignore an unknown name. Raises CallFailed."""
     try:
         await client.call("POST", f"/v1/adapters/{name}/prune", {"keep": 0, "why": WHY})
     except CallFailed as error:
@@ -156,7 +157,7 @@ async def _prune_all(client: Client, name: str) -> None:
 
 
 def _unpointed(listed: dict[str, Any]) -> list[str] | None:
-    """What the engine holds and no alias is answered by, nor would be after a rollback."""
+    """Return the refs that the engine holds but that no alias uses now or would use after a rollback."""
     if listed["engines"][0]["held"] is None:
         return None
     wanted = {
@@ -166,7 +167,7 @@ def _unpointed(listed: dict[str, Any]) -> list[str] | None:
 
 
 async def _remove_aliases(client: Client) -> set[str]:
-    """Point all aliases of storms at nothing; the names there were. Raises CallFailed."""
+    """Remove all aliases of storms; return their adapters' names. Raises CallFailed."""
     listed = (await client.call("GET", "/v1/adapters"))["data"]
     mine = [entry for entry in listed if entry["name"].startswith(NAME)]
     for entry in mine:
@@ -175,12 +176,12 @@ async def _remove_aliases(client: Client) -> set[str]:
 
 
 async def _remove_leftovers(client: Client) -> None:
-    """What a storm that was killed left. Raises CannotStart if it is not a storm's."""
+    """Remove the leftovers of a killed storm. Raises CannotStart if an adapter is not a storm's."""
     listed = (await client.call("GET", "/v1/adapters"))["data"]
     for name in sorted({entry["name"] for entry in listed if entry["name"].startswith(NAME)}):
         log = (await client.call("GET", f"/v1/adapters/{name}"))["log"]
         if any(entry["action"] == "publish" and entry["why"] != WHY for entry in log):
-            raise CannotStart(f"the adapter {name} is none of a storm, and has a storm's name: rename it")
+            raise CannotStart(f"the adapter {name} was not made by a storm but has a storm's name: rename it")
     await clear(client, adapters=0)
 
 
@@ -195,7 +196,7 @@ async def heard_alone(client: Client, model: str, questions: Sequence[Messages])
 
 
 def questions_of(originals: Sequence[Original]) -> list[Messages]:
-    """Some of each original's golden prompts, in all their languages."""
+    """Return some of each original's golden prompts, ASCII and other."""
     by_kind: list[list[Messages]] = []
     for original in originals:
         prompts = original.prompts()
@@ -208,13 +209,13 @@ def questions_of(originals: Sequence[Original]) -> list[Messages]:
 def telling(
     questions: list[Messages], references: dict[str, list[str]], ledger: Ledger
 ) -> tuple[list[Messages], dict[str, list[str]]]:
-    """Only the questions that everybody answers otherwise, if there are any."""
+    """Return only the questions that all models answer differently, if there are any."""
     told = [
         at for at, texts in enumerate(zip(*references.values(), strict=True)) if len({*texts}) == len(texts)
     ]
     if not told:
         ledger.notes.append(
-            "the originals answer alike: their texts do not tell a wrong revision from the right one"
+            "the originals have equal answers: the text cannot tell a wrong revision from the right one"
         )
         return questions, references
     return [questions[at] for at in told], {
@@ -223,5 +224,5 @@ def telling(
 
 
 def seeded(seed: int, what: str) -> random.Random:
-    """Chance that is the same for the same seed, and its own for each use."""
-    return random.Random(f"{seed} {what}")  # noqa: S311 - chance, and no secret
+    """Return a random generator that depends only on `seed` and its use `what`."""
+    return random.Random(f"{seed} {what}")  # noqa: S311 - not for secrets

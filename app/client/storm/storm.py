@@ -1,4 +1,4 @@
-"""The run of a storm: set the stage, measure the calm, swap under load, clear up, report."""
+"""Run a storm: set up, measure without swaps (calm), swap under load (storm), clean up, report."""
 
 import argparse
 import asyncio
@@ -30,16 +30,16 @@ EXIT_STOPPED = 130
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command; its exit code."""
+    """Run the command; return its exit code."""
     try:
         key = _key(getattr(options, "key", None), options.data_dir)
         found, is_stopped = asyncio.run(_run(options, key))
-    except KeyboardInterrupt:  # the second one
+    except KeyboardInterrupt:  # the second Ctrl-C
         return EXIT_STOPPED
     except CannotStart as error:
-        print(f"swap-storm cannot start: {error}", file=sys.stderr)  # noqa: T201 - what it has to say
+        print(f"swap-storm cannot start: {error}", file=sys.stderr)  # noqa: T201 - command line
         return EXIT_CANNOT_START
-    print(table(found))  # noqa: T201 - its report
+    print(table(found))  # noqa: T201 - the report
     if path := getattr(options, "json", None):
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if is_stopped:
@@ -54,7 +54,7 @@ def _key(given: str | None, data_dir: Path) -> str:
         return (data_dir / KEY_FILE).read_text(encoding="utf-8").strip()
     except OSError as error:
         raise CannotStart(
-            "there is no admin key: set XINGLIN_ADMIN_KEY to the service's, or name its data directory with --data-dir"
+            "no admin key: set XINGLIN_ADMIN_KEY to the service's, or --data-dir to the service's data directory"
         ) from error
 
 
@@ -98,7 +98,7 @@ async def _run(options: argparse.Namespace, key: str) -> tuple[Figures, bool]:
                 )  # fmt: skip
                 metrics = before, await _metrics(client)
             finally:
-                bar.set_description("clearing up")
+                bar.set_description("cleaning up")
                 leaked = await staging.clear(client, adapters=options.adapters)
     judge = Judge(stage.base_model, stage.references, timeline)
     return figures(ledger, judge, metrics, leaked), stop.is_set()
@@ -107,13 +107,13 @@ async def _run(options: argparse.Namespace, key: str) -> tuple[Figures, bool]:
 async def _metrics(client: Client) -> str:
     try:
         return await client.text("/metrics")
-    except CallFailed:  # the service died in the storm, which the answers say
+    except CallFailed:  # the service died, which the failed answers show
         return ""
 
 
 @contextmanager
 def _ctrl_c(stop: asyncio.Event) -> Iterator[None]:
-    """The first Ctrl-C ends the storm with a report; a second one ends it at once."""
+    """End the storm with a report at the first Ctrl-C, and at once at the second."""
     loop = asyncio.get_running_loop()
     restore: Callable[[], object] = lambda: loop.remove_signal_handler(signal.SIGINT)  # noqa: E731 - used twice
 

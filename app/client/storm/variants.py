@@ -1,8 +1,8 @@
-"""Any number of revisions that answer alike: other bytes, the same function to the last bit.
+"""Any number of revisions with equal answers: different bytes, the same function to the last bit.
 
-For some ranks of each LoRA pair, the row of A and the column of B change their sign. That is one bit a
-value, exact in every number format; each product of the two is the very same, and so is every sum of them.
-So golden prompts stay valid, and what such a revision answers is known before it is asked.
+For some ranks of each LoRA pair, the row of A and the column of B change their sign. This changes one bit per value and
+is exact in every number format; each product of the two stays the same, and so does every sum of products. Golden
+prompts stay valid, and the answers of such a revision are known in advance.
 """
 
 import io
@@ -27,7 +27,7 @@ from adapters import (
 from adapters.tensors import TensorSpec, read_header
 
 NAME = "storm-"
-"""What the names of all adapters begin with that are made here."""
+"""Prefix of all adapter names made here."""
 
 _TENSOR_FILE = "adapter_model.safetensors"
 _SIGN_BIT = {
@@ -41,7 +41,7 @@ _A, _B = "lora_A.weight", "lora_B.weight"
 
 @dataclass(frozen=True)
 class Original:
-    """A published revision that variants are made of."""
+    """A published revision to make variants of."""
 
     manifest: Manifest
     folder: Path
@@ -52,12 +52,12 @@ class Original:
         return self.manifest.ref
 
     def prompts(self) -> list[list[dict[str, str]]]:
-        """The messages of its golden prompts."""
+        """Return the messages of its golden prompts."""
         return [prompt.messages for prompt in read_golden(self.folder / GOLDEN_FILE)]
 
 
 def find_originals(store: AdapterStore, base_fingerprint: str) -> Iterator[Original]:
-    """Revisions of this base with golden prompts, those that `default` points at first, then the newest."""
+    """Yield chat revisions of this base model with golden prompts: those of `default` first, then the newest."""
     found = []
     for name in store.names():
         if name.startswith(NAME):
@@ -74,12 +74,12 @@ def find_originals(store: AdapterStore, base_fingerprint: str) -> Iterator[Origi
 def _readable(store: AdapterStore, name: str) -> list[Manifest]:
     try:
         return store.revisions(name)
-    except AdapterError:  # damaged, or pruned meanwhile: others will do
+    except AdapterError:  # damaged or pruned meanwhile: use others
         return []
 
 
 def variant(original: Original, chance: random.Random) -> bytes:
-    """A tar archive of a new revision that answers exactly as `original` does. Raises OSError, BadTensors."""
+    """Return a tar of a new revision with the same answers as `original`. Raises OSError, BadTensors."""
     tensors = original.folder / _TENSOR_FILE
     content = bytearray(tensors.read_bytes())
     flip_signs(content, read_header(tensors), chance)
@@ -87,8 +87,8 @@ def variant(original: Original, chance: random.Random) -> bytes:
     provenance = Provenance(**manifest.model_dump(include=set(Provenance.model_fields))).model_copy(
         update={
             "parent": original.ref,
-            "notes": "Made by swap-storm: it answers as its parent does.",
-            "weights_digest": None,  # that of its parent
+            "notes": "Made by swap-storm; its answers equal its parent's.",
+            "weights_digest": None,  # the parent's does not match
         }
     )
     files = {file: (original.folder / file).read_bytes() for file in manifest.files}
@@ -103,7 +103,7 @@ def variant(original: Original, chance: random.Random) -> bytes:
 
 
 def flip_signs(content: bytearray, specs: dict[str, TensorSpec], chance: random.Random) -> None:
-    """Change the sign of half the ranks of each pair, drawn by chance, in the bytes of a safetensors file."""
+    """Flip the sign of random ranks, each with probability 0.5, of each pair in the bytes of a safetensors file."""
     for name, a in specs.items():
         if not name.endswith(_A):
             continue

@@ -1,4 +1,4 @@
-"""A service of a few lines that does what a storm asks, and can be told to do one thing wrong."""
+"""A minimal service for storms, with one optional fault."""
 
 import asyncio
 import hashlib
@@ -21,7 +21,7 @@ _TOKENS = 4
 
 @dataclass
 class FakeService:
-    """Answers `<who>: <question>`, where `who` is what the upload names as its parent."""
+    """Answers `<parent>: <question>`, with the parent in the upload's provenance."""
 
     fault: str = ""
     max_resident: int = 3
@@ -29,13 +29,13 @@ class FakeService:
     published: dict[str, list[str]] = field(default_factory=dict)
     aliases: dict[tuple[str, str], str] = field(default_factory=dict)
     before: dict[str, list[str]] = field(default_factory=dict)
-    """By name: where `default` pointed, oldest first."""
+    """Earlier revisions of `default` by name, oldest first."""
     percent: dict[str, float] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
     chats: int = 0
 
     def application(self) -> web.Application:
-        """The routes."""
+        """Return the application with all routes."""
         app = web.Application(middlewares=[self._guard])
         alias = "/v1/adapters/{name}/aliases/{alias}"
         app.add_routes(
@@ -200,7 +200,7 @@ def _error(status: int, code: str) -> web.Response:
 
 @contextmanager
 def serving(service: FakeService) -> Iterator[str]:
-    """Run it in a thread; its URL."""
+    """Run the service in a thread; yield its URL."""
     loop = asyncio.new_event_loop()
     runner = web.AppRunner(service.application(), shutdown_timeout=0.1)
     loop.run_until_complete(runner.setup())

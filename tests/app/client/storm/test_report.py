@@ -1,4 +1,4 @@
-"""The arithmetic of the report, and what the judge calls right."""
+"""The arithmetic of the report, and the judge's verdicts."""
 
 import math
 from itertools import pairwise
@@ -48,7 +48,10 @@ def _answer(
         (_answer("storm-0", "bbb", "leaflet says", sent=9.95), "right"),  # chosen while the alias moved
         (_answer("storm-0", "aaa", "doctor says", sent=10.5), "right"),
         (_answer("storm-0", "aaa", "doctor says", sent=11.5), "wrong revision"),  # too late
-        (_answer("storm-0", None, "doctor says", sent=10.5), "right"),  # a server that does not say who
+        (
+            _answer("storm-0", None, "doctor says", sent=10.5),
+            "right",
+        ),  # a server that does not name the revision
         (_answer("storm-0", None, "doctor says", sent=11.5), "wrong revision"),
         (_answer("storm-0", "aaa", "", sent=1, failure="cut"), "failed"),
     ],
@@ -57,7 +60,7 @@ def test_verdicts(answer: Answer, verdict: str) -> None:
     assert _judge().verdict(answer) == verdict
 
 
-def test_an_alias_may_come_back() -> None:
+def test_an_alias_may_return_to_a_revision() -> None:
     timeline = _judge().timeline
     timeline.begin("storm-0", "aaa", 20)
     timeline.end("storm-0", "bbb", 21)
@@ -72,12 +75,12 @@ def test_spread() -> None:
     assert found == {"count": 101, "p50_ms": 50.0, "p99_ms": 99.0, "max_ms": 100.0}
 
 
-def test_percentiles_out_of_buckets() -> None:
+def test_percentiles_from_buckets() -> None:
     before, after = _METRICS.format(1, 1, 1), _METRICS.format(1, 11, 11)
     assert from_buckets(before, after, "load") == {"count": 10, "p50_ms": 55.0, "p99_ms": 99.1}
     assert from_buckets(before, after, "ready") == {"count": 0, "p50_ms": None, "p99_ms": None}
     beyond = from_buckets(before, _METRICS.format(1, 1, 11), "load")
-    assert beyond["p50_ms"] == 100.0, "beyond the last edge nothing is known but the edge"
+    assert beyond["p50_ms"] == 100.0, "beyond the last edge, the edge is all that is known"
 
 
 def test_counters() -> None:
@@ -111,16 +114,16 @@ def test_figures_and_table() -> None:
         "calm": {"requests": 1, "failed": 0, "wrong_revision": 0, "unlike_any": 0},
         "storm": {"requests": 3, "failed": 1, "wrong_revision": 1, "unlike_any": 0},
     }
-    assert hurt(found) == ["1 answers failed while storm", "1 answers wrong revision while storm"]
+    assert hurt(found) == ["1 answers by a wrong revision in the storm", "1 answers failed in the storm"]
     assert "1 times: cut: no end" in table(found)
     ledger.answers = ledger.answers[:2]
     assert hurt(figures(ledger, _judge(), ("", ""), [])) == []
     assert hurt(figures(ledger, _judge(), ("", ""), None)) == [
-        "the engine could not be asked what it still holds"
+        "leaks could not be checked: the service did not list what its engine holds"
     ]
 
 
-def test_streams_are_read_as_they_came() -> None:
+def test_streams_are_read_in_any_pieces() -> None:
     def event(content: str, finish: str = "null") -> bytes:
         choice = f'{{"delta": {{"content": "{content}"}}, "finish_reason": {finish}}}'
         return f'data: {{"choices": [{choice}]}}\n\n'.encode()

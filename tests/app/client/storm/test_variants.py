@@ -1,4 +1,4 @@
-"""A variant is another revision, and the same function to the last bit."""
+"""A variant is another revision with the same function to the last bit."""
 
 import io
 import random
@@ -41,7 +41,7 @@ def _unpacked(content: bytes, folder: Path) -> Path:
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Values by name; bfloat16 as the float32 it is the upper half of."""
+    """Return values by name; bfloat16 converted to float32."""
     path = folder / "adapter_model.safetensors"
     content = path.read_bytes()
     found = {}
@@ -74,7 +74,7 @@ def test_other_bytes_and_the_same_products(dtype: str, tmp_path: Path) -> None:
             assert np.array_equal(b @ (a @ given), b0 @ (a0 @ given))
 
 
-def test_it_says_what_it_was_made_of(tmp_path: Path) -> None:
+def test_provenance_names_the_original(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path / "store")
     original = _original(store, tmp_path / "folder")
     folder = _unpacked(variant(original, random.Random(0)), tmp_path / "variant")
@@ -84,7 +84,7 @@ def test_it_says_what_it_was_made_of(tmp_path: Path) -> None:
     assert manifest.golden_prompts == 1
 
 
-def test_originals_are_of_this_base_and_provable(tmp_path: Path) -> None:
+def test_originals_are_of_this_base_model_and_have_golden_prompts(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path / "store")
     pointed = _original(store, tmp_path / "folder").manifest
     store.set_alias("doctor", "default", pointed.revision, actor="test")
