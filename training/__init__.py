@@ -1,8 +1,8 @@
-"""Produces adapters: a job (one YAML file) becomes a run, and a run that succeeds is published."""
+"""Trains adapters: a job (one YAML file) becomes a run; a successful run is published."""
 
 import os
 
-# A thread that has nothing to do sleeps. By default it spins for some milliseconds after every piece of work, which
-# beside any other load takes the core from the thread that everybody waits for: a hundredth of the speed. OpenMP reads
-# this once, when torch is imported. What the user has set stays.
+# Idle OpenMP threads sleep. By default they spin for some milliseconds after each piece of work; beside any other load
+# that takes the core from the thread that all others wait for, and training runs at a hundredth of the speed. OpenMP
+# reads this once, when torch is imported. A value set by the user stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

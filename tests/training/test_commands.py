@@ -41,8 +41,8 @@ def test_code_of_the_base_runs_only_if_the_flag_says_so(
     arguments = (command, adapter, "--base", coded, "--out", out)
     assert call(monkeypatch, *arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "base model coded needs Python code that comes with it: give --trust-remote-code if you have read that "
-        "code, and let it run"
+        "base model coded needs Python code that comes with it: give --trust-remote-code if you have read and "
+        "trust that code"
     )
     assert not out.exists()
 

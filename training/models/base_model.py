@@ -1,4 +1,4 @@
-"""The base model with its tokenizer, as a job asks for it, and what rests on it in the store."""
+"""The base model and tokenizer of a job, and the lookup of published adapters on that base model."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ _BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def load_scorer(folder: Path, **loading: Any) -> Any:
-    """A base model with a new head of one number; transformers' report, that it finds none, is not shown."""
+    """Load a base model with a new one-number head; hide transformers' report that the head is missing."""
     shown = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -50,20 +50,20 @@ class Base:
 
     folder: Path
     name: str
-    """How a manifest names it: its hub id, or the last part of its folder, never a host path."""
+    """The name in a manifest: its hub id, or the last part of its folder, never a host path."""
     fingerprint: str
     tokenizer: Any
     template: str | None
-    """The chat template that an adapter brings along; None where it is the base's own."""
+    """The chat template to save with the adapter; None if it is the base model's own."""
     stops: Stops
-    """What ends an answer."""
+    """Stop tokens and stop strings of an answer."""
     quantization: str | None = None
-    """`4bit` or `8bit`: how it is held while an adapter is trained on it."""
+    """`4bit` or `8bit`: the weight format during training of an adapter."""
     rope_scaling: RopeScaling | None = None
     trust_remote_code: bool = False
 
     def causal_lm(self, *, plain: bool = False, dtype: torch.dtype | None = None) -> Any:
-        """The model: bfloat16 on a GPU that knows it, float32 anywhere else. It knows all stop tokens.
+        """Load the model: bfloat16 on a GPU that supports it, else float32. Its eos_token_id lists all stop tokens.
 
         `plain`: as a server loads it, without quantisation.
         """
@@ -73,7 +73,7 @@ class Base:
         return model
 
     def scorer(self) -> Any:
-        """The model with a new head of one number in the place of its vocabulary."""
+        """Load the model with a new one-number head in place of its vocabulary head."""
         loading = self._loading(plain=False, dtype=None)
         loading["config"].num_labels = 1
         model = load_scorer(self.folder, **loading)
@@ -82,7 +82,7 @@ class Base:
         return model
 
     def config(self) -> Any:
-        """What config.json says, with the context stretched as the job asks. Raises ConfigError."""
+        """Read config.json and apply the job's rope_scaling. Raises ConfigError."""
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         if self.rope_scaling is not None:
             stretch(config, self.rope_scaling, self.name)
@@ -90,14 +90,14 @@ class Base:
 
     @property
     def positions(self) -> int | None:
-        """Tokens that a server gives prompt and answer together; None where the model sets no limit."""
+        """The most tokens of prompt and answer together on a server; None if the model sets no limit."""
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def longest(self, config: AdapterJob) -> int:
-        """The most tokens of a row: `max_length`, as far as the model has positions for it and for what it answers.
+        """Return the most tokens of a row: `max_length`, or fewer if the model has no positions for row and answer.
 
-        Raises ConfigError if none are left.
+        Raises ConfigError if no position is left for the row.
         """
         answer = config.longest_answer
         there = getattr(self.config().get_text_config(), "max_position_embeddings", None)
@@ -107,10 +107,10 @@ class Base:
             return config.max_length
         if there <= answer:
             raise ConfigError(
-                f"max_new_tokens: {self.name} has {there} positions, for prompt and answer together"
+                f"max_new_tokens: {self.name} has only {there} positions for prompt and answer together: lower it"
             )
         log.warning(
-            "%s has %d positions: rows of at most %d tokens are learnt from, not of max_length %d",
+            "%s has %d positions: rows are limited to %d tokens, not max_length %d",
             self.name, there, there - answer, config.max_length,
         )  # fmt: skip
         return there - answer
@@ -124,15 +124,15 @@ class Base:
         if self.quantization is None or plain:
             return loading
         here = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        # Quantised weights are made where they stay: no trainer can move them.
+        # No trainer can move quantised weights: create them on their final device.
         return loading | {"quantization_config": _quantized(self.quantization), "device_map": {"": here}}
 
 
 def _quantized(bits: str) -> BitsAndBytesConfig:
-    """Raises ConfigError where bitsandbytes is not installed."""
+    """Return the bitsandbytes settings. Raises ConfigError if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise ConfigError("quantization needs bitsandbytes: pip install bitsandbytes")
-    heads = ["lm_head", "score"]  # what the loss is read from stays as it is
+    heads = ["lm_head", "score"]  # the loss is computed from these heads: keep them unquantised
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
     return BitsAndBytesConfig(
@@ -145,9 +145,9 @@ def _quantized(bits: str) -> BitsAndBytesConfig:
 
 
 def _let_gradients_pass(model: Any) -> None:
-    """Keep bitsandbytes (0.50) from packing 4-bit weights for inference, which it does where the CPU has AVX512-BF16.
+    """Keep bitsandbytes (0.50) from packing 4-bit weights for inference on CPUs with AVX512-BF16.
 
-    It does so when a model is first evaluated, and for good: from then on no gradient passes them.
+    It packs them on the first evaluation and never unpacks them; no gradient passes packed weights.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -155,15 +155,17 @@ def _let_gradients_pass(model: Any) -> None:
 
 
 def stretch(config: Any, asked: RopeScaling, name: str) -> None:
-    """Stretch the context that a model's config.json gives it. Raises ConfigError where that cannot be done."""
+    """Stretch the context length in a model's config. Raises ConfigError if the model cannot be stretched."""
     rope = getattr(config, "rope_parameters", None)
     if not rope or not isinstance(rope.get("rope_theta"), int | float):
         raise ConfigError(
-            f"rope_scaling: {name} has no rotary positions, or others in each kind of layer, which cannot be "
-            "stretched here: leave it out"
+            f"rope_scaling: {name} has no rotary positions, or different ones per kind of layer, which cannot be "
+            "stretched: remove rope_scaling"
         )
     if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_scaling: {name} is stretched already ({rope['rope_type']}): leave it out")
+        raise ConfigError(
+            f"rope_scaling: {name} is already stretched ({rope['rope_type']}): remove rope_scaling"
+        )
     stretched = {**rope, "rope_type": asked.type, "factor": asked.factor}
     if asked.type == "yarn":
         stretched["original_max_position_embeddings"] = config.max_position_embeddings
@@ -171,14 +173,14 @@ def stretch(config: Any, asked: RopeScaling, name: str) -> None:
 
 
 def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True) -> Base:
-    """The base model of a job, downloaded if need be, with the chat template that the job is to use.
+    """Load the tokenizer and facts of a job's base model, with the job's chat template; download it if needed.
 
-    Raises ConfigError for one that cannot be had, or, where it `must_chat`, that has no chat template, without
-    which it cannot hold a conversation; AdapterError for a folder that is no base model.
+    Raises ConfigError if the model cannot be found, or has no chat template although it `must_chat`; AdapterError
+    for a folder that is not a base model.
     """
     trust = config.trust_remote_code
     folder = base_folder(config.base_model, trust_remote_code=trust)
-    digest = fingerprint(folder)  # of no model, it fails with a better word than the loaders
+    digest = fingerprint(folder)  # first, as its error for a wrong folder is clearer than the loaders'
     with own_code_refused(f"base_model: {base_name(config.base_model)}", "set `trust_remote_code: true`"):
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
@@ -190,8 +192,8 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
         tokenizer.chat_template = template
     if tokenizer.chat_template is None and must_chat:
         raise ConfigError(
-            f"base_model: {folder.name} has no chat template; give it one by `chat_template:` and a name, such as "
-            "alpaca or chatml"
+            f"base_model: {folder.name} has no chat template: name one with `chat_template:`, such as alpaca or "
+            "chatml"
         )
     return Base(
         folder,
@@ -207,9 +209,9 @@ def find_base(config: AdapterJob, store: AdapterStore, *, must_chat: bool = True
 
 
 def _let_padding_be_known(tokenizer: Any, config: Any) -> None:
-    """Some tokenizers have no padding token, or one past the embeddings, which the model cannot look up.
+    """Set a padding token where the tokenizer has none, or one past the embeddings, which the model cannot look up.
 
-    Any token does: whatever is filled up is masked.
+    Any token works, as padding is masked.
     """
     pad, rows = tokenizer.pad_token_id, config.get_text_config().vocab_size
     if pad is None or pad >= rows:
@@ -218,7 +220,7 @@ def _let_padding_be_known(tokenizer: Any, config: Any) -> None:
 
 
 def _template(config: AdapterJob, store: AdapterStore) -> tuple[str | None, Stops]:
-    """The chat template that a job names, or that the adapter it goes on with has; and what ends its answers."""
+    """Return the chat template and stops that the job names, or those of the adapter that it continues from."""
     if config.chat_template is not None:
         chosen = named(config.chat_template)
         return chosen.jinja, Stops(texts=chosen.stop)
@@ -231,9 +233,9 @@ def _template(config: AdapterJob, store: AdapterStore) -> tuple[str | None, Stop
 
 
 def base_folder(base_model: str, *, trust_remote_code: bool = False) -> Path:
-    """The folder of a base model, downloaded first if `base_model` is a Hugging Face id; its code only if trusted.
+    """Return the folder of a base model; download a Hugging Face id first, its Python code only if trusted.
 
-    Raises ConfigError when it is neither a folder nor a model that the hub, or its cache here, has.
+    Raises ConfigError if it is neither a folder nor a model of the hub or its local cache.
     """
     folder = Path(base_model)
     if folder.is_dir():
@@ -244,33 +246,35 @@ def base_folder(base_model: str, *, trust_remote_code: bool = False) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ConfigError(
-            f"base_model: {base_model} is no folder here, and the Hugging Face hub cannot give it: {error}"
+            f"base_model: {base_model} is not a folder here, and not available from the Hugging Face hub: {error}"
         ) from error
 
 
 def base_name(base_model: str) -> str:
-    """How a manifest names the base: its hub id, or the last part of its folder, never a host path."""
+    """Return the base model's name in a manifest: its hub id, or the last part of its folder, never a host path."""
     return Path(base_model).resolve().name if Path(base_model).is_dir() else base_model
 
 
 def find_adapter(store: AdapterStore, ref: str) -> tuple[Manifest, Path]:
-    """A published adapter and its folder. Raises ConfigError."""
+    """Return a published adapter's manifest and folder. Raises ConfigError."""
     try:
         manifest = store.get(AdapterRef.parse(ref))
     except AdapterError as error:
-        raise ConfigError(f"{ref}: {error}; `python -m adapters list` shows what there is") from error
+        raise ConfigError(
+            f"{ref}: {error}; `python -m adapters list` shows the published adapters"
+        ) from error
     return manifest, store.folder(manifest.name, manifest.revision)
 
 
 def check_base(manifest: Manifest, base: Base, task: str = "chat") -> None:
-    """Raises ConfigError unless an adapter is of that task and rests on this very base model."""
+    """Check that an adapter has this task and was trained on exactly this base model. Raises ConfigError."""
     ref = manifest.ref
     if manifest.task != task:
-        raise ConfigError(f"{ref} is a {manifest.task} adapter; a {task} adapter is needed here")
+        raise ConfigError(f"{ref} is a {manifest.task} adapter: name a {task} adapter")
     if manifest.base_fingerprint != base.fingerprint:
         raise ConfigError(
-            f"{ref} was trained on {manifest.base_model} ({manifest.base_fingerprint}), which is not the base "
-            f"model of this job, {base.name} ({base.fingerprint}): give the same base_model"
+            f"{ref} was trained on {manifest.base_model} ({manifest.base_fingerprint}), not on this job's base model "
+            f"{base.name} ({base.fingerprint}): set the same base_model"
         )
 
 

@@ -1,7 +1,7 @@
-"""Golden prompts: what base and adapter say here, so that an engine elsewhere can be held to it.
+"""Golden prompts: answers and scores of base model and adapter, which an engine must reproduce.
 
-Each prompt is worked alone, without padding, so that no neighbour in a batch can touch a number. Answers
-are scored teacher-forced: one forward pass over prompt and answer together, as the engine will do it.
+Each prompt runs alone, without padding, so that no other row of a batch changes a number. Answers are scored
+teacher-forced: one forward pass over prompt and answer together, as the engine does it.
 """
 
 import math
@@ -17,29 +17,29 @@ from training.tokens.loss_mask import MaskError, encode_prompt
 
 
 def prompts_of(rows: Sequence[Row]) -> list[Row]:
-    """The prompts of any rows, as chats without an answer to learn."""
+    """Return the prompts of any rows as chats with an empty answer."""
     return [{"messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in rows]
 
 
 def provable(rows: Sequence[Row], tokenizer: Any, positions: int | None, max_new_tokens: int) -> list[Row]:
-    """The chats whose question, with an answer of `max_new_tokens`, fits into the `positions` of the model.
+    """Return the chats whose question and an answer of `max_new_tokens` fit into the model's `positions`.
 
-    Others are no golden prompts: no server could replay them. Raises DataError if none is left.
+    A server could not replay the others. Raises DataError if none is left.
     """
 
     def fits(row: Row) -> bool:
         try:
             prompt = encode_prompt(tokenizer, row["messages"][:-1])
-        except MaskError:  # a question that the template refuses alone
+        except MaskError:  # the template refuses this question without its answer
             return False
         return positions is None or len(prompt) + max_new_tokens < positions
 
     found = [row for row in rows if fits(row)]
     if not found:
         raise DataError(
-            f"none of {len(rows)} rows can be a golden prompt, by which a server proves the adapter: with "
-            f"golden.max_new_tokens {max_new_tokens}, no question fits into the {positions} positions of the base "
-            "model; shorten golden.max_new_tokens, or add rows with short questions"
+            f"none of {len(rows)} rows can be a golden prompt, which a server needs to prove the adapter: with "
+            f"golden.max_new_tokens {max_new_tokens}, no question fits into the base model's {positions} positions: "
+            "lower golden.max_new_tokens, or add rows with short questions"
         )
     return found
 
@@ -53,11 +53,11 @@ def golden_prompts(
     *,
     stops: Collection[int],
 ) -> list[GoldenPrompt]:
-    """At most `count` different prompts taken evenly from `rows`, with the adapter's greedy answers.
+    """Take at most `count` different prompts evenly from `rows`, and add the adapter's greedy answers and scores.
 
-    `model` is a PeftModel with the adapter switched on; `rows` are `messages` rows; an answer ends with one of
-    `stops`, or after `max_new_tokens`. A log-probability is
-    natural, computed in float32 from the logits of the model in its own dtype.
+    `model` is a PeftModel with the adapter enabled; `rows` are `messages` rows; an answer ends with one of `stops`,
+    or after `max_new_tokens`. Log-probabilities are natural, computed in float32 from the logits of the model in
+    its own dtype.
     """
     prompts = {repr(row["messages"][:-1]): row["messages"][:-1] for row in rows}
     distinct = list(prompts.values())
@@ -70,14 +70,14 @@ def golden_prompts(
 
 @torch.inference_mode()
 def rounding(model: Any, golden: Sequence[GoldenPrompt]) -> Rounding | None:
-    """How far bfloat16 moves the scores of golden prompts, by which a server tells rounding from wrong weights.
+    """Measure how far rounding moves the scores of golden prompts; a server tells rounding from wrong weights by it.
 
-    A model in float32 is scored in bfloat16; one in bfloat16 in float16, which rounds to an eighth of that. Its
-    weights stay so: ask when nothing else is to be done with it. None if the numbers are not finite, as of a model that
-    float16 cannot hold.
+    A float32 model is scored in bfloat16; a bfloat16 model in float16, which rounds to an eighth of that. The weights
+    stay in the new dtype: call this last. Returns None if the numbers are not finite, as for a model whose values
+    exceed float16.
     """
     dtype = torch.bfloat16 if model.dtype == torch.float32 else torch.float16
-    for weight in model.parameters():  # not what it holds beside weights: positions are in float32 everywhere
+    for weight in model.parameters():  # not the buffers: rotary positions are in float32 everywhere
         weight.data = weight.data.to(dtype)
     moved = _mean_difference(model, golden, [prompt.logprobs for prompt in golden])
     with model.disable_adapter():
@@ -115,9 +115,9 @@ def _golden_prompt(
 
 
 def _greedy(model: Any, prompt: list[int], max_new_tokens: int, stops: Collection[int]) -> list[int]:
-    """The likeliest token, again and again, up to and with a stop token.
+    """Decode the most likely tokens up to and including a stop token.
 
-    Not `generate`, which follows the penalties and biases of the base's generation_config.json.
+    `generate` would apply the penalties and biases of the base model's generation_config.json.
     """
     answer: list[int] = []
     given, cache = prompt, None
@@ -131,7 +131,7 @@ def _greedy(model: Any, prompt: list[int], max_new_tokens: int, stops: Collectio
 
 
 def _score(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
-    """Log-probability of each token of `answer` after `prompt`."""
+    """Return the log-probability of each token of `answer` after `prompt`."""
     tokens = torch.tensor([prompt + answer], device=model.device)
     logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
     scores = torch.log_softmax(logits, dim=-1)

@@ -1,4 +1,4 @@
-"""The LoRA adapter to be trained on a base model, fresh or continued."""
+"""The LoRA adapter to train on a base model: new, or continued from a published one."""
 
 import gc
 import logging
@@ -22,9 +22,9 @@ _LINEAR = (torch.nn.Linear, Conv1D)  # what "all-linear" means to PEFT
 
 
 def trainable(config: AdapterJob, base: Base, store: AdapterStore) -> dict[str, Any]:
-    """`model` and `peft_config` for a trainer: a fresh adapter, or the one that training goes on with.
+    """Return `model` and `peft_config` for a trainer: a new adapter, or the one that the job continues from.
 
-    Raises ConfigError if that adapter is not published, or rests on another base.
+    Raises ConfigError if that adapter is not published, or was trained on another base model.
     """
     model = base.causal_lm()
     if config.starts_from is None:
@@ -35,21 +35,21 @@ def trainable(config: AdapterJob, base: Base, store: AdapterStore) -> dict[str, 
 
 
 def continued(model: Any, base: Base, adapter: Path) -> Any:
-    """`model` with a published adapter on it, to be trained further."""
+    """Put a published adapter on `model`, trainable."""
     adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    # A published adapter names its base, and says no path; PEFT would look that name up on the hub.
+    # A published adapter names its base model without a path; PEFT would look that name up on the hub.
     adapted.peft_config["default"].base_model_name_or_path = str(base.folder)
     return adapted
 
 
 def adapted(base: Base, adapter: Path) -> Any:
-    """The plain base model, as a server loads it, with the adapter of a folder on it."""
+    """Load the unquantised base model, as a server does, with the adapter of a folder on it."""
     model = PeftModel.from_pretrained(base.causal_lm(plain=True), adapter)
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def lora_config(lora: Lora, task: TaskType, model: Any, modules_to_save: Sequence[str] = ()) -> LoraConfig:
-    """A fresh adapter's shape, as PEFT wants it. Raises ConfigError for modules that `model` does not have."""
+    """Return PEFT's config of a new adapter. Raises ConfigError for modules that `model` does not have."""
     whole = list(dict.fromkeys([*(lora.modules_to_save or ()), *modules_to_save]))
     if lora.target_modules != "all-linear":
         _check_names("lora.target_modules", lora.target_modules, adaptable(model))
@@ -66,9 +66,9 @@ def lora_config(lora: Lora, task: TaskType, model: Any, modules_to_save: Sequenc
 
 
 def adaptable(model: Any) -> list[str]:
-    """The full names of the linear layers that can get an adapter: all but the one that gives the logits.
+    """Return the full names of the linear layers that can get an adapter: all but the heads.
 
-    The loss is computed from that one's weight directly, so that an adapter on it would never be trained.
+    The loss reads the output head's weight directly, so an adapter on it would never be trained.
     """
     output = model.get_output_embeddings()
     heads = {output, getattr(model, "score", None)}
@@ -78,7 +78,7 @@ def adaptable(model: Any) -> list[str]:
 
 
 def vocabulary_name(model: Any, side: str) -> str:
-    """What the architecture calls its `input` or `output` embeddings: embed_tokens, lm_head, wte, ..."""
+    """Return the architecture's name of its `input` or `output` embeddings: embed_tokens, lm_head, wte, ..."""
     found = model.get_input_embeddings() if side == "input" else model.get_output_embeddings()
     return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is found), "")
 
@@ -88,7 +88,7 @@ def _is_tied(model: Any) -> bool:
 
 
 def _check_names(setting: str, asked: Sequence[str], there: Sequence[str]) -> None:
-    """Raises ConfigError unless each name is that of a module, or the last parts of one."""
+    """Check that each name is a module's full name or the last parts of one. Raises ConfigError."""
     unknown = [name for name in asked if not any(f".{full}".endswith(f".{name}") for full in there)]
     if unknown:
         counts = Counter(full.rpartition(".")[2] for full in there)
@@ -97,11 +97,11 @@ def _check_names(setting: str, asked: Sequence[str], there: Sequence[str]) -> No
 
 
 def release(model: Any) -> None:
-    """Free the memory of a model that is not used any more, whoever still holds it."""
+    """Free the memory of a model that is no longer used, even if references to it remain."""
     for module in list(model.modules()):
         module._parameters.clear()
         module._buffers.clear()
-        module.__dict__.pop("state", None)  # where bitsandbytes keeps a quantised weight
+        module.__dict__.pop("state", None)  # bitsandbytes keeps a quantised weight there
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Models that bring Python code of their own, which runs only where it is trusted."""
+"""Models that ship their own Python code, which runs only if the job trusts it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from training.errors import ConfigError
 
 @contextmanager
 def own_code_refused(model: str, remedy: str) -> Iterator[None]:
-    """Says what to do where transformers refuses a model whose architecture it does not have.
+    """Raise ConfigError with a remedy if transformers refuses a model because it needs its own code.
 
-    `remedy`: the flag or setting that lets the code of `model` run, as "set `x: true`". Raises ConfigError.
+    `remedy`: the flag or setting that allows the code of `model`, such as "set `x: true`".
     """
     try:
         yield
@@ -18,5 +18,5 @@ def own_code_refused(model: str, remedy: str) -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise ConfigError(
-            f"{model} needs Python code that comes with it: {remedy} if you have read that code, and let it run"
+            f"{model} needs Python code that comes with it: {remedy} if you have read and trust that code"
         ) from error

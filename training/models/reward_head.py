@@ -1,8 +1,7 @@
-"""Where a reward is read: one place for training, for RL and for whoever else asks.
+"""The token position at which a reward is read: the same for training, RL and all other callers.
 
-It is read at the last token that the attention mask counts. transformers looks for the last token that is not the
-padding token: where padding is done with the end token, it reads the token before, and in another place than a reader
-who pads otherwise.
+It is the last token that the attention mask counts. transformers takes the last token that is not the padding token:
+where the end token is also the padding token, it reads one token too early, and the position depends on the padding.
 """
 
 from typing import Any
@@ -13,14 +12,14 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 def at_last(values: Tensor, attention_mask: Tensor) -> Tensor:
-    """Of `values`, (n, length, ...), those at the last token that `attention_mask`, (n, length), counts: (n, ...)."""
+    """Select from `values` (n, length, ...) the last token that `attention_mask` (n, length) counts: (n, ...)."""
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask * places).argmax(1)
     return values[torch.arange(len(values), device=values.device), last]
 
 
 def read_by_mask(model: Any) -> None:
-    """Have a model with a score head of one number give it at the last token that counts."""
+    """Patch a model with a one-number score head to score at the last token that the attention mask counts."""
 
     def forward(
         input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any

@@ -33,7 +33,7 @@ def scores(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
     return torch.log_softmax(logits.double(), -1)
 
 
-def test_numbers_agree_with_a_plain_forward_pass(model: Any, tokenizer: Any) -> None:
+def test_scores_equal_those_of_a_plain_forward_pass(model: Any, tokenizer: Any) -> None:
     for golden in golden_prompts(model, tokenizer, ROWS, 8, 16, stops=[2]):
         adapted = scores(model, golden.prompt_token_ids, golden.token_ids)
         with model.disable_adapter():
@@ -45,13 +45,13 @@ def test_numbers_agree_with_a_plain_forward_pass(model: Any, tokenizer: Any) -> 
         assert golden.logprobs != golden.base_logprobs
 
 
-def test_no_prompt_feels_its_neighbours(model: Any, tokenizer: Any) -> None:
+def test_other_prompts_change_nothing(model: Any, tokenizer: Any) -> None:
     many = golden_prompts(model, tokenizer, ROWS[:8], 8, 16, stops=[2])
     alone = [golden_prompts(model, tokenizer, [row], 8, 16, stops=[2])[0] for row in ROWS[:8]]
     assert many == alone
 
 
-def test_prompts_are_different_and_taken_evenly(model: Any, tokenizer: Any) -> None:
+def test_prompts_are_distinct_and_evenly_spaced(model: Any, tokenizer: Any) -> None:
     prompts = golden_prompts(model, tokenizer, ROWS * 2, 10, 1, stops=[2])
     assert [p.messages[-1]["content"] for p in prompts] == [f"question {n}" for n in range(0, 30, 3)]
 
@@ -74,7 +74,7 @@ def test_answers_end_with_a_stop_token_or_at_the_limit(model: Any, tokenizer: An
     assert stopped.token_ids == cut.token_ids[: cut.token_ids.index(cut.token_ids[2]) + 1]
 
 
-def test_penalties_of_the_base_do_not_touch_the_answer(model: Any, tokenizer: Any) -> None:
+def test_generation_config_of_the_base_is_ignored(model: Any, tokenizer: Any) -> None:
     before = golden_prompts(model, tokenizer, ROWS[:2], 8, 12, stops=[2])
     model.generation_config.update(repetition_penalty=5.0, suppress_tokens=before[0].token_ids)
     assert golden_prompts(model, tokenizer, ROWS[:2], 8, 12, stops=[2]) == before

@@ -1,4 +1,4 @@
-"""The base model as a job asks for it, and which of its modules get an adapter."""
+"""Loading of a job's base model, and the choice of modules that get an adapter."""
 
 import json
 import logging
@@ -35,9 +35,9 @@ def targeted(model: Any, asked: Lora) -> set[str]:
     return {name.removeprefix("base_model.model.") for name in found}
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT puts it right itself
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT corrects it itself
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_linear_layer_but_the_last_gets_an_adapter(architecture: str) -> None:
+def test_every_linear_layer_but_the_head_gets_an_adapter(architecture: str) -> None:
     model = tiny_model(architecture)
     there, head = set(adaptable(model)), vocabulary_name(model, "output")
     found = targeted(model, Lora())
@@ -48,7 +48,7 @@ def test_every_linear_layer_but_the_last_gets_an_adapter(architecture: str) -> N
     assert head not in names
 
 
-def test_a_list_chooses_by_name() -> None:
+def test_target_modules_selects_by_name() -> None:
     found = targeted(tiny_model("qwen3"), Lora(target_modules=["q_proj", "layers.1.mlp.up_proj"]))
     assert found == {
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj",
@@ -56,7 +56,7 @@ def test_a_list_chooses_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "message"),
     [
         (["c_attn"], "has no c_attn; it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"),
         (["q_proj", "W_pack", "query"], "has no W_pack and no query; it has"),
@@ -65,12 +65,12 @@ def test_a_list_chooses_by_name() -> None:
         (["embed_tokens"], "has no embed_tokens;"),
     ],
 )
-def test_a_list_that_matches_nothing_or_only_in_part_is_told(asked: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=rf"lora\.target_modules: the base model {told}"):
+def test_unknown_target_modules_are_refused(asked: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"lora\.target_modules: the base model {message}"):
         lora_config(Lora(target_modules=asked), TaskType.CAUSAL_LM, tiny_model("llama"))
 
 
-def test_modules_to_save_must_be_there() -> None:
+def test_unknown_modules_to_save_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"lora\.modules_to_save: the base model has no wte; it has model, "
     ):
@@ -92,7 +92,7 @@ def test_rank_stabilised_scaling() -> None:
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # how bitsandbytes tells that it computes in float16
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # bitsandbytes warns that it computes in float16
 def test_a_quantised_base_learns(find: Callable[..., Base], bits: str) -> None:
     base = find(quantization=bits)
     model = base.causal_lm()
@@ -119,10 +119,10 @@ def test_a_quantised_base_learns(find: Callable[..., Base], bits: str) -> None:
     assert next(model.parameters(), None) is None
 
 
-def test_a_quantised_base_that_was_evaluated_learns_as_before(
+def test_a_quantised_base_still_learns_after_evaluation(
     find: Callable[..., Base], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a CPU has AVX512-BF16, bitsandbytes by itself lets no gradient pass from then on."""
+    """On a CPU with AVX512-BF16, bitsandbytes by default stops gradients after the first evaluation."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     base = find(quantization="4bit")
     ids = torch.tensor([base.tokenizer("感冒有什么症状？").input_ids])
@@ -140,7 +140,7 @@ def test_a_quantised_base_that_was_evaluated_learns_as_before(
         assert torch.equal(before, after)
 
 
-def test_a_plain_base_is_as_a_server_loads_it(find: Callable[..., Base]) -> None:
+def test_a_plain_base_is_not_quantised(find: Callable[..., Base]) -> None:
     base = find(quantization="4bit")
     expected = AutoModelForCausalLM.from_pretrained(base.folder).state_dict()
     found = base.causal_lm(plain=True).state_dict()
@@ -148,13 +148,15 @@ def test_a_plain_base_is_as_a_server_loads_it(find: Callable[..., Base]) -> None
     assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
 
 
-def test_a_quantised_scorer_keeps_its_head_whole(find: Callable[..., Base]) -> None:
+def test_a_quantised_scorer_has_an_unquantised_head(find: Callable[..., Base]) -> None:
     model = find(quantization="4bit").scorer()
     assert type(model.score) is torch.nn.Linear
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
 
 
-def test_a_new_head_is_no_news(find: Callable[..., Base], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_score_head_logs_no_warning(
+    find: Callable[..., Base], caplog: pytest.LogCaptureFixture
+) -> None:
     base = find()
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
@@ -168,7 +170,7 @@ def test_a_new_head_is_no_news(find: Callable[..., Base], caplog: pytest.LogCapt
         logger.removeHandler(caplog.handler)
 
 
-def test_quantisation_without_bitsandbytes_says_what_to_install(
+def test_quantisation_without_bitsandbytes_names_the_package(
     find: Callable[..., Base], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_model, "find_spec", lambda name: None)
@@ -180,7 +182,7 @@ def test_quantisation_without_bitsandbytes_says_what_to_install(
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
-def test_a_stretched_context(find: Callable[..., Base], kind: str) -> None:
+def test_rope_scaling_stretches_the_context(find: Callable[..., Base], kind: str) -> None:
     base = find(rope_scaling={"type": kind, "factor": 4.0}, merge=True, publish={}, golden={})
     plain, stretched = find().causal_lm(), base.causal_lm()
     parameters = stretched.config.rope_parameters
@@ -190,25 +192,25 @@ def test_a_stretched_context(find: Callable[..., Base], kind: str) -> None:
     ids = torch.arange(3, 203)[None]
     with torch.no_grad():
         is_same = torch.allclose(plain(ids).logits, stretched(ids).logits, atol=1e-5)
-    assert is_same == (kind == "dynamic"), "dynamic: only beyond the old context"
+    assert is_same == (kind == "dynamic"), "dynamic changes positions beyond the old context only"
 
 
-def test_a_context_that_cannot_be_stretched_is_told() -> None:
+def test_rope_scaling_is_refused_where_impossible() -> None:
     asked = RopeScaling(type="linear", factor=2)
     with pytest.raises(ConfigError, match="rope_scaling: old has no rotary positions"):
         stretch(AutoConfig.for_model("bloom"), asked, "old")
     config = AutoConfig.for_model("qwen3")
     stretch(config, asked, "long")
-    with pytest.raises(ConfigError, match=r"rope_scaling: long is stretched already \(linear\)"):
+    with pytest.raises(ConfigError, match=r"rope_scaling: long is already stretched \(linear\)"):
         stretch(config, asked, "long")
 
 
-# Code that comes with a base
+# Python code that comes with a base model
 
 
 @pytest.fixture
 def coded(tiny_dir: Path, tmp_path: Path) -> Path:
-    """A base of an architecture of its own, as old models of the hub are."""
+    """A base model with its own architecture code, like some old models of the hub."""
     folder = tmp_path / "coded"
     copytree(tiny_dir / "models" / "tiny", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -226,7 +228,7 @@ def coded(tiny_dir: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_code_of_the_base_runs_only_if_it_is_trusted(
+def test_code_of_a_base_runs_only_if_trusted(
     find: Callable[..., Base], coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
@@ -239,7 +241,7 @@ def test_code_of_the_base_runs_only_if_it_is_trusted(
     assert type(base.causal_lm()).__name__ == "Homemade"
 
 
-def test_the_adapter_of_a_folder_on_the_plain_base(find: Callable[..., Base], tmp_path: Path) -> None:
+def test_adapted_loads_a_folder_on_the_plain_base(find: Callable[..., Base], tmp_path: Path) -> None:
     base = find(quantization="4bit")
     model = base.causal_lm(plain=True)
     adapter = get_peft_model(model, lora_config(Lora(r=4), TaskType.CAUSAL_LM, model))

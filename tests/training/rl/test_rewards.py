@@ -136,7 +136,7 @@ def test_code_of_a_reward_model_runs_only_if_it_is_trusted(
         plain_scorer(RewardConfig(model=str(coded)))
     assert str(caught.value) == (
         "reward: coded needs Python code that comes with it: set `trust_remote_code: true` beside `model` if you "
-        "have read that code, and let it run"
+        "have read and trust that code"
     )
     modules_below(tmp_path / "modules", monkeypatch)
     trusted = plain_scorer(RewardConfig(model=str(coded), trust_remote_code=True))

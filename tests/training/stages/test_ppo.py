@@ -207,7 +207,7 @@ def test_an_answer_that_was_cut_pays_for_it(trained_dir: Path, run: Run) -> None
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"reward": "doctor@canary"}, "is a chat adapter; a reward adapter is needed"),
+        ({"reward": "doctor@canary"}, "is a chat adapter: name a reward adapter"),
         ({"reward": "nobody"}, "there is no adapter nobody"),
         ({"reward": {"function": "tests.nowhere:reward"}}, "there is no tests.nowhere:reward"),
         ({"reward": {"judge": "http://127.0.0.1:9/v1", "judge_model": "m"}}, "gives no mark"),

@@ -229,7 +229,7 @@ def test_a_run_that_cannot_begin_fails_with_the_reason_and_publishes_nothing(
     elif problem == "not on the hub":
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         config = load_sft(base_model="nobody/nothing")
-        expected, reason = ConfigError, "base_model: nobody/nothing is no folder here"
+        expected, reason = ConfigError, "base_model: nobody/nothing is not a folder here"
     else:
         (tmp_path / "bad.jsonl").write_text("{}\n")
         config = load_sft(train_files=[str(tmp_path / "bad.jsonl")])
