@@ -1,1 +1,1 @@
-"""What reinforcement learning is made of: answers, rewards, advantages, losses."""
+"""Parts of reinforcement learning: policy, rollouts, rewards, objective."""

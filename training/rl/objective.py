@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates, without discount (Schulman et al. 2015, arXiv:1506.02438, eq. 16).
+    """Return generalised advantage estimates, without discount (Schulman et al. 2015, arXiv:1506.02438, eq. 16).
 
-    `values[:, t]` is the value before token t. Nothing comes after an answer's last token: the value there
-    is zero, be it stopped or cut.
+    `values[:, t]` is the value before token t. The value after an answer's last token is zero, whether the answer
+    stopped or was cut.
     """
     found = torch.zeros_like(rewards)
     later = torch.zeros_like(rewards[:, 0])
@@ -21,35 +21,35 @@ def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: float)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """With mean 0 and standard deviation 1 over the masked tokens, and 0 elsewhere."""
+    """Scale to mean 0 and standard deviation 1 over the masked tokens; 0 elsewhere."""
     chosen = values[mask.bool()]
     return (values - chosen.mean()) / (chosen.std(correction=0) + 1e-8) * mask
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the masked tokens of all answers together."""
+    """Return the mean over the masked tokens of all answers together."""
     return (values * mask).sum() / mask.sum()
 
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, mask: Tensor, clip: float
 ) -> Tensor:
-    """The clipped surrogate objective, to be minimised (Schulman et al. 2017, arXiv:1707.06347, eq. 7)."""
+    """Return the clipped surrogate loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -masked_mean(torch.min(ratio * advantage, clipped * advantage), mask)
 
 
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Half the mean squared error. Not clipped, which does no good (Andrychowicz et al., arXiv:2006.05990)."""
+    """Return half the mean squared error. Clipping it does not help (Andrychowicz et al., arXiv:2006.05990)."""
     return 0.5 * masked_mean((values - returns) ** 2, mask)
 
 
 class KlCoefficient:
-    """What a nat of straying from the reference costs; steered towards a target, if there is one.
+    """The KL coefficient, constant or adapted towards a target KL.
 
-    The proportional controller of Ziegler et al. 2019 (arXiv:1909.08593, section 2.2), with five times their
-    gain: their runs took thousands of steps.
+    The proportional controller of Ziegler et al. 2019 (arXiv:1909.08593, section 2.2), with five times their gain,
+    as their runs took thousands of steps.
     """
 
     _GAIN = 0.5
@@ -60,7 +60,7 @@ class KlCoefficient:
         self._target = target
 
     def update(self, kl: float) -> None:
-        """`kl`: mean nats of an answer in the step that just ended."""
+        """Adapt the coefficient to `kl`, the mean KL of an answer in the last step, in nats."""
         if self._target is not None:
             error = max(-self._MOST_ERROR, min(self._MOST_ERROR, kl / self._target - 1))
             self.value *= 1 + self._GAIN * error

@@ -1,4 +1,4 @@
-"""One base model in memory, and on it the adapters of policy, reference and rewards."""
+"""One base model in memory with the adapters of policy, reference model and reward models."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ _SCORE = "base_model.model.score.weight"
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of the policy, as it sampled them: n answers, prompts padded on the left, answers on the right."""
+    """n sampled answers of the policy: prompts padded on the left, answers on the right."""
 
     token_ids: Tensor
     """(n, prompt + answer)"""
@@ -35,9 +35,9 @@ class Answers:
     """(n, prompt + answer)"""
     prompt_length: int
     mask: Tensor
-    """(n, answer): 1.0 on the answer's tokens, with the one that stops it."""
+    """(n, answer): 1.0 on the answer's tokens, including the stop token."""
     is_stopped: Tensor
-    """(n,): whether it ended by itself."""
+    """(n,): whether the answer ended with a stop token."""
     texts: list[str]
 
     def __getitem__(self, rows: Tensor) -> "Answers":
@@ -52,18 +52,18 @@ class Answers:
 
 
 class Policy:
-    """The adapter that learns, a frozen copy of it, and reward adapters, all on one base model.
+    """The trained adapter, a frozen copy as the reference model, and reward adapters, all on one base model.
 
-    Memory: one base model, and some megabytes for each adapter, where policy, reference and reward as
-    models of their own would take three.
+    Memory: one base model and some megabytes per adapter, instead of three base models for policy, reference and
+    reward.
     """
 
     def __init__(self, base: Base, adapter: Path) -> None:
-        """`adapter`: the folder of the one to begin with."""
+        """`adapter`: the folder of the initial policy."""
         model = base.causal_lm()
         self.tokenizer = tokenizer = base.tokenizer
         self.stops = list(base.stops.token_ids)
-        # Pure sampling: any penalty or cut of the base's own would make the KL estimate wrong.
+        # Pure sampling: any penalty or truncation from the base model's settings would make the KL estimate wrong.
         self._pad = tokenizer.pad_token_id
         model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=self._pad)
         self.model = continued(model, base, adapter)
@@ -71,7 +71,7 @@ class Policy:
         self._freeze_all_but_the_policy()
 
     def add_reward(self, name: str, folder: Path) -> Tensor:
-        """Put a reward adapter on the base; returns the weight of its score head, (hidden,).
+        """Load a reward adapter onto the base model; return the weight of its score head, (hidden,).
 
         Raises ConfigError for tensors that do not fit.
         """
@@ -90,17 +90,17 @@ class Policy:
         return score[0].to(self.model.device, torch.float32)
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What learns."""
+        """Return the trainable weights."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states."""
+        """The width of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int, *, greedy: bool = False) -> Answers:
-        """Sample one answer to each prompt, at temperature 1 and from the whole vocabulary."""
+        """Sample one answer to each prompt, at temperature 1 from the whole vocabulary."""
         self.model.eval()
         encoded = self.encoded(prompts)
         length = max(map(len, encoded))
@@ -119,18 +119,18 @@ class Policy:
         return self._answers(token_ids, attention, generated, torch.ones_like(generated))
 
     def answered(self, prompts: Sequence[Messages], answers: Sequence[list[int]]) -> Answers:
-        """The same of tokens that were sampled elsewhere."""
+        """Build Answers from tokens that were sampled elsewhere."""
         encoded = self.encoded(prompts)
         token_ids, attention = self._pad_to(max(map(len, encoded)), encoded, left=True)
         generated, there = self._pad_to(max(map(len, answers)), answers, left=False)
         return self._answers(token_ids, attention, generated, there)
 
     def encoded(self, prompts: Sequence[Messages]) -> list[list[int]]:
-        """Token ids of the prompts, ready to be answered."""
+        """Return the prompts' token ids, up to where the answer begins."""
         return [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
 
     def _answers(self, token_ids: Tensor, attention: Tensor, generated: Tensor, there: Tensor) -> Answers:
-        """`there` is 0 where `generated` is filled up; what follows a stop need not be marked."""
+        """Mask everything after the first stop token; `there` is 0 where `generated` is padding."""
         is_stop = torch.isin(generated, torch.tensor(self.stops, device=generated.device)) & there.bool()
         before = is_stop.cumsum(1) - is_stop.int()  # stops before each token
         mask = ((before == 0) & there.bool()).float()
@@ -149,7 +149,7 @@ class Policy:
         )
 
     def logprobs(self, answers: Answers) -> tuple[Tensor, Tensor]:
-        """Log-probability of each answer token, (n, answer), and the hidden state before it, (n, answer, hidden)."""
+        """Return answer tokens' log-probabilities, (n, answer), and hidden states before them, (n, answer, hidden)."""
         length = answers.mask.shape[1]
         out = self._forward(answers.token_ids, answers.attention_mask, logits_to_keep=length + 1)
         wanted = answers.token_ids[:, -length:]
@@ -159,13 +159,13 @@ class Policy:
 
     @torch.no_grad()
     def reference_logprobs(self, answers: Answers) -> Tensor:
-        """What the frozen copy makes of the policy's answers, (n, answer)."""
+        """Return the reference model's log-probabilities of the policy's answers, (n, answer)."""
         with self._using(_REFERENCE):
             return self.logprobs(answers)[0]
 
     @torch.no_grad()
     def scores(self, name: str, head: Tensor, conversations: Sequence[Messages]) -> Tensor:
-        """What a reward adapter gives whole conversations, (n,): read where stage rm trained it to be read."""
+        """Return a reward adapter's scores of whole conversations, (n,), read at the token that stage rm trained."""
         encoded = [encode_chat(self.tokenizer, messages) for messages in conversations]
         token_ids, attention = self._pad_to(max(map(len, encoded)), encoded, left=False)
         with self._using(name):
@@ -198,7 +198,7 @@ class Policy:
             yield
         finally:
             self.model.set_adapter(_POLICY)
-            self._freeze_all_but_the_policy()  # switching sets requires_grad of what it switches to
+            self._freeze_all_but_the_policy()  # set_adapter makes the adapter it selects trainable
 
     def _freeze_all_but_the_policy(self) -> None:
         for name, weight in self.model.named_parameters():
@@ -206,7 +206,7 @@ class Policy:
 
 
 def conversations(rows: Sequence[Row], texts: Sequence[str]) -> list[Messages]:
-    """Prompts with an answer each."""
+    """Join each prompt with its answer."""
     return [
         [*row["prompt"], {"role": "assistant", "content": text}]
         for row, text in zip(rows, texts, strict=True)

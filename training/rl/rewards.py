@@ -1,4 +1,4 @@
-"""What answers are rewarded for: reward adapters, reward models of any family, functions, judges; added up."""
+"""Rewards of answers: a weighted sum of reward adapters, reward models of any family, functions and judges."""
 
 import importlib
 import json
@@ -31,7 +31,7 @@ from training.tokens.loss_mask import encode_chat
 log = logging.getLogger(__name__)
 
 Scorer = Callable[[Sequence[Messages], Sequence[str]], Sequence[float]]
-"""Conversations, the answer last, and a reference answer or "" for each; a number for each."""
+"""Takes conversations that end with the answer, and a reference answer or "" for each; returns a number for each."""
 
 _JUDGE_PROMPT = """\
 You mark answers of a medical assistant. Judge whether the answer is right, complete, safe and kind, and reply
@@ -50,26 +50,26 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _JUDGES_AT_ONCE = 8
 _JUDGE_SECONDS = 120
 _JUDGE_PAUSES = (0.0, 1.0, 5.0)
-"""Seconds before it is asked, and asked again: a busy one is given time."""
+"""Seconds to wait before the first request and before each retry, as the judge may be busy."""
 
 
 class Rewards:
     """The weighted sum of several rewards."""
 
     def __init__(self, scorers: Sequence[tuple[str, float, Scorer]]) -> None:
-        """Each with a name for the curves, and a weight."""
+        """`scorers`: (name of the curve, weight, scorer) each."""
         self._scorers = scorers
 
     def __call__(
         self, conversations: Sequence[Messages], references: Sequence[str]
     ) -> tuple[Tensor, dict[str, float]]:
-        """The reward of each conversation, (n,), and the mean of each part before it is weighted."""
+        """Return the reward of each conversation, (n,), and the unweighted mean of each part if there are several."""
         total = torch.zeros(len(conversations))
         means: dict[str, float] = {}
         for name, weight, scorer in self._scorers:
             found = torch.tensor([float(score) for score in scorer(conversations, references)])
             if len(found) != len(conversations) or not bool(torch.isfinite(found).all()):
-                raise ValueError(f"the reward {name} gave no finite number for each answer")
+                raise ValueError(f"reward {name} did not return one finite number per answer")
             total += weight * found
             means[f"reward_{name}"] = float(found.mean())
         return total, means if len(self._scorers) > 1 else {}
@@ -78,32 +78,32 @@ class Rewards:
 def adapter_scorer(
     policy: Policy, adapter: str, name: str, base: Base, store: AdapterStore, least: float
 ) -> Scorer:
-    """A reward adapter on the policy's own base.
+    """Load a reward adapter onto the policy's base model.
 
-    Raises ConfigError if it is none, rests on another base, or ranked fewer than `least` of its held-out
-    pairs rightly.
+    Raises ConfigError if it is not a reward adapter, was trained on another base model or chat template, or ranked
+    less than a share of `least` of its held-out pairs correctly.
     """
     manifest, folder = find_adapter(store, adapter)
     check_base(manifest, base, task="reward")
     accuracy = manifest.metrics.get("eval_accuracy")
     if accuracy is None:
-        log.warning("%s was never measured on held-out pairs: its rewards may be noise", adapter)
+        log.warning("%s was not evaluated on held-out pairs: its rewards may be noise", adapter)
     elif accuracy < least:
         raise ConfigError(
-            f"reward: {adapter} ranks only {accuracy:.0%} of its held-out pairs rightly, below "
-            f"min_reward_accuracy {least:.0%}: a policy would learn noise from it; train it better first"
+            f"reward: {adapter} ranks only {accuracy:.0%} of its held-out pairs correctly, below "
+            f"min_reward_accuracy {least:.0%}, so a policy would learn noise: train a better reward adapter"
         )
     else:
-        log.info("reward %s: ranks %.0f %% of its held-out pairs rightly", adapter, 100 * accuracy)
+        log.info("reward %s ranks %.0f %% of its held-out pairs correctly", adapter, 100 * accuracy)
     _check_template(adapter, folder, base)
     head = policy.add_reward(name, folder)
     return lambda conversations, _: policy.scores(name, head, conversations).tolist()
 
 
 def standalone_scorer(adapter: str, base: Base, store: AdapterStore) -> Scorer:
-    """A reward adapter on a base model of its own, where the policy's is in a trainer's hands.
+    """Load a reward adapter onto its own copy of the base model, where a trainer owns the policy's.
 
-    Raises ConfigError if it is none, or rests on another base.
+    Raises ConfigError if it is not a reward adapter, or was trained on another base model or chat template.
     """
     manifest, folder = find_adapter(store, adapter)
     check_base(manifest, base, task="reward")
@@ -125,17 +125,19 @@ def standalone_scorer(adapter: str, base: Base, store: AdapterStore) -> Scorer:
 
 
 def _check_template(ref: str, folder: Path, base: Base) -> None:
-    """A reward means nothing for text that is rendered otherwise than in its training."""
+    """Check that the reward adapter was trained with the policy's chat template. Raises ConfigError."""
     path = folder / TEMPLATE_FILE
     if (path.read_text(encoding="utf-8") if path.exists() else None) != base.template:
-        raise ConfigError(f"reward: {ref} was trained with another chat template than the policy")
+        raise ConfigError(
+            f"reward: {ref} was trained with another chat template than the policy: train it with the same one"
+        )
 
 
 def model_scorer(model: str, *, trust_remote_code: bool = False) -> Scorer:
-    """A sequence-classification model of any family: text is tokenised anew, by its own tokenizer.
+    """Load a sequence-classification model of any family, which reads text with its own tokenizer.
 
-    A tokenizer without a chat template gets question and answer as a pair, as such models are trained.
-    Raises ConfigError for a model with more than one label, and for one whose code is not trusted.
+    A tokenizer without a chat template gets question and answer as a text pair, as such models are trained.
+    Raises ConfigError for a model with more than one label, or whose code is not trusted.
     """
     folder, name = base_folder(model, trust_remote_code=trust_remote_code), base_name(model)
     with own_code_refused(f"reward: {name}", "set `trust_remote_code: true` beside `model`"):
@@ -145,14 +147,18 @@ def model_scorer(model: str, *, trust_remote_code: bool = False) -> Scorer:
             folder, dtype=torch.float32, trust_remote_code=trust_remote_code
         ).eval()
     if scorer.config.num_labels != 1:
-        raise ConfigError(f"reward: {name} gives {scorer.config.num_labels} numbers; a reward is one")
+        raise ConfigError(
+            f"reward: {name} returns {scorer.config.num_labels} numbers: use a model with a single label"
+        )
     if torch.cuda.is_available():
         scorer.to("cuda")
 
     @torch.no_grad()
     def score(conversations: Sequence[Messages], references: Sequence[str]) -> list[float]:
         found = []
-        for messages in conversations:  # one by one: no padding token needed, and no neighbour felt
+        for (
+            messages
+        ) in conversations:  # one by one: needs no padding token, and no other row changes the score
             ids = _rendered(tokenizer, messages, scorer.device)
             found.append(float(scorer(**ids).logits[0, 0]))
         return found
@@ -161,19 +167,19 @@ def model_scorer(model: str, *, trust_remote_code: bool = False) -> Scorer:
 
 
 def function_scorer(path: str) -> Scorer:
-    """A function of the user's, as `module:function`. Raises ConfigError if it is not there."""
+    """Import the user's `module:function`. Raises ConfigError if that fails."""
     module, _, name = path.partition(":")
     try:
         function: Callable[..., Sequence[float]] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"reward: there is no {path}: {error}") from error
+        raise ConfigError(f"reward: cannot import {path}: {error}") from error
     return lambda conversations, _: function(conversations)
 
 
 def judge_scorer(url: str, model: str, prompt: str | None) -> Scorer:
-    """A model behind an OpenAI-compatible endpoint gives marks; the key is read from XINGLIN_JUDGE_KEY.
+    """Score with a judge model behind an OpenAI-compatible endpoint; its key is read from XINGLIN_JUDGE_KEY.
 
-    An answer without a number, or no answer, is asked for again; after three times the run ends.
+    A failed request or a reply without a number is retried; the third failure raises ServiceError.
     """
     key = os.environ.get("XINGLIN_JUDGE_KEY", "unused")
 
@@ -200,8 +206,8 @@ def judge_scorer(url: str, model: str, prompt: str | None) -> Scorer:
                 continue
             if number := _NUMBER.search(said or ""):
                 return float(number[0])
-            problem = "its reply holds no number"
-        raise ServiceError(f"reward: the judge at {url} gives no mark: {problem}")
+            problem = "its reply contains no number"
+        raise ServiceError(f"reward: the judge at {url} returned no score: {problem}")
 
     def score(conversations: Sequence[Messages], references: Sequence[str]) -> list[float]:
         with ThreadPoolExecutor(_JUDGES_AT_ONCE) as pool:
@@ -211,7 +217,7 @@ def judge_scorer(url: str, model: str, prompt: str | None) -> Scorer:
 
 
 def plain_scorer(config: RewardConfig) -> Scorer:
-    """Any reward that needs no base model of ours. Raises ConfigError."""
+    """Load a reward that needs no reward adapter: a model, a function or a judge. Raises ConfigError."""
     if config.model is not None:
         return model_scorer(config.model, trust_remote_code=config.trust_remote_code)
     if config.function is not None:
@@ -228,14 +234,14 @@ def _rendered(tokenizer: Any, messages: Messages, device: Any) -> Any:
 
 
 def _told(messages: Messages) -> str:
-    """A conversation as text; a single question as it is."""
+    """Return a conversation as text; a single message without its role."""
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def names(rewards: Sequence[RewardConfig]) -> list[str]:
-    """A name for each reward, for curves and for the adapters in memory."""
+    """Return a name for each reward: of its curve and of the adapter in memory."""
     kinds: list[Any] = [
         next(kind for kind in ("adapter", "model", "function", "judge") if getattr(reward, kind) is not None)
         for reward in rewards

@@ -1,9 +1,9 @@
-"""Answers sampled by a running service: the policy is published to it, as it is now, and asked like any adapter.
+"""Rollouts from a running service: the current policy is published there and queried like any adapter.
 
-An engine answers hundreds of prompts at once where a trainer's own loop takes them in one padded batch. What makes
-up for its being another program: each request brings its own seed, so that the draws do not depend on who else
-asks; prompts must come out token for token as they are rendered here; answers come back as token ids; and the
-learning goes by probabilities of the trainer's own, with the service's only compared with them.
+An engine answers hundreds of prompts at once; a trainer's own loop takes them in one padded batch. Four rules keep the
+rollouts exact: each request has its own seed, so that other requests do not change the draws; the service must render
+prompts to the same tokens as training; answers return as token ids; and training uses its own log-probabilities, and
+only compares those of the service with them.
 """
 
 import asyncio
@@ -32,14 +32,14 @@ _ALIAS = "default"
 _WHY = "rollouts"
 _SEEDS = 2**31
 _SECONDS = 600.0
-# Whatever the base model's generation_config.json says: the learning takes answers for draws from the policy itself.
+# Overrides the base model's generation_config.json: training assumes that answers are drawn from the policy itself.
 _PURE_SAMPLING = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def sampler(
     config: PpoConfig, policy: Policy, write: Callable[[], Path]
 ) -> AbstractContextManager["Rollouts | None"]:
-    """The service that a job asks for, if it asks for one."""
+    """Return the job's rollout service, or None if it sets none."""
     if config.rollout_service is None:
         return nullcontext()
     return Rollouts(str(config.rollout_service), f"{config.name}-rollouts", policy, write)
@@ -47,21 +47,21 @@ def sampler(
 
 @dataclass(frozen=True)
 class _Sample:
-    """One answer, as the service drew it."""
+    """One answer that the service sampled."""
 
     prompt_token_ids: list[int]
-    token_ids: list[int]  # with the one that stopped it, unless it was cut
+    token_ids: list[int]  # including the stop token, unless the answer was cut
     logprobs: list[float]
 
 
 class Rollouts:
-    """A name at a running service, at which the policy answers. Use it as a context manager.
+    """The policy, published under a name at a running service. Use it as a context manager.
 
     The service's admin key is read from XINGLIN_ADMIN_KEY.
     """
 
     def __init__(self, url: str, name: str, policy: Policy, write: Callable[[], Path]) -> None:
-        """`write` writes the policy, as it is when called, as an adapter's folder that a service takes."""
+        """`write` writes the current policy as an adapter folder that a service accepts, and returns the folder."""
         self._url = f"{url.rstrip('/')}/v1"
         self._name = name
         self._policy = policy
@@ -79,30 +79,35 @@ class Rollouts:
             try:
                 self._admin("DELETE", f"/adapters/{self._name}/aliases/{_ALIAS}")
                 self._prune()
-            except ServiceError as error:  # of no matter to what was learnt, or to what ends the run
-                log.warning("%s stays at the service, until it is removed there: %s", self._name, error)
+            except ServiceError as error:  # must not fail a finished run, nor hide the error that ends it
+                log.warning(
+                    "%s could not be removed from the service; remove it there: %s", self._name, error
+                )
 
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> Answers:
-        """What `Policy.answer` does, by the service; its seeds are drawn from torch's generator.
+        """Sample one answer to each prompt, like `Policy.answer`, at the service; torch's generator draws the seeds.
 
-        Raises ServiceError saying what the service objects to, or that it renders prompts otherwise.
+        Raises ServiceError if the service fails, or renders prompts to other tokens.
         """
         self._publish()
         seeds = torch.randint(_SEEDS, (len(prompts),)).tolist()
         self._samples = asyncio.run(self._sample(prompts, max_new_tokens, seeds))
         if [sample.prompt_token_ids for sample in self._samples] != self._policy.encoded(prompts):
-            raise ServiceError(f"rollout_service: {self._url} renders prompts otherwise than they are here")
+            raise ServiceError(
+                f"rollout_service: {self._url} renders prompts to other tokens than this job: check that it serves "
+                "the same base model"
+            )
         return self._policy.answered(prompts, [sample.token_ids for sample in self._samples])
 
     def difference(self, logprobs: Tensor) -> float:
-        """The largest, over all tokens of the last answers, between these log-probabilities and the service's."""
+        """Return the largest difference between `logprobs` and the service's over all tokens of the last answers."""
         return max(
             float((row[: len(sample.logprobs)].cpu() - torch.tensor(sample.logprobs)).abs().max())
             for row, sample in zip(logprobs, self._samples, strict=True)
         )
 
     def _publish(self) -> None:
-        """Have the service answer by the policy as it is now, once it has loaded and proved it."""
+        """Publish the current policy at the service, which loads and proves it before it answers."""
         archive = _packed(self._write())
         if archive != self._published:
             asked = {"name": self._name, "alias": _ALIAS, "why": _WHY}
@@ -135,7 +140,7 @@ class Rollouts:
                         group.create_task(ask(messages, seed))
                         for messages, seed in zip(prompts, seeds, strict=True)
                     ]
-            except ExceptionGroup as errors:  # the first says enough
+            except ExceptionGroup as errors:  # the first one is enough
                 error = errors.exceptions[0]
                 raise (self._refused(error) if isinstance(error, openai.OpenAIError) else error) from errors
             return [task.result() for task in tasks]
@@ -143,8 +148,8 @@ class Rollouts:
     def _read(self, revision: str | None, reply: ChatCompletion) -> _Sample:
         if revision != self._revision:
             raise ServiceError(
-                f"rollout_service: {self._name}@{revision} answered instead of @{self._revision}: somebody else "
-                "moves this adapter"
+                f"rollout_service: {self._name}@{revision} answered instead of @{self._revision}: someone else "
+                "changed this adapter: give each concurrent job its own name"
             )
         choice = reply.choices[0]
         scores = choice.logprobs.content if choice.logprobs else None
@@ -178,12 +183,12 @@ class Rollouts:
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             hint = "; set XINGLIN_ADMIN_KEY to the service's admin key"
         if isinstance(error, openai.APIConnectionError):
-            hint = "; is it running, and on the base model of this job?"
+            hint = "; check that it runs and serves this job's base model"
         return ServiceError(f"rollout_service: {self._url}: {error}{hint}")
 
 
 def _packed(folder: Path) -> bytes:
-    """The same bytes for the same files."""
+    """Pack a folder as tar: the same files always give the same bytes."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for path in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""Every term against a value worked out another way: by its definition, token by token, in plain Python."""
+"""Each term of the objective against its definition, computed token by token in plain Python."""
 
 import math
 import random
@@ -21,24 +21,24 @@ MASK = torch.tensor([[1.0] * length + [0.0] * (5 - length) for length in LENGTHS
 
 
 def drawn(scale: float = 1.0) -> torch.Tensor:
-    """Numbers everywhere, behind the mask too: nothing there may count."""
+    """Random numbers, also where the mask is 0, as those must not count."""
     return torch.tensor([[CHANCE.gauss(0, scale) for _ in range(5)] for _ in LENGTHS])
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
-def test_advantages_are_sums_of_discounted_surprises(lam: float) -> None:
+def test_advantages_are_discounted_sums_of_td_errors(lam: float) -> None:
     rewards, values = drawn(), drawn()
     found = advantages(rewards, values, MASK, lam)
     for row, length in enumerate(LENGTHS):
         r, v = rewards[row].tolist(), [*values[row].tolist()[:length], 0.0]
-        surprises = [r[t] + v[t + 1] - v[t] for t in range(length)]
+        td_errors = [r[t] + v[t + 1] - v[t] for t in range(length)]
         for t in range(length):
-            expected = sum(lam ** (later - t) * surprises[later] for later in range(t, length))
+            expected = sum(lam ** (later - t) * td_errors[later] for later in range(t, length))
             assert found[row, t].item() == pytest.approx(expected, abs=1e-5)
     assert not found[MASK == 0].any()
 
 
-def test_with_lambda_one_the_advantage_is_what_was_earned_less_what_was_expected() -> None:
+def test_with_lambda_one_the_advantage_is_return_minus_value() -> None:
     rewards, values = drawn(), drawn()
     found = advantages(rewards, values, MASK, 1.0)
     for row, length in enumerate(LENGTHS):
@@ -54,7 +54,7 @@ def test_whitened_values_have_mean_zero_and_variance_one() -> None:
     assert not whiten(drawn(), MASK)[MASK == 0].any()
 
 
-def test_the_policy_loss_is_clipped_from_the_side_that_would_gain() -> None:
+def test_the_policy_loss_is_the_clipped_surrogate() -> None:
     logprobs, old, advantage = drawn(), drawn(), drawn()
     expected = []
     for row, length in enumerate(LENGTHS):
@@ -70,7 +70,9 @@ def test_the_policy_loss_is_clipped_from_the_side_that_would_gain() -> None:
     ("ratio", "advantage", "learns"),
     [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (0.5, -1.0, False)],
 )
-def test_beyond_the_clip_only_the_way_back_is_learnt(ratio: float, advantage: float, learns: bool) -> None:
+def test_beyond_the_clip_only_steps_back_have_a_gradient(
+    ratio: float, advantage: float, learns: bool
+) -> None:
     logprob = torch.tensor([[math.log(ratio)]], requires_grad=True)
     one = torch.ones(1, 1)
     policy_loss(logprob, torch.zeros(1, 1), advantage * one, one, clip=0.2).backward()
@@ -78,7 +80,7 @@ def test_beyond_the_clip_only_the_way_back_is_learnt(ratio: float, advantage: fl
     assert bool(logprob.grad.any()) is learns
 
 
-def test_the_value_loss_is_half_the_mean_square_over_the_answers() -> None:
+def test_the_value_loss_is_half_the_mean_squared_error() -> None:
     values, returns = drawn(), drawn()
     squares = [
         (values[row, t].item() - returns[row, t].item()) ** 2
@@ -90,22 +92,22 @@ def test_the_value_loss_is_half_the_mean_square_over_the_answers() -> None:
     )
 
 
-def test_every_token_counts_alike_however_long_its_answer() -> None:
+def test_every_token_has_the_same_weight() -> None:
     values = torch.tensor([[1.0] * 5, [10.0] * 5, [100.0] * 5])
     assert masked_mean(values, MASK).item() == pytest.approx((5 * 1 + 10 + 3 * 100) / 9)
 
 
 def test_the_coefficient_follows_the_proportional_controller() -> None:
     coefficient = KlCoefficient(0.2, target=2.0)
-    coefficient.update(2.2)  # 10 % too far
+    coefficient.update(2.2)  # 10 % above the target
     assert coefficient.value == pytest.approx(0.2 * (1 + 0.1 * 0.5))
-    coefficient.update(100.0)  # never by more than a tenth
+    coefficient.update(100.0)  # changes by at most a tenth
     assert coefficient.value == pytest.approx(0.2 * 1.05 * 1.1)
     coefficient.update(0.0)
     assert coefficient.value == pytest.approx(0.2 * 1.05 * 1.1 * 0.9)
 
 
-def test_without_a_target_the_coefficient_stays() -> None:
+def test_without_a_target_the_coefficient_is_constant() -> None:
     coefficient = KlCoefficient(0.2, target=None)
     coefficient.update(100.0)
     assert coefficient.value == 0.2

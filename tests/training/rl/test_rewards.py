@@ -1,4 +1,4 @@
-"""What answers are rewarded for, each kind by itself; on a policy's base, and added up, in stages/test_ppo.py."""
+"""Each kind of reward by itself; stages/test_ppo.py tests reward adapters and weighted sums."""
 
 import math
 from collections.abc import Sequence
@@ -36,21 +36,21 @@ def nothing(conversations: Sequence[object]) -> list[float]:
 # Functions
 
 
-def test_a_function_gets_conversations_and_gives_numbers() -> None:
+def test_a_function_gets_conversations_and_returns_numbers() -> None:
     assert function_scorer(f"{__name__}:lengths")(CHATS, ["", ""]) == [4, 12]
 
 
 @pytest.mark.parametrize("given", [nothing, lambda chats: [1.0, math.nan], lambda chats: [1.0, math.inf]])
-def test_anything_but_a_finite_number_for_each_answer_ends_the_run(given: Any) -> None:
+def test_a_reward_that_is_not_finite_is_an_error(given: Any) -> None:
     rewards = Rewards([("function_1", 1.0, lambda chats, _: given(chats))])
-    with pytest.raises(ValueError, match="the reward function_1 gave no finite number for each answer"):
+    with pytest.raises(ValueError, match="reward function_1 did not return one finite number per answer"):
         rewards(CHATS, ["", ""])
 
 
 # Judges
 
 
-def test_a_judge_is_told_conversation_answer_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_gets_conversation_answer_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XINGLIN_JUDGE_KEY", "secret")
     prompt = "C: {conversation}\nA: {answer}\nR: {reference}"
     with running_judge(lambda told: "I give it -7.5 of 10." if "感冒" in told else "3") as judge:
@@ -66,7 +66,7 @@ def test_a_judge_is_told_conversation_answer_and_reference(monkeypatch: pytest.M
     }
 
 
-def test_a_judge_without_a_prompt_of_its_own_marks_as_a_doctor_would() -> None:
+def test_default_judge_prompt() -> None:
     with running_judge(lambda told: "10") as judge:
         judge_scorer(judge.url, "m", None)(CHATS[:1], ["Rest."])
     ((_, body),) = judge.asked
@@ -75,7 +75,7 @@ def test_a_judge_without_a_prompt_of_its_own_marks_as_a_doctor_would() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["{", "{answer", '{"mark": 1}', "{question}", "{}", "{answer.x}"])
-def test_braces_that_cannot_be_filled_in_are_refused(prompt: str) -> None:
+def test_unknown_braces_in_a_judge_prompt_are_refused(prompt: str) -> None:
     judge = {"judge": "http://127.0.0.1/v1", "judge_model": "m"}
     with pytest.raises(ValueError, match="judge_prompt: write braces twice"):
         RewardConfig(**judge, judge_prompt=prompt)
@@ -84,13 +84,13 @@ def test_braces_that_cannot_be_filled_in_are_refused(prompt: str) -> None:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the scorer would have waited, in seconds."""
+    """The pauses of the scorer, in seconds; no test waits for them."""
     found: list[float] = []
     monkeypatch.setattr("training.rl.rewards.time.sleep", found.append)
     return found
 
 
-def test_a_judge_that_fails_is_asked_again_after_a_pause(pauses: list[float]) -> None:
+def test_a_failing_judge_is_retried_after_a_pause(pauses: list[float]) -> None:
     replies: list[str | int] = ["well done", 503, "8"]
     with running_judge(lambda told: replies.pop(0)) as judge:
         assert judge_scorer(judge.url, "m", None)(CHATS[:1], [""]) == [8]
@@ -99,18 +99,18 @@ def test_a_judge_that_fails_is_asked_again_after_a_pause(pauses: list[float]) ->
 
 @pytest.mark.usefixtures("pauses")
 @pytest.mark.parametrize(
-    ("reply", "told"),
+    ("reply", "problem"),
     [
-        ("well done", "its reply holds no number"),
+        ("well done", "its reply contains no number"),
         (503, "HTTPError: HTTP Error 503"),
         (401, "HTTPError: HTTP Error 401: Unauthorized; set XINGLIN_JUDGE_KEY to its key"),
         (99, "BadStatusLine"),
     ],
 )
-def test_a_judge_that_fails_three_times_ends_the_run(reply: str | int, told: str) -> None:
+def test_a_judge_that_fails_three_times_is_an_error(reply: str | int, problem: str) -> None:
     with (
         running_judge(lambda _: reply) as judge,
-        pytest.raises(ServiceError, match=f"the judge at {judge.url} gives no mark: {told}"),
+        pytest.raises(ServiceError, match=f"the judge at {judge.url} returned no score: {problem}"),
     ):
         judge_scorer(judge.url, "m", None)(CHATS[:1], [""])
     assert len(judge.asked) == 3
@@ -128,7 +128,7 @@ def marking(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_code_of_a_reward_model_runs_only_if_it_is_trusted(
+def test_code_of_a_reward_model_runs_only_if_trusted(
     marking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coded = with_own_code(marking, tmp_path / "coded")
@@ -143,12 +143,12 @@ def test_code_of_a_reward_model_runs_only_if_it_is_trusted(
     assert trusted(CHATS, ["", ""]) == pytest.approx(model_scorer(str(marking))(CHATS, ["", ""]))
 
 
-def test_trust_without_a_model_to_trust_is_refused() -> None:
+def test_trust_remote_code_without_a_model_is_refused() -> None:
     with pytest.raises(ValueError, match="trust_remote_code has no effect without model"):
         RewardConfig(function="rewards:length", trust_remote_code=True)
 
 
 @pytest.mark.parametrize("url", ["http://me:secret@127.0.0.1/v1", "http://secret@127.0.0.1/v1"])
-def test_a_url_brings_no_key(url: str) -> None:
+def test_a_judge_url_with_credentials_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="leave user and password out of the URL"):
         RewardConfig(judge=url, judge_model="m")

@@ -1,4 +1,4 @@
-"""What goes wrong between PPO and the service that samples for it, without a service; with one in e2e/."""
+"""Errors between PPO and its rollout service, on a fake; tests/e2e/test_rollouts.py uses a real service."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from training.rl.rollouts import Rollouts
 
 @pytest.fixture
 def rollouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Published as revision r1, to what answers by none and takes back nothing."""
+    """Rollouts published as revision r1 to a fake that names no revision and refuses every removal."""
     with running_judge(lambda _: "Hello.") as service:
         policy: Any = None
         found = Rollouts(service.url.removesuffix("/v1"), "doctor-rollouts", policy, Path)
@@ -21,15 +21,17 @@ def rollouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield found
 
 
-def test_another_revision_that_answers_ends_the_run_with_the_reason(rollouts: Any) -> None:
-    with pytest.raises(ServiceError, match="doctor-rollouts@None answered instead of @r1: somebody else"):
+def test_an_answer_by_another_revision_is_an_error(rollouts: Any) -> None:
+    with pytest.raises(ServiceError, match="doctor-rollouts@None answered instead of @r1: someone else"):
         rollouts.answer([[{"role": "user", "content": "?"}]], 4)
 
 
-def test_what_cannot_be_removed_from_the_service_ends_nothing(
+def test_a_failed_removal_from_the_service_is_only_logged(
     rollouts: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with rollouts:
         rollouts._publish()
-    (told,) = [record for record in caplog.records if record.name == "training.rl.rollouts"]
-    assert told.getMessage().startswith("doctor-rollouts stays at the service, until it is removed there: ")
+    (logged,) = [record for record in caplog.records if record.name == "training.rl.rollouts"]
+    assert logged.getMessage().startswith(
+        "doctor-rollouts could not be removed from the service; remove it there: "
+    )

@@ -209,8 +209,8 @@ def test_an_answer_that_was_cut_pays_for_it(trained_dir: Path, run: Run) -> None
     [
         ({"reward": "doctor@canary"}, "is a chat adapter: name a reward adapter"),
         ({"reward": "nobody"}, "there is no adapter nobody"),
-        ({"reward": {"function": "tests.nowhere:reward"}}, "there is no tests.nowhere:reward"),
-        ({"reward": {"judge": "http://127.0.0.1:9/v1", "judge_model": "m"}}, "gives no mark"),
+        ({"reward": {"function": "tests.nowhere:reward"}}, "cannot import tests.nowhere:reward"),
+        ({"reward": {"judge": "http://127.0.0.1:9/v1", "judge_model": "m"}}, "returned no score"),
     ],
 )
 def test_a_reward_that_cannot_be_had_is_told(
