@@ -1,1 +1,1 @@
-"""What TRL's trainers share here: the loop, its callbacks and its trackers."""
+"""Code shared by all stages that use TRL: the training loop, its callbacks and trackers."""

@@ -1,4 +1,4 @@
-"""What a Hugging Face trainer reports, as events, on boards and as progress on the terminal."""
+"""Reports a Hugging Face trainer's progress as events, on boards and on the terminal."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from training.trainers.trackers import Boards
 
 
 class EventCallback(TrainerCallback):
-    """Writes one event for every log, evaluation and checkpoint of the trainer.
+    """Writes one event for every log, evaluation and checkpoint of the trainer, and its numbers to `boards`.
 
-    The trainer's own callbacks for boards would open second ones, outside the run's, for an evaluation after
-    training, and close none that fails; so the numbers go to `boards` from here.
+    The trainer's own board callbacks would open a second board for an evaluation after training, and would not close
+    one on failure.
     """
 
     def __init__(self, title: str, events: EventLog, boards: Boards) -> None:
@@ -43,7 +43,7 @@ class EventCallback(TrainerCallback):
     ) -> None:
         metrics = _numbers(logs)
         self._boards.write(state.global_step, metrics)
-        if self._meter is not None and "loss" in metrics:  # and not a log of an evaluation or the summary
+        if self._meter is not None and "loss" in metrics:  # not the log of an evaluation or the summary
             self._meter.update(state.global_step, metrics["loss"])
             eta_seconds = self._meter.eta_seconds()
             self._events.write(
@@ -79,7 +79,7 @@ class EventCallback(TrainerCallback):
 
 
 def _numbers(metrics: dict[str, Any] | None) -> dict[str, float]:
-    """What says how good the model is; not how fast the machine."""
+    """Return the metrics of the model, without those of the machine's speed."""
     return {
         name: float(value)
         for name, value in (metrics or {}).items()

@@ -1,8 +1,8 @@
-"""The scores of a frozen head on a CPU: only where a token is learnt, and only once.
+"""A frozen output head on a CPU that computes scores only for learned tokens, and only once.
 
-TRL's head keeps the memory small, and on a GPU it does this too. On a CPU it scores prompts and padding as well, and
-all of it again on the way back. Where the head itself does not learn, that is not needed: the gradient of what goes
-into it can be had while the scores are at hand, as in Liger's fused cross-entropy (https://arxiv.org/abs/2410.10989).
+TRL's head saves memory, and skips other tokens on a GPU. On a CPU it also scores prompts and padding, and computes all
+scores again in the backward pass. A frozen head does not need that: the gradient of its input can be computed with the
+scores, as in Liger's fused cross-entropy (https://arxiv.org/abs/2410.10989).
 """
 
 import functools
@@ -14,25 +14,25 @@ from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 _TILE = 2**21
-"""Scores worked on at a time, if _ROWS does not make it more: 8 MiB, which a processor's cache may hold."""
+"""Scores computed at a time, unless _ROWS needs more: 8 MiB, which may fit into a processor's cache."""
 _ROWS = 256
-"""Tokens scored at a time, at least: each time the whole head is read."""
-_PROBE = 8  # tokens that _is_plain tries
+"""The fewest tokens scored at a time, as each time reads the whole head."""
+_PROBE = 8  # tokens in the test of _is_plain
 
 
 def score_learnt_only(model: Any) -> None:
-    """Give a model in a TRL trainer this head, where it can have it: on a CPU, frozen, and a plain product."""
+    """Patch a TRL trainer's model to use this head if it can: on a CPU, with a frozen head that is a plain product."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     head = causal.get_output_embeddings()
     if causal.device.type != "cpu" or not is_frozen_product(head) or not _is_plain(causal):
         return
     trls = causal.forward
 
-    @functools.wraps(trls)  # with its signature, by which `generate` tells what the model takes
+    @functools.wraps(trls)  # keeps the signature, in which `generate` looks up the model's arguments
     def forward(*args: Any, labels: Any = None, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head or kwargs.get("output_router_logits"):
             return trls(*args, labels=labels, fused_lm_head=fused_lm_head, **kwargs)
-        # Rows are filled up on the right, where no token that counts sees it: causal attention needs no mask.
+        # Padding is on the right, where no token that counts attends to it: causal attention needs no mask.
         kwargs |= {"use_cache": False, "attention_mask": None}
         hidden = causal.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         is_learnt = labels[:, 1:] >= 0
@@ -48,15 +48,16 @@ def score_learnt_only(model: Any) -> None:
 
 
 def is_frozen_product(head: Any) -> bool:
-    """Is this a linear layer that does not learn, without a bias or an adapter of its own?"""
+    """Return whether this is a frozen linear layer without a bias or an adapter."""
     return type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
 
 
 def score(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of hidden states (tokens, hidden), the head's weight (vocabulary, hidden) and labels (tokens,), for each token:
-    the label's log-probability in nats, the entropy of all in nats, and whether the label is the likeliest.
+    """Return for each token its label's log-probability in nats, the entropy in nats, and whether the label is the
+    most likely token.
 
-    Only the first has a gradient, and only for the hidden states.
+    Takes hidden states (tokens, hidden), the head's weight (vocabulary, hidden) and labels (tokens,). Only the
+    log-probability has a gradient, and only with respect to the hidden states.
     """
     found: tuple[Tensor, Tensor, Tensor] = _Scores.apply(hidden, weight, labels)
     return found
@@ -64,9 +65,9 @@ def score(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def _is_plain(causal: Any) -> bool:
-    """Are the model's scores its last hidden state times the head, and nothing else?
+    """Return whether the model's scores are exactly its last hidden state times the head.
 
-    Tried, not looked up: some are scaled or capped, each by a setting with another name.
+    Tested on a forward pass, as some models scale or cap their scores, each by a differently named setting.
     """
     ids = torch.arange(_PROBE)[None] % causal.config.get_text_config().vocab_size
     was_training = causal.training

@@ -1,4 +1,4 @@
-"""What all stages built on a Hugging Face trainer share: its arguments, its life, its end."""
+"""Training with a Hugging Face trainer, for all stages that use one: arguments, training loop, final metrics."""
 
 import logging
 import math
@@ -36,18 +36,18 @@ from training.trainers.trackers import Boards
 log = logging.getLogger(__name__)
 
 _WARMUP = 0.03
-"""Share of the steps in which the learning rate rises to its peak."""
+"""Share of the steps that warm up the learning rate."""
 
 
 def prepare(config: JobConfig) -> None:
-    """Fix what is random; before any weight is drawn."""
+    """Set threads and the random seed. Call it before any weight is drawn."""
     if config.threads:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
 
 
 def arguments(config: OfflineJob | GrpoConfig, run: Run) -> dict[str, Any]:
-    """Settings of transformers.TrainingArguments that follow from a job, whatever its stage."""
+    """Return the settings of transformers.TrainingArguments that all stages derive from a job."""
     on_gpu = torch.cuda.is_available()
     passes = config if isinstance(config, OfflineJob) else None
     evaluate_every = passes.evaluate_every if passes else None
@@ -56,7 +56,7 @@ def arguments(config: OfflineJob | GrpoConfig, run: Run) -> dict[str, Any]:
     return {
         "output_dir": str(run.folder / CHECKPOINTS),
         "use_cpu": not on_gpu,
-        # TRL turns both on by default; on a CPU the one is slow and the other seldom needed.
+        # TRL enables both by default; on a CPU bf16 is slow and checkpointing rarely needed.
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
         "gradient_checkpointing": on_gpu if asked is None else asked,
         "gradient_accumulation_steps": passes.gradient_accumulation_steps if passes else 1,
@@ -75,31 +75,31 @@ def arguments(config: OfflineJob | GrpoConfig, run: Run) -> dict[str, Any]:
         "eval_strategy": "steps" if evaluate_every else "no",
         "eval_steps": evaluate_every,
         "load_best_model_at_end": keep_best,
-        "restore_callback_states_from_checkpoint": keep_best,  # how long early_stop has been patient
+        "restore_callback_states_from_checkpoint": keep_best,  # the patience counter of early_stop
         "metric_for_best_model": "eval_loss" if keep_best else None,
-        "report_to": "none",  # events and boards come by a callback
-        "ddp_find_unused_parameters": False,  # every weight that learns is used in every step
+        "report_to": "none",  # EventCallback writes events and boards
+        "ddp_find_unused_parameters": False,  # every trainable weight is used in every step
         "disable_tqdm": True,
     }
 
 
 def fit(trainer: Trainer, config: AdapterJob, run: Run, general_rows: Sequence[Row] = ()) -> dict[str, float]:
-    """Train, from the last checkpoint if there is one; returns what was measured before and after.
+    """Train, from the last checkpoint if there is one; return the metrics before and after.
 
-    `general_rows` are those of `general_files`. Raises Stopped if told to stop, with a checkpoint written.
+    `general_rows` are the rows of `general_files`. Raises Stopped on a stop request, after writing a checkpoint.
     """
     if config.quantization:
-        # TRL makes them bfloat16, which swallows small steps; PEFT would make them float32 again on resuming.
+        # TRL casts them to bfloat16, which loses small updates; PEFT would cast them back to float32 on resume.
         for weight in (weight for weight in trainer.model.parameters() if weight.requires_grad):
             weight.data = weight.data.float()
-    trainer.remove_callback(PrinterCallback)  # it prints every log as a dictionary
+    trainer.remove_callback(PrinterCallback)  # it prints each log as a dictionary
     stopping = _Stopping(run.stop)
     trainer.add_callback(stopping)
     patience = config.early_stop if isinstance(config, OfflineJob) else None
     if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
     steps = _steps(trainer)
-    # Rounded down: a run of a few steps must not spend all of them at a learning rate of zero.
+    # Rounded down, so that a run of a few steps does not spend all of them at a learning rate of zero.
     trainer.args.warmup_steps = int(_WARMUP * steps)
     metrics: dict[str, float] = {}
     with ExitStack() as ending:
@@ -108,7 +108,7 @@ def fit(trainer: Trainer, config: AdapterJob, run: Run, general_rows: Sequence[R
         if processes.leads():
             trainer.add_callback(EventCallback(config.name, run.events, boards))
         forgetting = Forgetting(general_rows, trainer.processing_class, config, run, boards)
-        # Not by `evaluate` here: a model that has been evaluated is never wrapped, and each process would train alone.
+        # Not by `evaluate` here: it keeps the trainer from wrapping the model, and each process would train alone.
         trainer.args.eval_on_start = trainer.eval_dataset is not None and run.measured_before() is None
         trainer.add_callback(_SameDraws())
         trainer.add_callback(_WholeLogs())
@@ -117,7 +117,7 @@ def fit(trainer: Trainer, config: AdapterJob, run: Run, general_rows: Sequence[R
         if checkpoint is not None:
             trainer.add_callback(_Restoring(checkpoint))
             if _is_over(checkpoint, steps, patience):
-                trainer._run_epoch = lambda **_: None  # of which the trainer would begin another one
+                trainer._run_epoch = lambda **_: None  # the trainer would begin another epoch
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics["train_loss"] = _mean_loss(trainer.state)
         if stopping.is_agreed and trainer.state.global_step < trainer.state.max_steps:
@@ -129,14 +129,17 @@ def fit(trainer: Trainer, config: AdapterJob, run: Run, general_rows: Sequence[R
             metrics |= _measures(trainer.evaluate())
             if processes.leads() and "eval_loss" in before:
                 log.info(
-                    "%s: eval_loss %.3f, %.3f before", config.name, metrics["eval_loss"], before["eval_loss"]
+                    "%s: eval_loss %.3f, before training %.3f",
+                    config.name,
+                    metrics["eval_loss"],
+                    before["eval_loss"],
                 )
         metrics |= forgetting.after(trainer.model, trainer.state.global_step)
     return metrics
 
 
 def _steps(trainer: Trainer) -> int:
-    """How many steps a run will take."""
+    """Return the number of steps of the run."""
     if trainer.args.max_steps > 0:
         return trainer.args.max_steps
     batches = len(trainer.get_train_dataloader())
@@ -145,7 +148,7 @@ def _steps(trainer: Trainer) -> int:
 
 
 def _is_over(checkpoint: Path, steps: int, patience: int | None) -> bool:
-    """Was training at its end at this checkpoint, by its steps or by `early_stop`?"""
+    """Return whether training had ended at this checkpoint, by its steps or by `early_stop`."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if patience is None:
         return state.global_step >= steps
@@ -156,25 +159,25 @@ def _is_over(checkpoint: Path, steps: int, patience: int | None) -> bool:
 
 
 def _mean_loss(state: TrainerState) -> float:
-    """Over all steps. The trainer's own leaves out those before a resume, and is 0 where none were left to do."""
+    """Return the mean loss of all steps. The trainer's own omits steps before a resume, and is 0 if none were left."""
     total, before = 0.0, 0
     for log in state.log_history:
-        if "loss" in log:  # the mean since the log before
+        if "loss" in log:  # the mean since the previous log
             total += log["loss"] * (log["step"] - before)
             before = log["step"]
     return total / before
 
 
 def _measures(metrics: dict[str, float]) -> dict[str, float]:
-    """What says how good the model is, and not how fast the machine."""
+    """Return the metrics of the model, without those of the machine's speed."""
     noise = re.compile(r"runtime|_per_second|epoch|num_tokens|_time|entropy|logits|logps")
     return {name: value for name, value in metrics.items() if not noise.search(name)}
 
 
 class _Restoring(TrainerCallback):
-    """Loads the adapter of a checkpoint that holds another beside it, such as a frozen copy as the reference.
+    """Loads the trained adapter of a checkpoint that also holds another, such as the reference model.
 
-    The trainer then loads only those in subfolders, and would begin anew with the one that learns.
+    The trainer would load only the adapters in subfolders, and restart the trained one from its beginning.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -187,11 +190,13 @@ class _Restoring(TrainerCallback):
             tensors = load_file(self._checkpoint / "adapter_model.safetensors")
             loaded = set_peft_model_state_dict(kwargs["model"], tensors, adapter_name="default")
             if loaded.unexpected_keys:
-                raise RuntimeError(f"the checkpoint holds another adapter: {loaded.unexpected_keys[:3]}")
+                raise RuntimeError(
+                    f"the checkpoint holds tensors of another adapter: {loaded.unexpected_keys[:3]}"
+                )
 
 
 class _WholeLogs(TrainerCallback):
-    """Logs with each checkpoint, so that the loss of no step is lost to a run that is resumed from it."""
+    """Logs at each checkpoint, so that a run resumed from it knows the loss of every step."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -200,7 +205,7 @@ class _WholeLogs(TrainerCallback):
 
 
 class _SameDraws(TrainerCallback):
-    """Random numbers go on after the evaluation before the first step as in a resumed run, which has none."""
+    """Restores the random state after the evaluation at step 0, as a resumed run does not have that evaluation."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -215,9 +220,9 @@ class _SameDraws(TrainerCallback):
 
 
 class _Before(TrainerCallback):
-    """Measures rows of general ability before the first step, once the trainer has put the model in its place.
+    """Measures the rows of `general_files` before the first step, after the trainer has moved and wrapped the model.
 
-    After the evaluation rows: theirs is the first evaluation of a run.
+    It runs after the evaluation rows, whose evaluation is the first of a run.
     """
 
     def __init__(self, forgetting: Forgetting) -> None:
@@ -231,7 +236,7 @@ class _Before(TrainerCallback):
 
 
 class _Stopping(TrainerCallback):
-    """Ends training at the next step, with a checkpoint, when somebody asks: all processes at the same one."""
+    """Ends training after the current step with a checkpoint on a stop request, in all processes at the same step."""
 
     def __init__(self, stop: Stop) -> None:
         self._stop = stop

@@ -1,7 +1,7 @@
-"""What training makes a model forget: its loss on rows of general ability, before and after.
+"""How much a model forgets in training: its loss on general rows before and after.
 
-Of chats the assistant's tokens are counted, of texts all. The model is measured as it is trained: of a quantised one,
-both numbers are those of the quantised base.
+In chats the assistant's tokens count, in texts all tokens. The model is measured in its training format: for a
+quantised model, both numbers are those of the quantised base model.
 """
 
 import logging
@@ -29,31 +29,31 @@ log = logging.getLogger(__name__)
 
 _METRIC = "general_loss"
 _MUCH = 0.1
-"""Share by which the loss may rise before it is warned of."""
+"""Relative rise of the loss that logs a warning."""
 _TINY = 1e-6
 LOGITS, LOGITS_AT_ONCE = 2**27, 2**24
-"""The most of a batch, unless one row has more, and of what is made float32 at a time."""
+"""The most logits of a batch, unless a single row has more, and the most converted to float32 at a time."""
 
 
 class Forgetting:
-    """The rows of one job's `general_files`, to be measured before and after training; perhaps there are none."""
+    """The rows of a job's `general_files`, possibly none, measured before and after training."""
 
     def __init__(
         self, rows: Sequence[Row], tokenizer: Any, config: AdapterJob, run: Run, boards: Boards
     ) -> None:
-        """Raises DataError if no row has a token to count, or for a chat whose answers cannot be found."""
+        """Raises DataError if no row has a token that counts, or for a chat whose answers cannot be found."""
         self._examples = _examples(rows, tokenizer, config.max_length, config.on_error)
         self._config = config
         self._run = run
         self._boards = boards
 
     def before(self, model: Any) -> None:
-        """Measure the model, at step 0, unless that was done before this run was resumed."""
+        """Measure the model at step 0, unless the run already did before it was resumed."""
         if self._examples and self._measured_before() is None:
             self._measure(model, step=0)
 
     def after(self, model: Any, step: int) -> dict[str, float]:
-        """Measure the model, and tell how the loss has changed; returns it, and what it was before."""
+        """Measure the model and log how the loss changed; return the losses before and after."""
         if not self._examples:
             return {}
         after = self._measure(model, step)
@@ -64,9 +64,9 @@ class Forgetting:
         is_much = change > _MUCH
         log.log(
             logging.WARNING if is_much else logging.INFO,
-            "the loss on general_files went from %.3f to %.3f nats a token (%+.1f %%)%s",
+            "the loss on general_files went from %.3f to %.3f nats per token (%+.1f %%)%s",
             before, after, 100 * change,
-            ": the model forgets; a lower learning_rate, fewer steps, or general rows among train_files help"
+            ": the model forgets; lower learning_rate, train fewer steps, or add general rows to train_files"
             if is_much else "",
         )  # fmt: skip
         return {f"{_METRIC}_before": before, _METRIC: after}
@@ -88,7 +88,7 @@ class Forgetting:
 
 
 def _examples(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error: OnError) -> list[packing.Row]:
-    """Token ids, cut at `max_length`, and labels; rows without a token to count are left out."""
+    """Return token ids, cut at `max_length`, and labels; skip rows without a token that counts."""
 
     def encode_row(row: Row) -> Tokens:
         if "messages" in row:
@@ -101,25 +101,25 @@ def _examples(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error: On
         return {"input_ids": ids, "labels": labels}
 
     found = [tokens for _, tokens in encoded(rows, on_error, encode_row)]
-    # Nothing foretells the first token.
+    # The first token has no prediction.
     examples = [tokens for tokens in found if any(label >= 0 for label in tokens["labels"][1:])]
     if len(examples) < len(rows):
         log.warning(
-            "%d of %d rows of general_files have no token to count within max_length %d, and are left out",
+            "skipped %d of %d rows of general_files: no token counts within max_length %d",
             len(rows) - len(examples), len(rows), max_length,
         )  # fmt: skip
     if rows and not examples:
         raise DataError(
-            f"no row of general_files has a token to count within max_length {max_length}: raise it"
+            f"no row of general_files has a token that counts within max_length {max_length}: raise max_length"
         )
     return examples
 
 
 @torch.no_grad()
 def mean_loss(model: Any, examples: Sequence[packing.Row], batch_size: int, name: str) -> float:
-    """Nats for one token, over all labels of the examples. The model is left in evaluation mode.
+    """Return the mean loss over all labels of the examples, in nats per token. Leaves the model in evaluation mode.
 
-    Several processes share the work, and each returns the mean of all. Nothing random is drawn.
+    Several processes share the work, and each returns the mean of all. Draws no random numbers.
     """
     model.eval()
     vocabulary = model.config.get_text_config().vocab_size
@@ -128,7 +128,7 @@ def mean_loss(model: Any, examples: Sequence[packing.Row], batch_size: int, name
     loss, count = 0.0, 0
     for first in range(0, len(batches), processes.count()):
         at = first + processes.number()
-        # Weights in shards are put together by all processes, so each works as often as the others.
+        # All processes gather sharded weights together, so each must run as many batches as the others.
         of_batch, tokens = _loss(model, batches[at % len(batches)], LOGITS_AT_ONCE // vocabulary)
         if at < len(batches):
             loss, count = loss + of_batch, count + tokens
@@ -143,7 +143,7 @@ def mean_loss(model: Any, examples: Sequence[packing.Row], batch_size: int, name
 
 
 def _batches(examples: Sequence[packing.Row], rows: int, tokens: int) -> Iterator[list[packing.Row]]:
-    """At most so many rows and, if there is more than one, padded tokens; of about equal length, longest first."""
+    """Yield batches of similar length, longest first: at most `rows` rows and `tokens` padded tokens, or one row."""
     ordered = sorted(examples, key=lambda example: -len(example["input_ids"]))
     at = 0
     while at < len(ordered):
@@ -153,7 +153,7 @@ def _batches(examples: Sequence[packing.Row], rows: int, tokens: int) -> Iterato
 
 
 def _loss(model: Any, batch: Sequence[packing.Row], at_once: int) -> tuple[float, int]:
-    """The sum over all tokens that count, and how many they are."""
+    """Return the sum of the loss over all tokens that count, and their number."""
     shape = len(batch), max(len(example["input_ids"]) for example in batch)
     token_ids, attention_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     wanted = torch.full(shape, packing.IGNORED)

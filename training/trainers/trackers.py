@@ -1,7 +1,6 @@
-"""Where the numbers of a run go: TensorBoard, and the experiment trackers that the job names.
+"""Writes a run's numbers to TensorBoard and to the experiment trackers that the job names.
 
-The libraries are used as they are: what accelerate has over them calls a run that failed a finished one, and takes
-MLflow's one global run.
+It calls the libraries directly: accelerate's trackers mark a failed run as finished, and use MLflow's global run.
 """
 
 import logging
@@ -27,17 +26,17 @@ _PROJECT = "xinglin"
 _MLFLOW_RUN = "mlflow_run_id"
 _NOT_IN_MLFLOW_NAMES = re.compile(r"[^\w/.\- :]")
 _SECONDS_TO_FINISH = 60
-# What the user has set stays.
+# Values set by the user stay.
 _ENVIRONMENT = {
-    "WANDB_ERROR_REPORTING": "false",  # to wandb's makers; so is MLflow's telemetry to its own
+    "WANDB_ERROR_REPORTING": "false",  # sent to wandb's makers, as MLflow's telemetry to MLflow's
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # training waits meanwhile, by default for minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # training waits for the retries, by default for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 
 
 class _Tracker(Protocol):
-    """One tracker's record of the run; any of its methods may raise anything."""
+    """One tracker's record of the run. Its methods may raise any exception."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -45,9 +44,9 @@ class _Tracker(Protocol):
 
 
 class Boards:
-    """The one thing that a run's numbers are written to. Of several processes, the leader alone has boards.
+    """Writes a run's numbers to all its boards. With several processes, only the leader has boards.
 
-    A tracker that fails is told of once and left out from then on: it never ends a run.
+    A tracker that fails is logged once and then dropped; it never ends a run.
     """
 
     def __init__(self, config: JobConfig | AdapterJob, run: Run) -> None:
@@ -57,7 +56,7 @@ class Boards:
         self._trackers: dict[str, _Tracker] = {}
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Numbers by name, after so many steps."""
+        """Write the metrics after `step` steps."""
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -101,7 +100,7 @@ class Boards:
 
 
 class _Wandb:
-    """Its files are in the run's folder, and `wandb sync` there sends what could not be sent."""
+    """Keeps its files in the run's folder; `wandb sync` there uploads what could not be sent."""
 
     def __init__(self, run: Run, settings: dict[str, Any]) -> None:
         wandb = import_module("wandb")
@@ -112,7 +111,7 @@ class _Wandb:
             resume="allow",
             dir=run.folder,
             config=settings,
-            # The numbers alone: neither what the terminal shows nor code, which may hold anything.
+            # Only the numbers: terminal output and code may hold secrets.
             settings=wandb.Settings(
                 console="off",
                 disable_code=True,
@@ -136,7 +135,7 @@ class _Trackio:
             name=run.id,
             resume="allow",
             config=settings,
-            private=True,  # where it makes a Space for them
+            private=True,  # applies if it creates a Space
             embed=False,
         )
 
@@ -186,13 +185,13 @@ _TRACKERS: dict[str, Callable[[Run, dict[str, Any]], _Tracker]] = {
 
 def _tell(name: str, error: Exception) -> None:
     log.warning(
-        "%s fails, and gets no more numbers of this run, which goes on; events.jsonl and TensorBoard have them: %s: %s",
+        "%s failed and gets no more numbers of this run, which continues; see events.jsonl or TensorBoard: %s: %s",
         name, type(error).__name__, " ".join(str(error).split()),
     )  # fmt: skip
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """`lora: {r: 8}` as `lora.r: 8`."""
+    """Flatten `lora: {r: 8}` to `lora.r: 8`."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}

@@ -1,4 +1,4 @@
-"""The head that scores only what is learnt gives what TRL's gives."""
+"""The CPU head returns the same scores and gradients as TRL's head."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ LENGTHS = (9, 5, 1)
 
 
 def frozen(architecture: str) -> Any:
-    """A model as in a TRL trainer, of which all layers learn but those of the vocabulary."""
+    """A model as in a TRL trainer: all layers are trainable except embeddings and head."""
     model = tiny_model(architecture)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -24,7 +24,7 @@ def frozen(architecture: str) -> Any:
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Rows filled up on the right, with some labels to be learnt, and none in the last."""
+    """Rows padded on the right, with some labels in each but the last."""
     torch.manual_seed(1)
     shape = (len(LENGTHS), max(LENGTHS))
     is_row = torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]
@@ -34,7 +34,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_scores_and_gradients_are_those_of_trls_head(architecture: str) -> None:
+def test_scores_and_gradients_equal_those_of_trls_head(architecture: str) -> None:
     found = []
     for is_ours in (False, True):
         model = frozen(architecture)
@@ -55,7 +55,7 @@ def test_scores_and_gradients_are_those_of_trls_head(architecture: str) -> None:
     torch.testing.assert_close(our_slopes, their_slopes, rtol=1e-3, atol=1e-4)
 
 
-def test_a_head_that_learns_is_left_to_trl() -> None:
+def test_a_trainable_head_stays_trls() -> None:
     model = frozen("llama")
     model.get_output_embeddings().requires_grad_(True)
     before = model.forward
@@ -63,9 +63,9 @@ def test_a_head_that_learns_is_left_to_trl() -> None:
     assert model.forward == before
 
 
-def test_scores_in_several_tiles_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiling_does_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for tile, rows in ((2**21, 256), (300, 1)):  # the latter holds the scores of three tokens
+    for tile, rows in ((2**21, 256), (300, 1)):  # the second fits the scores of three tokens
         monkeypatch.setattr("training.trainers.cpu_head._TILE", tile)
         monkeypatch.setattr("training.trainers.cpu_head._ROWS", rows)
         model = frozen("qwen3")
@@ -76,7 +76,7 @@ def test_scores_in_several_tiles_are_those_of_one(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_generation_and_plain_calls_go_the_models_own_way() -> None:
+def test_generation_and_plain_calls_use_the_models_own_forward() -> None:
     model = frozen("llama")
     score_learnt_only(model)
     ids = batch()["input_ids"][:1]

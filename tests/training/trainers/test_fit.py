@@ -1,4 +1,4 @@
-"""What all stages on a Hugging Face trainer share, by way of stage sft."""
+"""The training loop of all stages that use a Hugging Face trainer, tested with stage sft."""
 
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,20 @@ def events_of(data_dir: Path) -> list[Any]:
 
 
 def losses(data_dir: Path) -> dict[int, float]:
-    """The evaluation loss by step; of those at one step the last."""
+    """Return the evaluation loss by step, the last one of each step."""
     evaluations = [event for event in events_of(data_dir) if isinstance(event, Evaluation)]
     return {event.step: event.metrics["eval_loss"] for event in evaluations}
 
 
 def test_a_single_step_learns(load_sft: LoadJob, tmp_path: Path) -> None:
-    """And is not spent on warming up, at a learning rate of zero."""
+    """It is not spent on the warm-up at a learning rate of zero."""
     run_job(load_sft(max_steps=1, learning_rate=1e-3), tmp_path)
     (progress,) = [event for event in events_of(tmp_path) if isinstance(event, Progress)]
     assert progress.metrics["learning_rate"] == 1e-3
     assert losses(tmp_path)[1] < losses(tmp_path)[0]
 
 
-def test_evaluations_and_checkpoints_come_when_asked_for(load_sft: LoadJob, tmp_path: Path) -> None:
+def test_evaluations_and_checkpoints_at_their_steps(load_sft: LoadJob, tmp_path: Path) -> None:
     run_job(load_sft(max_steps=5, evaluate_every=2, checkpoint_every=3), tmp_path)
     assert set(losses(tmp_path)) == {0, 2, 4, 5}
     assert [event.step for event in events_of(tmp_path) if isinstance(event, Checkpoint)] == [3, 5]
@@ -41,11 +41,11 @@ def test_evaluations_and_checkpoints_come_when_asked_for(load_sft: LoadJob, tmp_
 
 @pytest.fixture
 def spoilt(load_sft: LoadJob) -> Any:
-    """A rate at which things get worse after two steps."""
+    """A learning rate at which the loss rises after two steps."""
     return load_sft(max_steps=12, evaluate_every=1, early_stop=2, learning_rate=0.02)
 
 
-def test_training_that_gets_worse_is_stopped_and_the_best_kept(spoilt: Any, tmp_path: Path) -> None:
+def test_early_stop_keeps_the_best_checkpoint(spoilt: Any, tmp_path: Path) -> None:
     run_job(spoilt, tmp_path)
     found = [event for event in events_of(tmp_path) if isinstance(event, Evaluation) and event.step]
     *during, after = [event.metrics["eval_loss"] for event in found]
@@ -57,7 +57,7 @@ def test_training_that_gets_worse_is_stopped_and_the_best_kept(spoilt: Any, tmp_
 
 
 @pytest.mark.parametrize("ago", [0, 1])
-def test_patience_is_kept_over_a_kill(
+def test_patience_survives_a_kill(
     ago: int, spoilt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_job(spoilt, tmp_path / "whole").ref
@@ -81,10 +81,10 @@ def test_patience_is_kept_over_a_kill(
 
 
 @pytest.mark.parametrize("step", [3, 7])
-def test_the_training_loss_is_that_of_all_steps_after_a_kill(
+def test_after_a_kill_the_training_loss_covers_all_steps(
     step: int, load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the last step was done, and all that was left was to publish."""
+    """Also if the kill came after the last step, before publishing."""
     job = load_sft(max_steps=7, checkpoint_every=3)
 
     def manifest(data_dir: Path, ref: str) -> Any:
@@ -110,7 +110,7 @@ def test_the_training_loss_is_that_of_all_steps_after_a_kill(
     assert found.metrics == pytest.approx(whole.metrics)
 
 
-def test_a_stop_while_the_product_is_made_is_a_stop_at_the_last_checkpoint(
+def test_a_stop_while_the_result_is_written_stops_at_the_last_checkpoint(
     load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_job(load_sft(), tmp_path / "whole").ref

@@ -1,4 +1,4 @@
-"""What training makes a model forget: measured before and after, whatever is trained, resumed or not."""
+"""Forgetting: the loss on general_files before and after, for all products and for resumed runs."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ TEXTS = ["Flour, water, salt and yeast make bread.", "水在一百摄氏度沸�
 
 @pytest.fixture(scope="module", autouse=True)
 def _general(tiny_dir: Path) -> None:
-    """Three chats, one of two turns, and two texts, of which one is longer than max_length."""
+    """Three chats, one with two turns, and two texts, one longer than max_length."""
     lines = (tiny_dir / "plain.jsonl").read_text().splitlines()
     chats = [json.loads(line)["messages"] for line in lines[1:8:3]]
     rows = [{"messages": chats[0] + chats[1]}, {"messages": chats[2]}, *({"text": text} for text in TEXTS)]
@@ -35,7 +35,7 @@ def _general(tiny_dir: Path) -> None:
 
 
 def naive_loss(model: Any, data_dir: Path, max_length: int, file: str = "general.jsonl") -> float:
-    """Row by row, without padding: the mean over all tokens that count."""
+    """Return the mean over all tokens that count, row by row, without padding."""
     tokenizer = AutoTokenizer.from_pretrained(data_dir / "models/tiny")
     losses = []
     for row in map(json.loads, (data_dir / file).read_text().splitlines()):
@@ -66,7 +66,7 @@ def measured(data_dir: Path) -> list[tuple[int, float]]:
     return [(e.step, e.metrics["general_loss"]) for e in evaluations if "general_loss" in e.metrics]
 
 
-def test_the_manifest_says_what_base_and_adapter_lose(
+def test_the_manifest_has_the_losses_of_base_and_adapter(
     load_sft: LoadJob, tiny_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "training")
@@ -78,11 +78,13 @@ def test_the_manifest_says_what_base_and_adapter_lose(
     assert after == pytest.approx(naive_loss(adapted, tiny_dir, 256), rel=1e-5)
     assert measured(tmp_path) == [(0, before), (4, after)]
     assert "general.jsonl" in manifest.data_digests
-    (told,) = [message for message in caplog.messages if message.startswith("the loss on general_files went")]
-    assert f"from {before:.3f} to {after:.3f} nats a token ({100 * (after / before - 1):+.1f} %)" in told
+    (logged,) = [
+        message for message in caplog.messages if message.startswith("the loss on general_files went")
+    ]
+    assert f"from {before:.3f} to {after:.3f} nats per token ({100 * (after / before - 1):+.1f} %)" in logged
 
 
-def test_measuring_changes_nothing_that_is_trained(load_sft: LoadJob, tmp_path: Path) -> None:
+def test_measuring_does_not_change_training(load_sft: LoadJob, tmp_path: Path) -> None:
     changes = {"lora": {"r": 4, "lora_dropout": 0.2}, "max_steps": 3}
     assert (
         made(load_sft(**changes), tmp_path / "without").revision
@@ -91,7 +93,7 @@ def test_measuring_changes_nothing_that_is_trained(load_sft: LoadJob, tmp_path: 
 
 
 @pytest.mark.parametrize("rise", [1.05, 1.2])
-def test_much_forgetting_is_warned_of(
+def test_much_forgetting_logs_a_warning(
     rise: float,
     load_sft: LoadJob,
     tmp_path: Path,
@@ -107,7 +109,7 @@ def test_much_forgetting_is_warned_of(
     assert len(warned) == (rise > 1.1)
 
 
-def test_batches_and_pieces_change_nothing(
+def test_batch_size_does_not_change_the_loss(
     load_sft: LoadJob, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_sft(**GENERAL)
@@ -123,10 +125,10 @@ def test_batches_and_pieces_change_nothing(
 
 
 @pytest.mark.parametrize("moment", [Evaluation, Checkpoint])
-def test_a_resumed_run_knows_what_was_before(
+def test_a_resumed_run_keeps_the_loss_before_training(
     moment: type[Event], load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the two evaluations before the first step, or later."""
+    """Kill the run between the two evaluations before the first step, or later."""
     config = load_sft(**GENERAL, checkpoint_every=2)
     whole = made(config, tmp_path / "whole")
 
@@ -150,7 +152,7 @@ def test_a_resumed_run_knows_what_was_before(
     assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
 
 
-def test_before_is_with_the_adapter_that_training_goes_on_with(
+def test_the_loss_before_training_is_that_of_the_parent_adapter(
     load_sft: LoadJob, tiny_dir: Path, tmp_path: Path
 ) -> None:
     first = made(load_sft(**GENERAL), tmp_path)
@@ -160,9 +162,7 @@ def test_before_is_with_the_adapter_that_training_goes_on_with(
     )
 
 
-def test_a_quantised_base_is_measured_as_it_is_trained(
-    load_sft: LoadJob, tiny_dir: Path, tmp_path: Path
-) -> None:
+def test_a_quantised_base_is_measured_quantised(load_sft: LoadJob, tiny_dir: Path, tmp_path: Path) -> None:
     metrics = made(load_sft(**GENERAL, quantization="4bit", max_steps=1), tmp_path).metrics
     before = metrics["general_loss_before"]
     assert before == pytest.approx(base_loss(tiny_dir), rel=0.1)
@@ -171,7 +171,7 @@ def test_a_quantised_base_is_measured_as_it_is_trained(
 
 
 @pytest.mark.parametrize("how", [{"full": True, "learning_rate": 1e-3}, {"merge": True}])
-def test_a_base_that_is_made_says_it_too(how: dict[str, Any], tiny_dir: Path, tmp_path: Path) -> None:
+def test_a_new_base_model_has_the_losses_too(how: dict[str, Any], tiny_dir: Path, tmp_path: Path) -> None:
     (tiny_dir / "texts.txt").write_text("Fever is a sign.\nRest helps.\nCough may last.\nDrink water.\n")
     job = {"stage": "pt", "name": "reader", "base_model": "models/tiny", "train_files": ["texts.txt"]}
     job |= {"max_steps": 2, "max_length": 64, "batch_size": 2, "threads": 1}
@@ -182,16 +182,16 @@ def test_a_base_that_is_made_says_it_too(how: dict[str, Any], tiny_dir: Path, tm
     assert metrics["general_loss"] == pytest.approx(naive_loss(model, tiny_dir, 64), rel=1e-4)
 
 
-def test_rows_with_nothing_to_count_are_told(
+def test_rows_without_a_token_that_counts_are_reported(
     load_sft: LoadJob, tiny_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "Why? " * 80}, {"role": "assistant", "content": "So."}]}
     ]
     (tiny_dir / "long.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(DataError, match="no row of general_files has a token to count within max_length 64"):
+    with pytest.raises(
+        DataError, match="no row of general_files has a token that counts within max_length 64"
+    ):
         run_job(load_sft(general_files=["long.jsonl"], max_length=64), tmp_path)
     made(load_sft(general_files=["long.jsonl", "general.jsonl"], max_length=64, max_steps=1), tmp_path)
-    assert "1 of 5 rows of general_files have no token to count within max_length 64, and are left out" in (
-        caplog.messages
-    )
+    assert "skipped 1 of 5 rows of general_files: no token counts within max_length 64" in caplog.messages

@@ -1,4 +1,4 @@
-"""Rows of about equal length share a batch, batches come in random order, and both stages learn that way."""
+"""Rows of similar length share a batch, batches come in random order, in both stages that use the trainer."""
 
 import random
 from itertools import pairwise
@@ -23,11 +23,11 @@ def batches(count: int, size: int, epoch: int = 0, seed: int = 0) -> list[list[i
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 203, 1000])
-def test_each_row_comes_once_in_an_epoch(count: int) -> None:
+def test_each_row_occurs_once_per_epoch(count: int) -> None:
     assert sorted(row for batch in batches(count, 8) for row in batch) == list(range(count))
 
 
-def test_little_of_a_batch_is_padding() -> None:
+def test_batches_have_little_padding() -> None:
     size = lengths(1003)
     tokens = sum(size)
     padded = sum(len(batch) * max(size[row] for row in batch) for batch in batches(1003, 8))
@@ -44,12 +44,12 @@ def test_batches_are_not_in_order_of_length() -> None:
     assert 0.35 < rises / len(longest) < 0.65
 
 
-def test_the_order_follows_from_seed_and_epoch() -> None:
+def test_the_order_depends_on_seed_and_epoch() -> None:
     assert batches(100, 8) == batches(100, 8)
     assert batches(100, 8) != batches(100, 8, epoch=1) != batches(100, 8, seed=1)
 
 
-def test_the_epoch_is_asked_for_when_the_rows_are() -> None:
+def test_the_epoch_is_read_when_iteration_starts() -> None:
     epoch = [0]
     rows = AlikeBatches(lengths(100), 8, 0, lambda: epoch[0])
     first = list(rows)
@@ -60,9 +60,7 @@ def test_the_epoch_is_asked_for_when_the_rows_are() -> None:
 
 
 @pytest.mark.parametrize("stage", ["sft", "pt"])
-def test_a_stage_learns_in_this_order_and_with_the_head_that_scores_what_is_learnt(
-    stage: str, tiny_dir: Path
-) -> None:
+def test_stages_use_this_order_and_the_cpu_head(stage: str, tiny_dir: Path) -> None:
     with (
         patch.object(AlikeBatches, "__iter__", autospec=True, side_effect=AlikeBatches.__iter__) as order,
         patch.object(head, "score", side_effect=head.score) as score,

@@ -1,4 +1,4 @@
-"""The numbers of a run on TensorBoard and in trackers: stand-ins, and MLflow itself where it is installed."""
+"""The numbers of a run on TensorBoard and in trackers: fakes, and MLflow itself if it is installed."""
 
 import logging
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Numbers = dict[tuple[str, int], float]
 
 
 class Tracker:
-    """A stand-in for wandb or trackio: it writes down what it is told."""
+    """A fake wandb or trackio that records its calls."""
 
     def __init__(self) -> None:
         self.begun: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ class Tracker:
 
 
 class Mlflow:
-    """A stand-in for mlflow, mlflow.entities and a client: of its one experiment's runs it keeps what it is told."""
+    """A fake of mlflow, mlflow.entities and a client that records the runs of one experiment."""
 
     def __init__(self) -> None:
         self.runs: dict[str, SimpleNamespace] = {}
@@ -119,7 +119,7 @@ def mlflow(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture
 def trackers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tracker]:
     found = {name: Tracker() for name in ("wandb", "trackio")}
-    # Not into sys.modules, where other libraries would find them too, and use what they do not have.
+    # Not in sys.modules: other libraries would find the fakes there and use functions that they lack.
     monkeypatch.setattr(boards, "import_module", found.__getitem__)
     monkeypatch.setattr(fields, "find_spec", lambda name: ModuleSpec(name, None, origin="a test"))
     return found
@@ -159,15 +159,13 @@ def test_every_tracker_gets_the_numbers_of_tensorboard(
     assert (trackers["wandb"].finished, trackers["trackio"].finished) == ([{"exit_code": 0}], [{}])
 
 
-def test_the_stage_that_makes_a_base_reports_too(
-    tiny_dir: Path, tmp_path: Path, trackers: dict[str, Tracker]
-) -> None:
+def test_stage_scratch_reports_too(tiny_dir: Path, tmp_path: Path, trackers: dict[str, Tracker]) -> None:
     run_job(load_job(tiny_dir, BASE, name="new", steps=10, report_to=["trackio"]), tmp_path)
     assert trackers["trackio"].numbers == pytest.approx(on_tensorboard(only_folder(tmp_path)))
     assert set(trackers["trackio"].numbers) == {("loss", 10), ("learning_rate", 10)}
 
 
-def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker(
+def test_a_resumed_run_continues_the_trackers_run(
     load_sft: LoadJob, tmp_path: Path, trackers: dict[str, Tracker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException): ...
@@ -191,7 +189,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker(
 
 
 @pytest.mark.parametrize("moment", ["init", "log 1", "finish"])
-def test_a_tracker_that_fails_is_told_of_once_and_ends_no_run(
+def test_a_failing_tracker_is_logged_once_and_ends_no_run(
     moment: str,
     load_sft: LoadJob,
     tmp_path: Path,
@@ -201,11 +199,11 @@ def test_a_tracker_that_fails_is_told_of_once_and_ends_no_run(
     trackers["wandb"].fails_at = moment
     run_job(load_sft(report_to=["wandb", "trackio"]), tmp_path)
     assert isinstance(read_events(only_folder(tmp_path) / "events.jsonl")[-1], Succeeded)
-    (told,) = [
+    (logged,) = [
         record.getMessage() for record in caplog.records if record.name == "training.trainers.trackers"
     ]
-    assert told.startswith("wandb fails, and gets no more numbers of this run, which goes on")
-    assert told.endswith("ConnectionError: no network")
+    assert logged.startswith("wandb failed and gets no more numbers of this run, which continues")
+    assert logged.endswith("ConnectionError: no network")
     assert trackers["trackio"].numbers == pytest.approx(on_tensorboard(only_folder(tmp_path)))
     if moment == "log 1":
         assert set(trackers["wandb"].numbers) == {
@@ -214,7 +212,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_ends_no_run(
         assert trackers["wandb"].finished == [{"exit_code": 1}]
 
 
-def test_nothing_is_left_open_when_training_fails(
+def test_all_boards_are_closed_when_training_fails(
     load_sft: LoadJob, tmp_path: Path, trackers: dict[str, Tracker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(self: EventLog, event: Event) -> None:
@@ -230,7 +228,7 @@ def test_nothing_is_left_open_when_training_fails(
     assert (trackers["wandb"].finished, trackers["trackio"].finished) == ([{"exit_code": 1}], [{}])
 
 
-def test_the_leading_process_alone_reports(
+def test_only_the_leading_process_reports(
     load_sft: LoadJob, tmp_path: Path, trackers: dict[str, Tracker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -252,7 +250,7 @@ def test_a_tracker_that_is_not_installed_is_refused(
         load_sft(report_to=["wandb"])
 
 
-def test_mlflow_goes_on_in_its_run(
+def test_a_resumed_run_continues_its_mlflow_run(
     mlflow: Any,
     load_sft: LoadJob,
     tmp_path: Path,
