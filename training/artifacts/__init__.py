@@ -1,1 +1,1 @@
-"""What leaves a run: an adapter, a merged model, a converted checkpoint."""
+"""Results: adapters, merged models, converted adapters."""

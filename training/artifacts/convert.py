@@ -1,4 +1,4 @@
-"""An adapter of another tool, or of 2023, in; out a folder that can be published, with names and settings of today."""
+"""Converts an adapter of another tool or an old PEFT into a folder that can be published."""
 
 import json
 import logging
@@ -61,21 +61,22 @@ def convert_adapter(
     chat_template: Template | None = None,
     golden_rows: list[Row] | None = None,
 ) -> None:
-    """Write the adapter in the folder `source`, which stays as it is, to the new folder `target`.
+    """Convert the adapter in the folder `source` into the new folder `target`; `source` stays unchanged.
 
-    `base_model`, a folder or hub id, has every name and shape checked against it; only its config.json is
-    needed for that. `drop` names settings and tensors to leave out. `chat_template` is the one it was
-    trained with, if that is not the base's. `golden_rows` are chats whose questions become golden
-    prompts: the only thing that loads the base.
+    `base_model`: a folder or hub id; every tensor name and shape is checked against its config.json. `drop`: settings
+    and tensors to leave out. `chat_template`: the one of the adapter's training, if not the base model's.
+    `golden_rows`: chats whose questions become golden prompts; only they load the base model's weights.
 
-    Raises InvalidAdapter for what cannot be read or served, ConfigError for a target that exists or a base
-    that cannot be had. Nothing is at `target` then.
+    Raises InvalidAdapter for an adapter that cannot be read or served, ConfigError if `target` exists or the base
+    model cannot be found. `target` does not exist then.
     """
     with new_folder(target) as folder:
         adapter = read_adapter(source, drop)
         adapter = replace(adapter, config=spelt_out(adapter.config, adapter.lora))
         if golden_rows is not None and (base_model is None or adapter.is_reward):
-            raise ConfigError("golden prompts need the base model, and an adapter that chats: leave one out")
+            raise ConfigError(
+                "golden prompts need the base model and a chat adapter: give --base, or no golden prompts"
+            )
         base = base_folder(base_model) if base_model is not None else None
         skeleton = _skeleton(base, adapter.is_reward) if base else None
         tensors = _servable_tensors(adapter, base, skeleton)
@@ -98,10 +99,10 @@ def convert_adapter(
         _write_json(folder / CONFIG_FILE, facts.config)
         if base_model is not None:
             inject(skeleton, adapter, base_name(base_model))
-            log.info("every name and shape is that of %s", base_name(base_model))
+            log.info("all tensor names and shapes match %s", base_name(base_model))
         else:
             _check_layers(adapter)
-            log.info("with --base, names and shapes would be checked against the base model too")
+            log.info("give --base to check names and shapes against the base model too")
         if golden_rows is not None and base is not None and base_model is not None:
             named = Base(
                 base,
@@ -116,17 +117,17 @@ def convert_adapter(
 
 
 def _servable_tensors(adapter: PeftAdapter, base: Path | None, skeleton: Any) -> dict[str, Any]:
-    """All tensors under PEFT's names. Whole ones must be the score head, or be the base's own."""
+    """Return the tensors under PEFT's names. Whole tensors must be the score head or equal the base model's."""
     keep = {SCORE} if adapter.is_reward else set()
     extra = {name: tensor for name, tensor in adapter.whole.items() if name not in keep}
     same = _same_as_base(extra, base, skeleton) if base else set()
-    for item in listed("left out, as the base model has the very same: ", same):
+    for item in listed("left out, as they equal the base model's: ", same):
         log.info(item)
     if trained := extra.keys() - same:
         raise InvalidAdapter(
             listed(
-                "these are whole tensors, and only LoRA pairs can be served. If they were trained, make a model of "
-                "its own by python -m training merge; if they are the base's own, give --base to have them compared; "
+                "only LoRA pairs can be served, and these are whole tensors. If they were trained, make a new base "
+                "model with python -m training merge; if they equal the base model's, give --base to compare them; "
                 "or leave them out with --drop NAME: ",
                 [shown(name) for name in trained],
             )
@@ -137,7 +138,7 @@ def _servable_tensors(adapter: PeftAdapter, base: Path | None, skeleton: Any) ->
         score.dim() != 2 or score.shape[0] != 1 or hidden not in (None, score.shape[1])
     ):
         wanted = f"(1, {hidden or 'hidden size'})"
-        raise InvalidAdapter([f"{SCORE} is {list(score.shape)}, not {wanted}: a reward is one number"])
+        raise InvalidAdapter([f"{SCORE} has shape {list(score.shape)}, not {wanted}: a reward is one number"])
     kept = adapter.lora if score is None else {**adapter.lora, SCORE: score}
     return {PREFIX + name: tensor for name, tensor in kept.items()}
 
@@ -156,7 +157,7 @@ def _same_as_base(tensors: dict[str, Any], base: Path, skeleton: Any) -> set[str
 
 
 def _check_layers(adapter: PeftAdapter) -> None:
-    """Without the base: each target has a pair in every layer up to the last that any has."""
+    """Check without the base model that each target has a pair in every layer up to the last one with any pair."""
     targets = adapter.config["target_modules"]
     if isinstance(targets, str) or adapter.config.get("layers_to_transform"):
         return
@@ -165,27 +166,27 @@ def _check_layers(adapter: PeftAdapter) -> None:
     nowhere, missing = [], []
     for target in targets:
         if _layer(target) >= 0:
-            continue  # a module's whole name, of which there is one
+            continue  # the full name of a single module
         layers = {_layer(module) for module in modules if f".{module}".endswith(f".{target}")}
         if not layers:
             nowhere.append(target)
         elif max(layers) >= 0:
             missing += [f"{target} of layer {at}" for at in range(last + 1) if at not in layers]
     problems = [
-        *listed("target_modules names these, and there is no tensor of them: ", nowhere),
-        *listed("there is no tensor of these, give --base if the model is built so: ", missing),
+        *listed("no tensors for these target_modules: ", nowhere),
+        *listed("no tensors for these; give --base if the model does not have them: ", missing),
     ]
     if problems:
         raise InvalidAdapter(problems)
 
 
 def _layer(module: str) -> int:
-    """The number of the layer a module is in; -1 for one beside the layers."""
+    """Return the number of a module's layer; -1 for a module outside the layers."""
     return next((int(part) for part in module.split(".") if part.isdecimal()), -1)
 
 
 def _skeleton(base: Path, is_reward: bool) -> Any:
-    """The base's modules without weights. Raises ConfigError for a kind that transformers does not know."""
+    """Build the base model's modules without weights. Raises ConfigError if transformers does not know its kind."""
     try:
         with torch.device("meta"):
             if is_reward:
@@ -194,21 +195,19 @@ def _skeleton(base: Path, is_reward: bool) -> Any:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"base_model: {base.name} is no model that transformers knows without running code from its folder"
+            f"base_model: transformers cannot load {base.name} without running code from its folder"
         ) from error
 
 
 def _fingerprint(base: Path) -> str | None:
     if not any(base.glob("*.safetensors")):
-        log.info(
-            "%s has no weights here, so that the adapter is not tied to them by a fingerprint", base.name
-        )
+        log.info("%s has no weights here: the adapter gets no base fingerprint", base.name)
         return None
     return fingerprint(base)
 
 
 def _stops(base: Path | None, template: str | None, texts: Sequence[str]) -> Stops:
-    """What ends an answer, as far as the base model's files are here to say so."""
+    """Return what ends an answer, from the base model's files if they are here."""
     if base is None or not (base / "tokenizer_config.json").is_file():
         return Stops(texts=tuple(texts))
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -220,7 +219,9 @@ def _tokenizer(base: Path, template: str | None) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = template or tokenizer.chat_template
     if tokenizer.chat_template is None:
-        raise ConfigError(f"base_model: {base.name} has no chat template: give the one it was trained with")
+        raise ConfigError(
+            f"base_model: {base.name} has no chat template: give the one of the adapter's training with --template"
+        )
     return tokenizer
 
 
@@ -240,12 +241,12 @@ def _write_golden(folder: Path, base: Base, rows: list[Row], provenance: Provena
 def _tell_what_stays(source: Path, file: Path, template: str | None) -> None:
     used = {CONFIG_FILE, TEMPLATE_FILE, file.name}
     for item in listed(
-        "not read: ", [shown(path.name) for path in source.iterdir() if path.name not in used]
+        "ignored files: ", [shown(path.name) for path in source.iterdir() if path.name not in used]
     ):
         log.info(item)
     if template is None:
         log.info(
-            "it brings no chat template: the base model's is used, which may not be what it was trained with"
+            "the adapter has no chat template: the base model's is used, which may differ from that of its training"
         )
 
 

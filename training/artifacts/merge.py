@@ -1,7 +1,7 @@
-"""Adapters merged into their base model, in order: a full model for any loader; or one as a plain PEFT folder.
+"""Merges adapters into their base model, which any loader can read, or exports one as a plain PEFT folder.
 
-The arithmetic is in float32, whatever the base is saved in. Peak memory is about 6 bytes a parameter of a
-base in bfloat16 (50 GB for 8 billion).
+The arithmetic is in float32, whatever the base model's dtype. Peak memory is about 6 bytes per parameter of a base
+model in bfloat16 (50 GB for 8 billion).
 """
 
 import json
@@ -62,19 +62,19 @@ _BESIDE = (GENERATION_CONFIG_NAME, "LICENSE", "LICENSE.txt", "NOTICE")
 
 @dataclass(frozen=True)
 class _Given:
-    """One adapter to merge, and what is known of where it comes from."""
+    """One adapter to merge, with its provenance."""
 
     ref: str
     """`name@revision`, or the name of its folder."""
     adapter: PeftAdapter
     base_fingerprint: str | None
     digest: str
-    """SHA-256 of the file of tensors."""
+    """SHA-256 of the tensor file."""
     template: str | None
     stops: Stops
-    """What ends an answer, besides the base's own."""
+    """What ends an answer, besides the base model's own stops."""
     tokenizer: Path | None
-    """The folder with its own tokenizer, if it brings one and the embeddings for it."""
+    """The folder of its own tokenizer, if it has one with embeddings for it."""
 
 
 def merge(
@@ -87,19 +87,18 @@ def merge(
     any_base: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write the base with all `adapters` merged into it, first to last, to the new folder `target`.
+    """Merge all `adapters` into the base model, first to last, and write it to the new folder `target`.
 
-    An adapter is a ref of the store, or a folder (`./doctor`: anything with a slash in it), whose trained
-    embeddings, tokenizer, biases and chat template are taken over; where two bring the same, the last one's
-    stay. A reward adapter makes it a model that scores. `dtype`: what to save in; None is what the base is
-    saved in. `any_base` merges an adapter whose fingerprint is that of another base, such as one trained on
-    an earlier merge with a larger vocabulary. `trust_remote_code` runs Python code that comes with the base,
-    and takes it over.
+    An adapter is a ref of the store or a folder (`./doctor`: anything with a slash). The merged model takes over a
+    folder's trained embeddings, tokenizer, biases and chat template; if two adapters have the same, the last one wins.
+    A reward adapter makes the result a reward model. `dtype`: of the saved weights; None keeps the base model's.
+    `any_base` also merges an adapter with another base fingerprint, such as one trained on an earlier merge with a
+    larger vocabulary. `trust_remote_code` runs the Python code that comes with the base model, and copies it.
 
-    Stop tokens that the adapters ask for become the model's own; stop texts have no place in it, as a warning says.
+    The adapters' stop tokens become the model's own; stop strings cannot be stored in a base model: logs a warning.
 
-    Raises ConfigError (no such base, one whose code is not trusted, adapter of another base, target exists),
-    AdapterError; nothing is at `target` then.
+    Raises ConfigError (base model not found or its code not trusted, adapter of another base model, target exists),
+    AdapterError. `target` does not exist then.
     """
     folder = base_folder(base_model, trust_remote_code=trust_remote_code)
     name = base_name(base_model)
@@ -144,7 +143,7 @@ def merge(
 
 
 def export_adapter(adapter: str, target: Path, store: AdapterStore) -> None:
-    """Write a published adapter to the new folder `target` as PEFT would: config, tensors, chat template.
+    """Export a published adapter to the new folder `target` as PEFT would save it: config, tensors, chat template.
 
     Raises ConfigError (target exists), AdapterError (no such adapter).
     """
@@ -169,7 +168,7 @@ def _read(text: str, store: AdapterStore) -> _Given:
 
 
 def _is_ref(text: str, store: AdapterStore) -> bool:
-    """Whether `text` names an adapter of the store. `org/name` is a folder where there is one."""
+    """Return whether `text` is a ref of the store. `org/name` is a folder if that folder exists."""
     if "/" not in text:
         return text not in (".", "..")
     return not Path(text).exists() and text.partition("@")[0] in store.names()
@@ -194,34 +193,34 @@ def _provenance(folder: Path) -> Provenance:
             try:
                 return kind.model_validate(strict_json.loads((folder / file).read_bytes()))
             except ValueError as error:
-                raise InvalidAdapter([f"{file} cannot be read: put it right, or remove it"]) from error
+                raise InvalidAdapter([f"{file} cannot be read: fix or remove it"]) from error
     return Provenance(stage="external")
 
 
 def _check(given: Sequence[_Given], base: str, base_fingerprint: str, any_base: bool) -> bool:
-    """Whether it is a model that scores which is to be made."""
+    """Check the base fingerprints and return whether the result is a reward model. Raises ConfigError."""
     for one in given:
         if one.base_fingerprint is None:
-            log.info(
-                "%s does not say which base it was trained on: only names and shapes are checked", one.ref
-            )
+            log.info("%s has no base fingerprint: only names and shapes are checked", one.ref)
         elif one.base_fingerprint != base_fingerprint and not any_base:
             raise ConfigError(
-                f"{one.ref} was trained on a base with fingerprint {one.base_fingerprint}, and {base} has "
-                f"{base_fingerprint}: give that base, or --any-base if this one has grown from it"
+                f"{one.ref} was trained on a base model with fingerprint {one.base_fingerprint}, and {base} has "
+                f"{base_fingerprint}: give that base model, or --any-base if this one was made from it"
             )
     rewards = [one.ref for one in given if one.adapter.is_reward]
     if len(rewards) > 1:
-        raise ConfigError(f"a model has one score head, and these bring one each: {', '.join(rewards)}")
+        raise ConfigError(
+            f"only one reward adapter can be merged, as a model has one score head: {', '.join(rewards)}"
+        )
     return bool(rewards)
 
 
 def _load(folder: Path, is_reward: bool, trust: bool) -> Any:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)  # refused now rather than after the work
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)  # fail before the work, not after
     if getattr(config, "quantization_config", None):
         raise ConfigError(
-            f"base_model: {folder.name} is quantised, which no adapter can be merged into exactly"
+            f"base_model: {folder.name} is quantised, so a merge would not be exact: give the unquantised model"
         )
     if is_reward:
         return load_scorer(folder, num_labels=1, dtype="auto", trust_remote_code=trust)
@@ -229,7 +228,7 @@ def _load(folder: Path, is_reward: bool, trust: bool) -> Any:
 
 
 def _apply(model: Any, given: _Given, base: str) -> tuple[Any, list[float]]:
-    """The model with one adapter merged into it, and the scales its pairs were multiplied by."""
+    """Merge one adapter; return the model and the scales of the adapter's pairs."""
     lora, whole = given.adapter.lora, given.adapter.whole
     _make_room(model, given)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -240,11 +239,11 @@ def _apply(model: Any, given: _Given, base: str) -> tuple[Any, list[float]]:
     ]
     broken = [name for name, tensor in {**lora, **whole}.items() if not torch.isfinite(tensor).all()]
     problems = [
-        *listed(f"{given.ref}: these tensors are none of {base}, or have another shape there: ", unfit),
-        *listed(f"{given.ref}: these tensors hold NaN or infinity: ", broken),
+        *listed(f"{given.ref}: these tensors are not in {base}, or have another shape there: ", unfit),
+        *listed(f"{given.ref}: these tensors contain NaN or infinity: ", broken),
     ]
     if given.adapter.is_reward and SCORE not in whole:
-        problems.append(f"{given.ref}: {SCORE} is missing: a reward adapter scores with it")
+        problems.append(f"{given.ref}: {SCORE} is missing: a reward adapter needs a score head")
     if problems:
         raise InvalidAdapter(problems)
     for name, tensor in whole.items():
@@ -265,7 +264,7 @@ def _is_vocabulary(name: str) -> bool:
 
 
 def _make_room(model: Any, given: _Given) -> None:
-    """Give the model the rows that the adapter's embeddings have, and untie what they change one side of."""
+    """Resize the model's embeddings to the adapter's, and untie them from the head if the adapter changes either."""
     whole = given.adapter.whole
     touched = [name for name in (*given.adapter.lora, *whole) if _is_vocabulary(name)]
     if not touched:
@@ -275,11 +274,13 @@ def _make_room(model: Any, given: _Given) -> None:
     if rows - {inputs.num_embeddings}:
         if given.tokenizer is None:
             raise InvalidAdapter(
-                [f"{given.ref} has another vocabulary than the base, and no tokenizer for it in its folder"]
+                [
+                    f"{given.ref} has another vocabulary than the base model, but its folder has no tokenizer for it"
+                ]
             )
         if len(rows) > 1 or (outputs is not None and len([name for name in touched if name in whole]) < 2):
             raise InvalidAdapter(
-                [f"{given.ref} changes the size of the vocabulary, and brings one side of it only: {touched}"]
+                [f"{given.ref} changes the vocabulary size, but not of both embeddings and head: {touched}"]
             )
         model.resize_token_embeddings(*rows, mean_resizing=False)
     if outputs is not None and model.config.tie_word_embeddings:
@@ -311,29 +312,29 @@ def _save(model: Any, target: Path, base: Path, given: Sequence[_Given], trust: 
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise InvalidAdapter(
-            [f"the tokenizer has {len(tokenizer)} tokens, and the model rows for {rows} only"]
+            [f"the tokenizer has {len(tokenizer)} tokens, but the model has only {rows} embeddings"]
         )
     asked = next((one.stops for one in reversed(given) if one.stops != Stops() or one.template), Stops())
     stops = find_stops(target, model.config, tokenizer, asked.texts, asked.token_ids)
     generation = target / GENERATION_CONFIG_NAME
     more = set(stops.token_ids) - {*model_stops(target, model.config), tokenizer.eos_token_id}
-    if more and generation.is_file():  # as text: transformers refuses to save much of what it reads
+    if more and generation.is_file():  # as text: transformers refuses to save many files that it reads
         settings = json.loads(generation.read_text(encoding="utf-8")) | {
             "eos_token_id": list(stops.token_ids)
         }
         generation.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     warn_of_stop_texts(stops.texts)
-    if model.config.pad_token_id is None:  # without one, a model that scores takes no batch
+    if model.config.pad_token_id is None:  # without one, a reward model cannot score a batch
         model.config.pad_token_id = tokenizer.pad_token_id
         model.config.save_pretrained(target)
 
 
 def warn_of_stop_texts(texts: Sequence[str]) -> None:
-    """Say which stop strings a base model cannot bring along: engines read stop tokens from it, and no texts."""
+    """Log the stop strings that a base model cannot store: engines read only stop tokens from it."""
     if texts:
         log.warning(
-            "a base model has no place for stop strings, here %s: send them as `stop` with each request, and name "
-            "the same `chat_template` in jobs that go on with it",
+            "a base model cannot store stop strings, here %s: send them as `stop` with each request, and set "
+            "the same `chat_template` in jobs on this base model",
             ", ".join(map(repr, texts)),
         )
 

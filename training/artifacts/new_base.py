@@ -1,4 +1,4 @@
-"""An adapter that was just trained, merged into its base model: a new base model."""
+"""Merges a newly trained adapter into its base model, for a new base model."""
 
 import shutil
 from pathlib import Path
@@ -10,9 +10,9 @@ from training.models.base_model import Base
 
 
 def merge_adapter(adapter: Path, target: Path, base: Base, config: AdapterJob, store: AdapterStore) -> None:
-    """Write the base model with `adapter` merged in to the new folder `target`; the adapter's folder is removed.
+    """Merge `adapter` into the base model, write it to the new folder `target` and remove the adapter's folder.
 
-    Its provenance tells from what it was made.
+    The adapter's provenance is copied to `target`.
     """
     shutil.rmtree(target, ignore_errors=True)
     merge(

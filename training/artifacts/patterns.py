@@ -1,7 +1,7 @@
-"""Regular expressions in adapter_config.json, as Unsloth, ms-swift and axolotl write them, spelt out as names.
+"""Replaces regular expressions in adapter_config.json, as of Unsloth, ms-swift and axolotl, by module names.
 
-Engines read names of modules. Which modules an adapter has, and of which rank, its tensors say; what of alpha_pattern
-applies to each is what PEFT finds: the first expression that is the module's name, or the end of it after a dot.
+Engines read only names. The modules and their ranks come from the tensors; a module's alpha is PEFT's choice: the first
+expression in alpha_pattern that matches the module's name, or its end after a dot.
 """
 
 import logging
@@ -20,9 +20,9 @@ _CHOOSING = ("target_modules", "exclude_modules", "layers_pattern")
 
 
 def spelt_out(config: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
-    """The same adapter's config with names alone; unchanged where it has no expressions.
+    """Return the config with names only; unchanged if it has no expressions.
 
-    `lora` holds the tensors, `<module>.lora_A.weight` of (r, in) among them.
+    `lora`: the tensors, with `<module>.lora_A.weight` of shape (r, in) among them.
     """
     if not any(_is_expression(config.get(key)) for key in (*_CHOOSING, "rank_pattern", "alpha_pattern")):
         return dict(config)
@@ -35,7 +35,7 @@ def spelt_out(config: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, A
     r = Counter(ranks.values()).most_common(1)[0][0] if ranks else config.get("r")
     found = {key: value for key, value in config.items() if key not in (*_CHOOSING, "layers_to_transform")}
     log.info(
-        "target_modules and patterns: the names of %d modules in the place of regular expressions", len(ranks)
+        "target_modules and patterns: replaced regular expressions by the names of %d modules", len(ranks)
     )
     return {
         **found,
@@ -47,7 +47,7 @@ def spelt_out(config: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, A
 
 
 def _names(modules: list[str]) -> list[str]:
-    """In full, or, of more modules than a config may name, by their last part."""
+    """Return full names; only their last parts if a config may not list that many."""
     return modules if len(modules) <= MAX_PATTERNS else sorted({name.rpartition(".")[2] for name in modules})
 
 

@@ -1,7 +1,7 @@
-"""Adapter folders as PEFT and its users have written them since 2023, read into one form.
+"""Reads adapter folders of any PEFT version since 2023 into one form.
 
-A pickle is read as tensors only; one that would build or run anything else is refused, and nothing of it
-is run. Whatever is left out or put right on the way is logged, item by item.
+A pickle is read as tensors only; a pickle that would build or run anything else is refused before any of it runs.
+Each item that is left out or corrected is logged.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 BIN_FILE = "adapter_model.bin"
 SCORE = "score.weight"
-PREFIX = "base_model.model."  # of every tensor in a file of PEFT's
+PREFIX = "base_model.model."  # PEFT's prefix of every tensor name in a file
 
 _MAX_CONFIG_BYTES = 1 << 20
 _WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|base_model\.model)\.)+")
@@ -42,7 +42,7 @@ _LORA = re.compile(
     r"(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?"
 )
 _SAVED = re.compile(r"\.modules_to_save(?:\.[^.]+)?(?=\.(?:weight|bias)$)")
-# What a base computes by itself, or PEFT keeps untouched beside a trained copy.
+# Buffers that a base model computes itself, and untouched originals that PEFT keeps beside a trained copy.
 _HARMLESS = re.compile(
     r"(.+\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|original_module\..+)"
 )
@@ -50,9 +50,9 @@ _PARTNER = {
     "lora_A": "lora_B", "lora_B": "lora_A",
     "lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A",
 }  # fmt: skip
-# Settings of old or foreign tools that say how an adapter was run, and nothing of what it computes.
+# Settings of old or other tools that do not change what an adapter computes.
 _RUNTIME = {"merge_weights", "unsloth_fixed"}
-# What decides which modules an adapter has, and how much of it is added to them.
+# Settings that choose an adapter's modules and scale.
 _SHAPING = {
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "fan_in_fan_out", "use_dora",
@@ -72,28 +72,30 @@ class PeftAdapter:
     """One adapter in memory."""
 
     file: Path
-    """Where the tensors were read from."""
+    """The file of the tensors."""
     config: dict[str, Any]
-    """adapter_config.json without what old versions of PEFT put there."""
+    """adapter_config.json without settings that only old versions of PEFT wrote."""
     lora: dict[str, Any]
     """Tensors as PEFT saves them, without its prefix: `<module>.lora_A.weight`."""
     whole: dict[str, Any]
-    """Tensors that take the place of the base's own: `<module>.weight`."""
+    """Tensors that replace the base model's own: `<module>.weight`."""
     is_reward: bool
 
 
 def read_adapter(folder: Path, drop: Collection[str] = ()) -> PeftAdapter:
-    """Read an adapter's folder, which stays as it is; `drop` names settings and tensors to leave out.
+    """Read an adapter's folder without changing it; `drop` names settings and tensors to leave out.
 
-    Raises InvalidAdapter with all problems of the first step that has any.
+    Raises InvalidAdapter with all problems of the first step that finds any.
     """
     if not folder.is_dir():
-        raise InvalidAdapter(["there is no such folder: give the folder that holds adapter_config.json"])
+        raise InvalidAdapter(["no such folder: give the folder that contains adapter_config.json"])
     found = _read_config(folder / CONFIG_FILE)
     file, tensors = _read_tensors(folder)
     unused = set(drop) - found.keys() - tensors.keys() - {_WRAPPERS.sub("", key, 1) for key in tensors}
     if unused:
-        raise InvalidAdapter(listed("there is nothing of this name to leave out: ", sorted(unused)))
+        raise InvalidAdapter(
+            listed("no setting or tensor has this name, remove it from --drop: ", sorted(unused))
+        )
     config, is_reward = _clean_config(found, drop)
     lora, whole = _sort(tensors, drop)
     if found.get("enable_lora"):
@@ -102,7 +104,7 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> PeftAdapter:
 
 
 def read_template(folder: Path) -> str | None:
-    """The chat template an adapter brings, if it brings one. Raises InvalidAdapter for one that is no text."""
+    """Return the adapter's chat template, or None. Raises InvalidAdapter if it is not text."""
     path = folder / TEMPLATE_FILE
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else None
@@ -125,7 +127,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _clean_config(found: Mapping[str, Any], drop: Collection[str]) -> tuple[dict[str, Any], bool]:
-    """Today's settings, and whether the adapter scores answers."""
+    """Return the settings that today's PEFT knows, and whether this is a reward adapter."""
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     config, left_out, unknown = {}, [], []
     for key, value in found.items():
@@ -136,14 +138,14 @@ def _clean_config(found: Mapping[str, Any], drop: Collection[str]) -> tuple[dict
         else:
             config[key] = value
     problems = listed(
-        "these settings are not known here, and may change what the adapter computes; if they do not, leave them "
-        "out (convert-adapter --drop NAME): ",
+        "unknown settings, which may change what the adapter computes; if they do not, leave them out "
+        "(convert-adapter --drop NAME): ",
         unknown,
     )
     if config.get("peft_type") not in (None, "LORA"):
-        problems.append(f"peft_type is {shown(config['peft_type'])}: only LORA can be read")
+        problems.append(f"peft_type is {shown(config['peft_type'])}: only LORA is supported")
     if (task := config.get("task_type")) not in _TASKS:
-        problems.append(f"task_type is {shown(task)}: only CAUSAL_LM and SEQ_CLS adapters are of use here")
+        problems.append(f"task_type is {shown(task)}: only CAUSAL_LM and SEQ_CLS are supported")
     if problems:
         raise InvalidAdapter(problems)
     for item in listed(f"{CONFIG_FILE}: left out ", left_out):
@@ -160,24 +162,24 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, Any]]:
         try:
             tensors: Any = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise InvalidAdapter([f"{TENSOR_FILE} is cut short, or is no safetensors file"]) from error
+            raise InvalidAdapter([f"{TENSOR_FILE} is truncated or not a safetensors file"]) from error
     elif (folder / BIN_FILE).is_file():
         path = folder / BIN_FILE
         tensors = _read_pickle(path)
     else:
-        raise InvalidAdapter([f"there is neither {TENSOR_FILE} nor {BIN_FILE} in the folder"])
+        raise InvalidAdapter([f"the folder has neither {TENSOR_FILE} nor {BIN_FILE}"])
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
-        raise InvalidAdapter([f"{path.name} is no dictionary of tensors by name"])
+        raise InvalidAdapter([f"{path.name} is not a dictionary of tensors by name"])
     if not tensors:
         raise InvalidAdapter(
             [
-                f"{path.name} holds no tensor at all: training scripts of 2023 saved such files by mistake, and "
-                "what was trained is not in them; take a checkpoint of that run"
+                f"{path.name} contains no tensors, so the trained weights are not in it. Some training scripts of "
+                "2023 saved such files by mistake: use a checkpoint of that run"
             ]
         )
     strange = [shown(key) for key, value in tensors.items() if not _is_plain(value, path.stat().st_size)]
     if strange:
-        raise InvalidAdapter(listed(f"{path.name}: these are no plain tensors: ", strange))
+        raise InvalidAdapter(listed(f"{path.name}: these are not plain tensors: ", strange))
     log.info("read %s: %d tensors", path.name, len(tensors))
     return path, {key: value.detach() for key, value in tensors.items()}
 
@@ -186,27 +188,27 @@ def _read_pickle(path: Path) -> object:
     try:
         with zipfile.ZipFile(path) as archive:
             is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-        if is_packed:  # torch never does that, and a small file could fill the memory
+        if is_packed:  # torch never compresses, and a small file could fill the memory
             raise InvalidAdapter([f"{path.name} is compressed, which torch.save never does"])
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise InvalidAdapter(
             [
-                f"{path.name} holds more than tensors{f' ({named[1]})' if named else ''}, which would run as "
-                "code: nothing of it was run. Have it saved again by whom it is from, as safetensors"
+                f"{path.name} contains more than tensors{f' ({named[1]})' if named else ''}, which would run as "
+                "code: none of it was run. Ask its author for a safetensors file"
             ]
         ) from error
     except InvalidAdapter:
         raise
     except Exception as error:  # a damaged or hostile file may make the reader raise anything
         raise InvalidAdapter(
-            [f"{path.name} is damaged, or is no file of torch.save: {type(error).__name__}"]
+            [f"{path.name} is damaged or was not written by torch.save: {type(error).__name__}"]
         ) from error
 
 
 def _is_plain(value: object, file_bytes: int) -> bool:
-    """A dense tensor with values of its own: none that a few bytes were stretched to."""
+    """Return whether this is a dense tensor that is not larger than its file, such as by expansion."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
@@ -217,7 +219,7 @@ def _is_plain(value: object, file_bytes: int) -> bool:
 
 
 def _sort(tensors: Mapping[str, Any], drop: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """LoRA's tensors and whole ones, both under the names of today without PEFT's prefix."""
+    """Split tensors into LoRA pairs and whole ones, both under today's names without PEFT's prefix."""
     lora: dict[str, Any] = {}
     whole: dict[str, Any] = {}
     names, left_out, twice = set(), [], []
@@ -240,16 +242,18 @@ def _sort(tensors: Mapping[str, Any], drop: Collection[str]) -> tuple[dict[str, 
             twice.append(shown(key))
         into[name] = tensor.contiguous()
         renamed += key != PREFIX + name
-    if problems := _check_halves(lora) + listed("these mean the same tensor as another: ", twice):
+    if problems := _check_halves(lora) + listed(
+        "duplicates of another tensor under a different name: ", twice
+    ):
         raise InvalidAdapter(problems)
     if len(names) > 1:
         raise InvalidAdapter(
-            [f"it holds several adapters, {shown(sorted(map(str, names)))}: save each alone"]
+            [f"it contains several adapters, {shown(sorted(map(str, names)))}: save each to its own folder"]
         )
-    for item in listed("left out, as it changes nothing or was named: ", left_out):
+    for item in listed("left out, as unused or named by --drop: ", left_out):
         log.info(item)
     if renamed:
-        log.info("renamed %d tensors as PEFT names them today", renamed)
+        log.info("renamed %d tensors to PEFT's current names", renamed)
     return lora, whole
 
 
@@ -260,13 +264,13 @@ def _check_halves(lora: Mapping[str, Any]) -> list[str]:
         if part in _PARTNER and name.replace(part, _PARTNER[part]) not in lora:
             alone.append(f"{module} has only {part}")
     return [
-        *listed("each module needs both halves of its pair: ", alone),
-        *([] if lora else ["there is no LoRA pair in it: it would change nothing"]),
+        *listed("incomplete LoRA pairs: ", alone),
+        *([] if lora else ["it contains no LoRA pair, so it would change nothing"]),
     ]
 
 
 def _split(name: str) -> tuple[str, str]:
-    """`a.b.lora_A.weight` as `a.b` and `lora_A`."""
+    """Split `a.b.lora_A.weight` into `a.b` and `lora_A`."""
     module, _, part = name.removesuffix(".weight").rpartition(".")
     return module, part
 
@@ -274,14 +278,16 @@ def _split(name: str) -> tuple[str, str]:
 def _widen(
     lora: Mapping[str, Any], config: Mapping[str, Any], enabled: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """PEFT 0.2's `enable_lora`, one adapter for each enabled part of a fused layer, as one of their joint rank.
+    """Convert PEFT 0.2's `enable_lora`, one adapter per enabled part of a fused layer, to one adapter of joint rank.
 
-    Each part has `r` rows of A and its own rows of B: in the joint one, B is zero where a part does not look.
+    Each part has `r` rows of A and its own rows of B; the joint B is zero outside a part's own block.
     """
     r, alpha = config.get("r"), config.get("lora_alpha")
     parts = [at for at, on in enumerate(enabled) if on] if isinstance(enabled, list) else []
     if not parts or type(r) is not int or not isinstance(alpha, int | float):
-        raise InvalidAdapter([f"enable_lora is {shown(enabled)}: a list that enables some part is expected"])
+        raise InvalidAdapter(
+            [f"enable_lora is {shown(enabled)}: expected a list that enables at least one part"]
+        )
     wide: dict[str, Any] = {}
     wrong = []
     for module in sorted({_split(name)[0] for name in lora}):
@@ -298,36 +304,42 @@ def _widen(
     if wrong:
         raise InvalidAdapter(
             listed(
-                f"enable_lora is {shown(enabled)} with r {r}, and these are not of its shapes, so that nobody "
-                "can say which part they belong to: ",
+                f"enable_lora is {shown(enabled)} with r {r}, but these have other shapes, so their parts are "
+                "unknown: ",
                 wrong,
             )
         )
     log.info(
-        "enable_lora %s: %d parts of rank %d are one of rank %d now", enabled, len(parts), r, r * len(parts)
+        "enable_lora %s: joined %d parts of rank %d into one of rank %d",
+        enabled,
+        len(parts),
+        r,
+        r * len(parts),
     )
     return wide, {**config, "r": r * len(parts), "lora_alpha": alpha * len(parts)}
 
 
 def inject(model: Any, adapter: PeftAdapter, base: str) -> Any:
-    """A PeftModel on `model` with room for the adapter, whose tensors are proved to be all that belong there.
+    """Return a PeftModel on `model` with modules for the adapter, after checking that they match its tensors exactly.
 
-    Raises InvalidAdapter naming what is missing, what fits nowhere and what has another shape.
+    Raises InvalidAdapter with the missing tensors, those without a module and those of another shape.
     """
     config = adapter.config
     init = config.get("init_lora_weights")
     problems = [
-        f"{key} is set: adapters of this kind cannot be worked on here"
+        f"{key} is set: adapters with it are not supported"
         for key, value in config.items()
         if value and key not in _SHAPING | _SILENT
     ]
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-        problems.append(f"init_lora_weights is {shown(init)}: it counts from a changed base model")
+        problems.append(
+            f"init_lora_weights is {shown(init)}: such an adapter belongs to a modified base model"
+        )
     if problems:
         raise InvalidAdapter(problems)
     try:
         shaping = {key: value for key, value in config.items() if key in _SHAPING and value is not None}
-        if hasattr(model, "score"):  # a linear layer that is none of "all-linear"
+        if hasattr(model, "score"):  # the score head is a linear layer, but not one of "all-linear"
             excluded = config.get("exclude_modules") or []
             shaping["exclude_modules"] = (
                 f"{excluded}|score" if isinstance(excluded, str) else [*excluded, "score"]
@@ -339,12 +351,10 @@ def inject(model: Any, adapter: PeftAdapter, base: str) -> Any:
     shapes = {name.removeprefix(PREFIX): list(tensor.shape) for name, tensor in wanted.items()}
     lora = adapter.lora
     problems = [
+        *listed(f"these modules of {base} have no tensor in the adapter: ", shapes.keys() - lora.keys()),
+        *listed(f"these tensors belong to no target module of {base}: ", lora.keys() - shapes.keys()),
         *listed(
-            f"{base} has these modules too, and there is no tensor for them: ", shapes.keys() - lora.keys()
-        ),
-        *listed(f"these tensors belong to no module of {base} it names: ", lora.keys() - shapes.keys()),
-        *listed(
-            f"these have not the shapes of {base}: ",
+            f"these tensors have other shapes than {base}: ",
             [
                 f"{name} is {list(tensor.shape)}, not {shapes[name]}"
                 for name, tensor in lora.items()
@@ -359,22 +369,24 @@ def inject(model: Any, adapter: PeftAdapter, base: str) -> Any:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which then appears at `target`, whole and durable, or never.
+    """Yield a folder to fill; then move it to `target`, complete and durable. On an error, `target` does not appear.
 
-    Raises ConfigError if there is something at `target`: nothing is overwritten.
+    Raises ConfigError if `target` exists: nothing is overwritten. Raises Busy if another process writes it.
     """
     if target.exists():
-        raise ConfigError(f"{target.name} is there already, and is not overwritten: give another folder")
+        raise ConfigError(f"{target.name} already exists and is not overwritten: give another folder")
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     held = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system if we die
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system if this process dies
     except BlockingIOError as error:
         os.close(held)
-        raise Busy(f"{target.name} is being made by another process") from error
+        raise Busy(
+            f"{target.name} is being written by another process: wait, or give another folder"
+        ) from error
     try:
-        for left in partial.iterdir():  # by a process that was killed
+        for left in partial.iterdir():  # from a killed process
             left.unlink()
         yield partial
         settle(partial)
@@ -385,7 +397,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def listed(sentence: str, items: Collection[str], most: int = 5) -> list[str]:
-    """The sentence with the first of the items, or nothing if there is none."""
+    """Return the sentence with the first `most` items, or nothing without items."""
     named: Sequence[str] = sorted(items)[:most]
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return [sentence + ", ".join(named) + more] if named else []

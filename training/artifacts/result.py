@@ -1,4 +1,4 @@
-"""The result of a run: an adapter's folder, with its proof and where it comes from, ready to be published."""
+"""Writes the result of a run: an adapter folder with golden prompts and provenance, ready to publish."""
 
 import logging
 import shutil
@@ -32,9 +32,9 @@ _ROLLOUTS_PROVED_BY = 2
 
 
 def golden_rows(rows: list[Row], base: Base, config: AdapterJob) -> list[Row]:
-    """Those of `rows` that can become golden prompts; asked before training, which may take hours.
+    """Return the `rows` that can become golden prompts. Call it before training, which may take hours.
 
-    Raises DataError if there are none, and the product needs some.
+    Raises DataError if there are none and the result needs some.
     """
     if config.makes_base:
         return []
@@ -44,22 +44,26 @@ def golden_rows(rows: list[Row], base: Base, config: AdapterJob) -> list[Row]:
 def write_result(
     model: Any, base: Base, config: AdapterJob, run: Run, *, rows: list[Row], metrics: dict[str, float]
 ) -> Path:
-    """Write the adapter `default` of a PeftModel; golden prompts are taken from `rows` of chats.
+    """Write the adapter `default` of a PeftModel, with golden prompts from the chats in `rows`.
 
-    With `merge: true`, the base model with it merged in. Of a model that was quantised, or is to be merged,
-    nothing is left in memory then.
+    With `merge: true`, write the base model with the adapter merged in. A quantised model or one to merge is released
+    from memory.
     """
     if config.merge:
         return _write_merged(model, base, config, run, metrics)
     result = _write_weights(model, base, run)
     if config.quantization:
         release(model)
-        processes.led(lambda: None)  # others wait until it is written
+        processes.led(lambda: None)  # the other processes wait until it is written
         model = adapted(base, result)
     golden = config.golden
     if processes.leads():
-        log.info("%s: writing %d golden prompts, by which a server proves it", config.name, golden.prompts)
-    # By every process: where weights are sharded, a forward pass takes them all.
+        log.info(
+            "%s: writing %d golden prompts, with which a server proves the adapter",
+            config.name,
+            golden.prompts,
+        )
+    # In every process: with sharded weights, a forward pass needs all of them.
     prompts = golden_prompts(
         model, base.tokenizer, rows, golden.prompts, golden.max_new_tokens, stops=base.stops.token_ids
     )
@@ -72,7 +76,7 @@ def write_result(
 
 
 def write_base(model: Any, base: Base, config: AdapterJob, run: Run, *, metrics: dict[str, float]) -> Path:
-    """Write a model all of whose weights were trained, in the dtype of the base, with its tokenizer."""
+    """Write a fully trained model in the base model's dtype, with its tokenizer."""
     result = run.folder / _RESULT
     dtype = base.config().dtype or model.dtype
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -93,7 +97,7 @@ def write_base(model: Any, base: Base, config: AdapterJob, run: Run, *, metrics:
 
 def _write_merged(model: Any, base: Base, config: AdapterJob, run: Run, metrics: dict[str, float]) -> Path:
     if processes.leads():
-        shutil.rmtree(run.folder / _UNMERGED, ignore_errors=True)  # perhaps of a run that was killed
+        shutil.rmtree(run.folder / _UNMERGED, ignore_errors=True)  # may be left by a killed run
     adapter = _write_weights(model, base, run, _UNMERGED)
     _write_provenance(_dtype(model), base, config, run, metrics, task="chat", folder=_UNMERGED)
     if config.added_tokens and processes.leads():
@@ -106,14 +110,14 @@ def _write_merged(model: Any, base: Base, config: AdapterJob, run: Run, metrics:
 def write_reward_adapter(
     model: Any, base: Base, config: AdapterJob, run: Run, *, metrics: dict[str, float]
 ) -> Path:
-    """Write the adapter `default` of a PeftModel that scores, with its score head."""
+    """Write the reward adapter `default` of a PeftModel, with its score head."""
     result = _write_weights(model, base, run)
     _write_provenance(_dtype(model), base, config, run, metrics, task="reward")
     return result
 
 
 def write_for_rollouts(model: Any, base: Base, config: AdapterJob, run: Run, *, rows: list[Row]) -> Path:
-    """Write the adapter `default` as it is now, for a service that proves it by a few of `rows` and samples by it."""
+    """Write the current adapter `default` for a rollout service, with golden prompts from a few of `rows`."""
     folder = _write_weights(model, base, run, _ROLLOUTS)
     prompts = golden_prompts(
         model,
@@ -129,7 +133,9 @@ def write_for_rollouts(model: Any, base: Base, config: AdapterJob, run: Run, *, 
         base_model=base.name,
         base_fingerprint=base.fingerprint,
         dtype=_dtype(model),
-        stop_token_ids=list(base.stops.token_ids),  # and no texts: in a rollout an answer ends with a token
+        stop_token_ids=list(
+            base.stops.token_ids
+        ),  # no stop strings: in a rollout, an answer ends with a stop token
         run_id=run.id,
     )
     text = provenance.model_dump_json(indent=2) + "\n"
@@ -144,7 +150,7 @@ def _write_weights(model: Any, base: Base, run: Run, folder: str = _RESULT) -> P
         (result / TEMPLATE_FILE).write_text(base.template, encoding="utf-8")
     learnt = [name for name in model.state_dict() if ".default." in name]
     with _whole(model, learnt) as weights:
-        # Only `default`: some trainers keep a copy beside it as the reference.
+        # Only `default`: some trainers keep a copy beside it as the reference model.
         model.save_pretrained(
             result,
             selected_adapters=["default"],
@@ -157,7 +163,7 @@ def _write_weights(model: Any, base: Base, run: Run, folder: str = _RESULT) -> P
 
 @contextmanager
 def _whole(model: Any, names: list[str]) -> Iterator[dict[str, Any]]:
-    """Weights that the model has learnt, by name, put together from the shards of all processes."""
+    """Yield the model's weights of these names, gathered from the shards of all processes."""
     state = model.state_dict()
     learnt = {name: state[name] for name in names}
     if is_deepspeed_zero3_enabled():
@@ -172,7 +178,7 @@ def _whole(model: Any, names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _is_sharded(model: Any) -> bool:
-    """Whether its weights lie in parts with several processes, which keep them as they are."""
+    """Return whether the model's weights are sharded over several processes."""
     return is_deepspeed_zero3_enabled() or any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
@@ -200,7 +206,7 @@ def _write_provenance(
         weights_digest=sha256(weights) if weights.exists() else None,
         stop=list(base.stops.texts),
         stop_token_ids=list(base.stops.token_ids),
-        parent=config.starts_from,  # by its revision, since the run began
+        parent=config.starts_from,  # resolved to its revision when the run started
         run_id=run.id,
         data_digests={Path(path).name: digest for path, digest in inputs.files.items()},
         changed_inputs=inputs.changed,

@@ -22,7 +22,7 @@ def base(tiny_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter as today's PEFT saves it, that changes every layer."""
+    """An adapter saved by today's PEFT that changes every layer."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(
@@ -71,7 +71,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("checked", [True, False], ids=["with base", "without base"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_old_adapter_says_what_it_said(
+def test_conversion_keeps_the_outputs_of_an_old_adapter(
     variant: str, checked: bool, trained: Path, tensors: Tensors, base: Path, tmp_path: Path
 ) -> None:
     source = old_folder(tmp_path / "old", VARIANTS[variant](tensors))
@@ -86,7 +86,7 @@ def test_an_old_adapter_says_what_it_said(
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
-def test_half_precision_stays_half(trained: Path, tensors: Tensors, base: Path, tmp_path: Path) -> None:
+def test_half_precision_is_kept(trained: Path, tensors: Tensors, base: Path, tmp_path: Path) -> None:
     source = old_folder(tmp_path / "old", {key: value.half() for key, value in tensors.items()})
     convert_adapter(source, tmp_path / "new", base_model=str(base))
     torch.testing.assert_close(logits(base, tmp_path / "new"), logits(base, trained), atol=5e-2, rtol=0)
@@ -94,7 +94,7 @@ def test_half_precision_stays_half(trained: Path, tensors: Tensors, base: Path, 
     assert {value.dtype for value in saved.values()} == {torch.float16}
 
 
-def test_settings_of_today_remain(tensors: Tensors, base: Path, tmp_path: Path) -> None:
+def test_only_current_settings_remain(tensors: Tensors, base: Path, tmp_path: Path) -> None:
     source = old_folder(
         tmp_path / "old", tensors, lora_alpha=8.0, merge_weights=True, some_new_option=False, some_flag=True
     )
@@ -106,7 +106,7 @@ def test_settings_of_today_remain(tensors: Tensors, base: Path, tmp_path: Path) 
     assert not config.keys() & {"enable_lora", "merge_weights", "some_new_option", "some_flag"}
 
 
-def test_what_is_done_is_told(
+def test_changes_are_logged(
     tensors: Tensors, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = old_folder(
@@ -115,16 +115,16 @@ def test_what_is_done_is_told(
     (source / "training_args.bin").write_bytes(b"never read")
     with caplog.at_level("INFO", logger="training"):
         convert_adapter(source, tmp_path / "new", base_model=str(base))
-    for told in (
+    for message in (
         "read adapter_model.bin: 9 tensors",
         "left out 'enable_lora' (None), 'merge_weights' (False)",
         "'masked_bias'",
         "renamed 8 tensors",
-        "every name and shape is that of tiny",
-        "not read: 'training_args.bin'",
-        "brings no chat template",
+        "all tensor names and shapes match tiny",
+        "ignored files: 'training_args.bin'",
+        "the adapter has no chat template",
     ):
-        assert told in caplog.text
+        assert message in caplog.text
 
 
 def test_it_can_be_published(tensors: Tensors, base: Path, tmp_path: Path) -> None:
@@ -157,12 +157,12 @@ def test_golden_prompts_prove_it(tensors: Tensors, base: Path, tmp_path: Path) -
 # Refused
 
 
-def test_a_hostile_or_empty_pickle_leaves_nothing(tensors: Tensors, tmp_path: Path) -> None:
+def test_a_hostile_or_empty_pickle_writes_nothing(tensors: Tensors, tmp_path: Path) -> None:
     source = old_folder(tmp_path / "old", {**tensors, "x": Evil(tmp_path / "old" / "ran")})
-    assert "nothing of it was run" in problems_of(source, tmp_path / "new")
+    assert "none of it was run" in problems_of(source, tmp_path / "new")
     assert not (source / "ran").exists()
     torch.save({}, source / "adapter_model.bin")
-    assert "holds no tensor at all" in problems_of(source, tmp_path / "new")
+    assert "contains no tensors" in problems_of(source, tmp_path / "new")
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["with base", "without base"])
@@ -177,10 +177,10 @@ def test_a_layer_without_its_pair_is_named(
 
 def test_a_target_without_any_pair_is_named(tensors: Tensors, tmp_path: Path) -> None:
     source = old_folder(tmp_path / "old", tensors, target_modules=[*TARGETS, "o_proj"])
-    assert "no tensor of them: o_proj" in problems_of(source, tmp_path / "new")
+    assert "no tensors for these target_modules: o_proj" in problems_of(source, tmp_path / "new")
 
 
-def test_another_base_is_told_by_names_and_shapes(tensors: Tensors, base: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused_by_names_and_shapes(tensors: Tensors, base: Path, tmp_path: Path) -> None:
     query = PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
     source = old_folder(tmp_path / "old", {**tensors, query: torch.ones(4, 99)})
     assert "q_proj.lora_A.weight is [4, 99], not [4," in problems_of(
@@ -189,8 +189,8 @@ def test_another_base_is_told_by_names_and_shapes(tensors: Tensors, base: Path, 
     shutil.rmtree(source)
     source = old_folder(tmp_path / "old", renamed(tensors, "self_attn", "attention"))
     message = problems_of(source, tmp_path / "new", base_model=str(base))
-    assert "belong to no module of tiny" in message
-    assert "there is no tensor for them" in message
+    assert "belong to no target module of tiny" in message
+    assert "have no tensor in the adapter" in message
 
 
 @pytest.mark.parametrize(
@@ -214,21 +214,21 @@ def test_untrained_and_broken_values_are_refused(tensors: Tensors, tmp_path: Pat
 # Whole tensors
 
 
-def test_whole_tensors_are_left_out_only_if_the_base_has_the_same(
+def test_whole_tensors_are_left_out_only_if_equal_to_the_base(
     trained: Path, tensors: Tensors, base: Path, tmp_path: Path
 ) -> None:
     weights = load_file(base / "model.safetensors")
     embeddings = weights["model.embed_tokens.weight"]
     tensors |= {
         PREFIX + name: tensor for name, tensor in weights.items()
-    }  # as a plain trainer saved all of it
-    tensors[PREFIX + "lm_head.weight"] = embeddings.clone()  # tied to them in the base
+    }  # as a plain trainer saved all weights
+    tensors[PREFIX + "lm_head.weight"] = embeddings.clone()  # tied to the embeddings in the base model
     source = old_folder(tmp_path / "old", tensors)
     convert_adapter(source, tmp_path / "new", base_model=str(base))
     assert (logits(base, tmp_path / "new") - logits(base, trained)).abs().max() == 0
 
     shutil.rmtree(tmp_path / "new")
-    assert "give --base to have them compared" in problems_of(source, tmp_path / "new")
+    assert "give --base to compare them" in problems_of(source, tmp_path / "new")
     shutil.rmtree(source)
     tensors[PREFIX + "lm_head.weight"] = torch.zeros(4, 4)
     source = old_folder(tmp_path / "old", tensors)
@@ -239,7 +239,7 @@ def test_whole_tensors_are_left_out_only_if_the_base_has_the_same(
     assert (logits(base, tmp_path / "new") - logits(base, trained)).abs().max() == 0
 
 
-def test_trained_modules_are_sent_to_merge(tensors: Tensors, base: Path, tmp_path: Path) -> None:
+def test_the_error_for_trained_modules_names_merge(tensors: Tensors, base: Path, tmp_path: Path) -> None:
     tensors[PREFIX + "lm_head.modules_to_save.default.weight"] = torch.randn(512, 64)
     source = old_folder(tmp_path / "old", tensors, modules_to_save=["lm_head"])
     assert "python -m training merge" in problems_of(source, tmp_path / "new", base_model=str(base))
@@ -283,7 +283,7 @@ def test_a_reward_adapter_needs_a_head_of_one_number(tensors: Tensors, base: Pat
     assert "[1, 65], not (1, 64)" in problems_of(source, tmp_path / "new", base_model=str(base))
 
 
-# Where it is written
+# The target folder
 
 
 def test_nothing_is_overwritten(tensors: Tensors, tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_nothing_is_overwritten(tensors: Tensors, tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_safetensors_are_put_right_too(trained: Path, tensors: Tensors, base: Path, tmp_path: Path) -> None:
+def test_safetensors_are_converted_too(trained: Path, tensors: Tensors, base: Path, tmp_path: Path) -> None:
     source = shutil.copytree(trained, tmp_path / "old")
     save_file(renamed(tensors, PREFIX, ""), source / "adapter_model.safetensors")
     convert_adapter(source, tmp_path / "new", base_model=str(base))

@@ -35,14 +35,14 @@ def store(tmp_path: Path) -> AdapterStore:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """PEFT warns of adapters on tied embeddings; that merging them is right is what is tested here."""
+    """Silence PEFT's warning about adapters on tied embeddings: these tests check that merging them is correct."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         yield
 
 
 def trained(base: Path, folder: Path, *, seed: int, reward: bool = False, **settings: Any) -> Path:
-    """An adapter's folder as a trainer leaves it, its weights drawn at random."""
+    """Write an adapter folder as a trainer does, with random weights."""
     torch.manual_seed(seed)
     kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     model = kind.from_pretrained(base, **({"num_labels": 1} if reward else {}))
@@ -95,9 +95,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_a_merged_model_says_what_base_and_adapter_say(
-    base: Path, store: AdapterStore, tmp_path: Path
-) -> None:
+def test_a_merged_model_equals_base_and_adapter(base: Path, store: AdapterStore, tmp_path: Path) -> None:
     folder = trained(base, tmp_path / "doctor", seed=1)
     revision = publish(store, folder, "doctor")
     target = tmp_path / "models" / "tiny-doctor"
@@ -149,7 +147,7 @@ def test_every_kind_of_adapter(
     assert close(merged_logits(tmp_path / "merged"), adapter_logits(base, folder))
 
 
-def test_an_adapter_on_the_head_leaves_tied_embeddings_alone(
+def test_an_adapter_on_the_head_does_not_change_tied_embeddings(
     base: Path, store: AdapterStore, tmp_path: Path
 ) -> None:
     folder = trained(base, tmp_path / "doctor", seed=1, modules_to_save=["lm_head"])
@@ -179,7 +177,7 @@ def test_pairs_add_up_in_any_order(base: Path, store: AdapterStore, tmp_path: Pa
     assert [one["ref"].partition("@")[0] for one in order] == ["second", "first"]
 
 
-def test_of_whole_modules_the_last_one_stays(base: Path, store: AdapterStore, tmp_path: Path) -> None:
+def test_the_last_whole_module_wins(base: Path, store: AdapterStore, tmp_path: Path) -> None:
     folders = [trained(base, tmp_path / f"a{n}", seed=n, modules_to_save=["lm_head"]) for n in (1, 2)]
     for target, order in (("one", folders), ("other", folders[::-1])):
         merge(str(base), [str(folder) for folder in order], tmp_path / target, store)
@@ -189,7 +187,7 @@ def test_of_whole_modules_the_last_one_stays(base: Path, store: AdapterStore, tm
     assert not close(merged_logits(tmp_path / "one"), merged_logits(tmp_path / "other"))
 
 
-def test_the_last_chat_template_stays(base: Path, store: AdapterStore, tmp_path: Path) -> None:
+def test_the_last_chat_template_wins(base: Path, store: AdapterStore, tmp_path: Path) -> None:
     for name, seed in (("first", 1), ("second", 2), ("third", 3)):
         folder = trained(base, tmp_path / name, seed=seed)
         if name != "third":
@@ -221,9 +219,7 @@ def test_it_is_computed_in_float32_and_rounded_once(base: Path, store: AdapterSt
 # Vocabulary
 
 
-def test_a_larger_vocabulary_comes_with_its_tokenizer(
-    base: Path, store: AdapterStore, tmp_path: Path
-) -> None:
+def test_a_larger_vocabulary_needs_its_tokenizer(base: Path, store: AdapterStore, tmp_path: Path) -> None:
     folder = trained(base, tmp_path / "doctor", seed=1, modules_to_save=["embed_tokens", "lm_head"])
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -246,7 +242,7 @@ def test_a_larger_vocabulary_comes_with_its_tokenizer(
 
     del tensors["base_model.model.lm_head.weight"]
     save_file(tensors, file)
-    with pytest.raises(InvalidAdapter, match="one side of it only"):
+    with pytest.raises(InvalidAdapter, match="not of both embeddings and head"):
         merge(str(base), [str(folder)], tmp_path / "other", store)
 
 
@@ -254,7 +250,7 @@ def test_a_larger_vocabulary_comes_with_its_tokenizer(
 
 
 @pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "v_proj"]], ids=str)
-def test_a_reward_adapter_makes_a_model_that_scores(
+def test_a_reward_adapter_makes_a_reward_model(
     modules: Any, base: Path, store: AdapterStore, tmp_path: Path
 ) -> None:
     publish(store, trained(base, tmp_path / "judge", seed=3, reward=True, target_modules=modules), "judge")
@@ -307,7 +303,9 @@ def test_an_adapter_of_another_base_is_refused(base: Path, store: AdapterStore, 
         Provenance(stage="sft", base_model="other", base_fingerprint="0123456789abcdef").model_dump_json()
     )
     publish(store, folder, "doctor")
-    with pytest.raises(ConfigError, match=r"fingerprint 0123456789abcdef, and tiny has \w+: give that base"):
+    with pytest.raises(
+        ConfigError, match=r"fingerprint 0123456789abcdef, and tiny has \w+: give that base model"
+    ):
         merge(str(base), ["doctor"], tmp_path / "merged", store)
     assert not (tmp_path / "merged").exists()
     merge(str(base), ["doctor"], tmp_path / "merged", store, any_base=True)
@@ -320,13 +318,13 @@ def test_an_adapter_that_lacks_a_layer_is_refused(base: Path, store: AdapterStor
     whole = load_file(file)
     save_file({key: value for key, value in whole.items() if "layers.1.self_attn.q_proj" not in key}, file)
     with pytest.raises(
-        InvalidAdapter, match=r"no tensor for them: model\.layers\.1\.self_attn\.q_proj\.lora_A"
+        InvalidAdapter, match=r"have no tensor in the adapter: model\.layers\.1\.self_attn\.q_proj\.lora_A"
     ):
         merge(str(base), [str(folder)], tmp_path / "merged", store)
     stranger = {**whole, "base_model.model.model.other.weight": torch.ones(2)}
     save_file(stranger, file)
     with pytest.raises(
-        InvalidAdapter, match=r"none of tiny, or have another shape there: model\.other\.weight"
+        InvalidAdapter, match=r"not in tiny, or have another shape there: model\.other\.weight"
     ):
         merge(str(base), [str(folder)], tmp_path / "merged", store)
     save_file({key: value * float("nan") for key, value in whole.items()}, file)
@@ -335,7 +333,7 @@ def test_an_adapter_that_lacks_a_layer_is_refused(base: Path, store: AdapterStor
     assert not (tmp_path / "merged").exists()
 
 
-def test_what_does_not_exist_or_exists_already_is_refused(
+def test_missing_sources_and_existing_targets_are_refused(
     base: Path, store: AdapterStore, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterNotFound, match="doctor@default"):
@@ -364,14 +362,12 @@ import os, signal, sys
 from pathlib import Path
 from training.artifacts import merge
 from adapters import AdapterStore
-merge._copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # the weights are written, nothing else is
+merge._copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # only the weights are written then
 merge.merge(sys.argv[1], [sys.argv[2]], Path(sys.argv[3]), AdapterStore(Path("store")))
 """
 
 
-def test_killed_half_way_it_leaves_nothing_at_the_target(
-    base: Path, store: AdapterStore, tmp_path: Path
-) -> None:
+def test_a_kill_leaves_nothing_at_the_target(base: Path, store: AdapterStore, tmp_path: Path) -> None:
     folder = trained(base, tmp_path / "doctor", seed=1)
     target = tmp_path / "models" / "merged"
     command = [sys.executable, "-c", KILLED, str(base), str(folder), str(target)]
@@ -387,7 +383,7 @@ def test_killed_half_way_it_leaves_nothing_at_the_target(
 # A plain folder
 
 
-def test_export_leaves_what_peft_would_write(base: Path, store: AdapterStore, tmp_path: Path) -> None:
+def test_export_writes_what_peft_would(base: Path, store: AdapterStore, tmp_path: Path) -> None:
     folder = trained(base, tmp_path / "doctor", seed=1)
     publish(store, folder, "doctor")
     export_adapter("doctor", tmp_path / "plain", store)

@@ -1,4 +1,4 @@
-"""What ends an answer of a model that adapters with stop strings were merged into."""
+"""Stops of a model with merged adapters that have stop strings."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ TOKEN, TEXT = "<|endoftext|>", "### 问题:"
 
 
 def stopping(base: Path, folder: Path, *stop: str, template: bool = False) -> str:
-    """An adapter's folder that asks for those stop strings."""
+    """Write an adapter folder with these stop strings."""
     trained(base, folder, seed=1)
     provenance = folder / "provenance.json"
     provenance.write_text(json.dumps({**json.loads(provenance.read_text()), "stop": stop}))
@@ -42,18 +42,18 @@ def store(tmp_path: Path) -> AdapterStore:
     return AdapterStore(tmp_path / "store")
 
 
-def test_stop_tokens_become_the_models_own_and_texts_are_told(
+def test_stop_tokens_become_the_models_own_and_strings_are_logged(
     base: Path, store: AdapterStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter = stopping(base, tmp_path / "doctor", TOKEN, TEXT, template=True)
     with caplog.at_level(logging.WARNING, "training.artifacts.merge"):
         merge(str(base), [adapter], tmp_path / "merged", store)
     assert stop_tokens(tmp_path / "merged") == list(dict.fromkeys([*stop_tokens(base), TOKEN]))
-    (told,) = caplog.messages
-    assert told.startswith(f"a base model has no place for stop strings, here {TEXT!r}: send them as `stop`")
+    (logged,) = caplog.messages
+    assert logged.startswith(f"a base model cannot store stop strings, here {TEXT!r}: send them as `stop`")
 
 
-def test_they_go_with_the_template_that_stays(
+def test_the_stops_are_those_of_the_last_template(
     base: Path, store: AdapterStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = stopping(base, tmp_path / "first", TEXT, template=True)
@@ -61,4 +61,4 @@ def test_they_go_with_the_template_that_stays(
     third = stopping(base, tmp_path / "third")
     merge(str(base), [first, second, third], tmp_path / "merged", store)
     assert stop_tokens(tmp_path / "merged") == stop_tokens(base)
-    assert not [told for told in caplog.messages if "stop strings" in told]
+    assert not [message for message in caplog.messages if "stop strings" in message]

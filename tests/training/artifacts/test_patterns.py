@@ -1,4 +1,4 @@
-"""Adapters whose config has regular expressions: converted, they say what PEFT has them say."""
+"""Adapters with regular expressions in their config give the same outputs after conversion."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def trained(base: Path, folder: Path, **config: Any) -> Path:
 
 @pytest.mark.parametrize("checked", [True, False], ids=["with base", "without base"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_it_says_what_it_said(kind: str, checked: bool, tiny_dir: Path, tmp_path: Path) -> None:
+def test_conversion_keeps_the_outputs(kind: str, checked: bool, tiny_dir: Path, tmp_path: Path) -> None:
     base = tiny_dir / "models" / "tiny"
     source, target = trained(base, tmp_path / "theirs", **CONFIGS[kind]), tmp_path / "ours"
     with pytest.raises(InvalidAdapter, match="no regular expression"):
@@ -57,7 +57,7 @@ def test_it_says_what_it_said(kind: str, checked: bool, tiny_dir: Path, tmp_path
     assert store.publish(target, "theirs", actor="test").revision
 
 
-def test_plain_names_stay_as_they_are(tiny_dir: Path, tmp_path: Path) -> None:
+def test_plain_names_stay_unchanged(tiny_dir: Path, tmp_path: Path) -> None:
     base = tiny_dir / "models" / "tiny"
     source = trained(
         base, tmp_path / "theirs", target_modules=["v_proj", "q_proj"], rank_pattern={"q_proj": 2}

@@ -16,7 +16,7 @@ from training.errors import Busy, ConfigError
 
 @pytest.fixture
 def tensors() -> Tensors:
-    """Pairs of two layers."""
+    """LoRA pairs of two layers."""
     return {
         f"{PREFIX}model.layers.{layer}.self_attn.{target}.lora_{half}.weight": torch.randn(shape)
         for layer in (0, 1)
@@ -35,7 +35,7 @@ def problems_of(folder: Path, drop: Collection[str] = ()) -> str:
 
 
 class MergedLinear(torch.nn.Module):
-    """What PEFT 0.2 computed for `enable_lora`: a grouped convolution, then zeros for the parts not enabled."""
+    """PEFT 0.2's computation for `enable_lora`: a grouped convolution, with zeros for parts that are not enabled."""
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor, enabled: list[bool], out: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_parts_of_a_fused_layer_become_one_pair(enabled: list[bool], tmp_path: P
     assert "enable_lora" not in adapter.config
 
 
-def test_parts_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+def test_parts_of_unknown_shape_are_refused(tmp_path: Path) -> None:
     name = PREFIX + "h.0.attn.c_attn.lora_"
     source = old_folder(
         tmp_path / "old",
@@ -79,7 +79,7 @@ def test_parts_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
         enable_lora=[True, False, True],
         target_modules=["c_attn"],
     )
-    assert "nobody can say which part" in problems_of(source)
+    assert "so their parts are unknown" in problems_of(source)
 
 
 # Refused
@@ -93,25 +93,25 @@ def test_code_in_a_pickle_is_refused_and_not_run(form: str, tensors: Tensors, tm
         (source / "adapter_model.bin").write_bytes(pickle.dumps({"x": Evil(mark)}))
     message = problems_of(source)
     assert not mark.exists()
-    assert ("would run as code" if form == "torch" else "no file of torch.save") in message
+    assert ("would run as code" if form == "torch" else "not written by torch.save") in message
     assert "weights_only" not in message
 
 
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({}, "holds no tensor at all"),
-        ([torch.ones(2)], "no dictionary of tensors"),
+        ({}, "contains no tensors"),
+        ([torch.ones(2)], "not a dictionary of tensors"),
         ({"x": argparse.Namespace(a=1)}, "argparse.Namespace"),
-        ({"epoch": 3}, "no plain tensors: 'epoch'"),
-        ({"x": torch.ones(1).expand(1 << 20)}, "no plain tensors: 'x'"),
-        ({"x": torch.ones(2).to_sparse()}, "no plain tensors: 'x'"),
-        ({"x": torch.ones(2, device="meta")}, "no plain tensors: 'x'"),
-        ({"rotary_emb.inv_freq": torch.ones(2)}, "there is no LoRA pair in it"),
+        ({"epoch": 3}, "not plain tensors: 'epoch'"),
+        ({"x": torch.ones(1).expand(1 << 20)}, "not plain tensors: 'x'"),
+        ({"x": torch.ones(2).to_sparse()}, "not plain tensors: 'x'"),
+        ({"x": torch.ones(2, device="meta")}, "not plain tensors: 'x'"),
+        ({"rotary_emb.inv_freq": torch.ones(2)}, "it contains no LoRA pair"),
     ],
     ids=["empty", "list", "object", "number", "stretched", "sparse", "meta", "buffer only"],
 )
-def test_files_without_a_use_are_refused(saved: object, message: str, tmp_path: Path) -> None:
+def test_useless_files_are_refused(saved: object, message: str, tmp_path: Path) -> None:
     assert message in problems_of(old_folder(tmp_path / "old", saved))
 
 
@@ -130,7 +130,7 @@ def test_damaged_files_are_refused(tensors: Tensors, tmp_path: Path) -> None:
     assert "cannot be read as JSON" in problems_of(source)
 
 
-def test_half_a_pair_is_named(tensors: Tensors, tmp_path: Path) -> None:
+def test_an_incomplete_pair_is_named(tensors: Tensors, tmp_path: Path) -> None:
     del tensors[PREFIX + "model.layers.1.self_attn.q_proj.lora_B.weight"]
     message = problems_of(old_folder(tmp_path / "old", tensors))
     assert "model.layers.1.self_attn.q_proj has only lora_A" in message
@@ -139,7 +139,7 @@ def test_half_a_pair_is_named(tensors: Tensors, tmp_path: Path) -> None:
 def test_unknown_settings_are_refused_by_name(tensors: Tensors, tmp_path: Path) -> None:
     source = old_folder(tmp_path / "old", tensors, some_new_option_2027=True)
     assert "'some_new_option_2027' is True" in problems_of(source)
-    assert "nothing of this name" in problems_of(source, drop=["some_old_option"])
+    assert "no setting or tensor has this name" in problems_of(source, drop=["some_old_option"])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_several_adapters_in_one_file_are_refused(tensors: Tensors, tmp_path: Pa
     both = {
         key.replace(".weight", f".{name}.weight"): value for key, value in tensors.items() for name in "ab"
     }
-    assert "these mean the same tensor" in problems_of(old_folder(tmp_path / "old", both))
+    assert "duplicates of another tensor" in problems_of(old_folder(tmp_path / "old", both))
     layers = {
         key.replace(".weight", f".{'a' if '.0.' in key else 'b'}.weight"): value
         for key, value in tensors.items()
@@ -164,14 +164,14 @@ def test_several_adapters_in_one_file_are_refused(tensors: Tensors, tmp_path: Pa
     assert "several adapters" in problems_of(old_folder(tmp_path / "older", layers))
 
 
-def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_is_not_text_is_refused(tmp_path: Path) -> None:
     assert read_template(tmp_path) is None
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(InvalidAdapter, match="not UTF-8"):
         read_template(tmp_path)
 
 
-# Where things are written
+# New folders
 
 
 def fail_half_way(target: Path) -> None:
@@ -180,7 +180,7 @@ def fail_half_way(target: Path) -> None:
         raise ZeroDivisionError
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "models" / "new"
     with pytest.raises(ZeroDivisionError):
         fail_half_way(target)
