@@ -1,1 +1,1 @@
-"""Memory and time of a job, before it runs."""
+"""Estimates the memory of a job before it runs."""

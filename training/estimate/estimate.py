@@ -1,8 +1,8 @@
-"""How much memory a job needs, told from the config.json of its base model before any weight is read.
+"""Estimates how much memory a job needs from the config.json of its base model, without reading weights.
 
-The job's largest moments (generating answers, scoring them, learning from a batch) are gone through with tensors
-of shapes and no contents, every row as long as max_length allows. What a framework holds beside its tensors
-(a CUDA context, kernels' workspaces, the allocator's waste) is added as measured.
+It runs the phases with the highest use (generating answers, scoring them, learning from a batch) on tensors with shapes
+but no contents, every row as long as max_length. It adds measured values for memory outside tensors (the CUDA context,
+kernels' workspaces, the allocator's waste).
 """
 
 import math
@@ -28,27 +28,27 @@ from training.trainers.forgetting import LOGITS, LOGITS_AT_ONCE
 
 GIB = 2**30
 _FRAMEWORK = {"cpu": 0.1 * GIB, "cuda": 0.7 * GIB}
-"""Bytes that no tensor holds."""
+"""Bytes outside tensors."""
 _SLACK = {"cpu": 1.25, "cuda": 1.05}
-"""Freed memory that the allocator keeps: glibc's as measured (tests/bench/train/memory.py), CUDA's a guess."""
+"""Factor for freed memory that the allocator keeps: glibc's measured (tests/bench/train/memory.py), CUDA's guessed."""
 _BYTES_QUANTISED = {"8bit": 1.0, "4bit": 0.516}
-"""For one weight of a linear layer; nf4 with its scales, themselves quantised."""
+"""Bytes per weight of a linear layer; nf4 includes its scales, which are quantised too."""
 _TILE = 4096, 32768
-"""Tokens and vocabulary that TRL's fused head works on at a time."""
+"""Tokens and vocabulary entries that TRL's fused head computes at a time."""
 _TILE_COPIES = {"cpu": 8.25, "cuda": 1.0}
-"""Float32 tensors of that size at its worst moment: torch operations on a CPU, one kernel on a GPU."""
+"""The most float32 tensors of that size at a time: torch operations on a CPU, one kernel on a GPU."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one process of a job needs on its device, in bytes; the sum of `parts` is the peak."""
+    """The memory of one process of a job on its device, in bytes; the sum of `parts` is the peak."""
 
     device: str
     moment: str
-    """When it needs the most."""
+    """The phase with the peak."""
     parts: dict[str, int]
     trainable: int
-    """Weights that learn."""
+    """Number of trainable weights."""
 
     @property
     def total(self) -> int:
@@ -57,9 +57,9 @@ class Estimate:
 
 
 def estimate(config: AdapterJob, store: AdapterStore, device: str = "cuda") -> Estimate:
-    """The memory one process needs on `device` ("cpu" or "cuda").
+    """Estimate the memory of one process on `device` ("cpu" or "cuda").
 
-    Raises ConfigError if the base model's config cannot be had, or is of no architecture that is known here.
+    Raises ConfigError if the base model's config cannot be read, or has an unknown architecture.
     """
     job = _Job(config, device, _read_config(config.base_model, config.trust_remote_code))
     with torch.device("meta"):
@@ -73,8 +73,8 @@ def estimate(config: AdapterJob, store: AdapterStore, device: str = "cuda") -> E
     worst = max(moments, key=lambda name: moments[name])
     parts = {
         "frozen weights": plain - job.saved_by_quantisation(model),
-        "weights that learn": adapter,
-        "gradients and optimizer": 3 * adapter,  # AdamW keeps two numbers for each weight
+        "trainable weights": adapter,
+        "gradients and optimizer": 3 * adapter,  # AdamW keeps two values per weight
         "reference, rewards": job.others(plain, adapter),
         "activations, logits, cache": max(
             0, moments[worst] - adapter if worst == "learning" else moments[worst]
@@ -86,7 +86,7 @@ def estimate(config: AdapterJob, store: AdapterStore, device: str = "cuda") -> E
 
 @dataclass(frozen=True)
 class _Job:
-    """What of a config decides about memory."""
+    """The parts of a job's config that decide its memory."""
 
     config: AdapterJob
     device: str
@@ -107,7 +107,7 @@ class _Job:
         return kind.from_config(self.base, dtype=self.dtype, trust_remote_code=self.config.trust_remote_code)
 
     def moments(self) -> dict[str, Any]:
-        """What may need the most, each as a function of the model that gives bytes beside weights and optimizer."""
+        """Return the phases that may have the peak: functions from model to bytes beside weights and optimizer."""
         config, length = self.config, self.config.max_length
         rows = config.batch_size * (2 if config.in_pairs else 1)
         moments = {"learning": lambda model: self._learn(model, config.rows_learnt, length)}
@@ -120,10 +120,12 @@ class _Job:
         return moments
 
     def others(self, weights: int, adapter: int) -> int:
-        """Adapters and models that are only read."""
+        """Return the bytes of adapters and models that are not trained."""
         copies = adapter if self.config.has_reference and self.config.starts_from else 0
         for reward in self.config.rewards:
-            if reward.adapter:  # ppo puts it on the base it has; TRL's trainers want a model of its own
+            if (
+                reward.adapter
+            ):  # ppo loads it onto the policy's base model; with TRL's trainers it needs its own
                 copies += adapter if self.config.stage == "ppo" else weights + adapter
             elif reward.model:
                 with torch.device("meta"):
@@ -134,7 +136,7 @@ class _Job:
         return copies
 
     def saved_by_quantisation(self, model: Any) -> int:
-        """Bytes that quantised linear layers do not need, less one layer that is unpacked to be worked with."""
+        """Return the bytes that quantised linear layers save, less one layer that is unpacked during computation."""
         if self.config.quantization is None:
             return 0
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -147,7 +149,7 @@ class _Job:
         return saved - max(map(_size, layers))
 
     def _learn(self, model: Any, rows: int, length: int) -> int:
-        """Bytes that one step's forward and backward passes need, with the gradients they leave."""
+        """Return the bytes of one step's forward and backward passes, including the gradients."""
         model.train()
         if self.is_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -202,7 +204,7 @@ class _Job:
         return loss
 
     def _cache(self, rows: int, length: int) -> int:
-        """Keys and values of all tokens, and a token's logits."""
+        """Return the bytes of the KV cache and of one token's logits."""
         text = self.base.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -210,7 +212,7 @@ class _Job:
         return int(keys + 3 * rows * text.vocab_size * 4)
 
     def _measure(self, rows: int, length: int) -> int:
-        """The logits of a batch, beside which they are made float32 piece by piece."""
+        """Return the bytes of a batch's logits and of their conversion to float32 piece by piece."""
         row = length * int(self.base.get_text_config().vocab_size)
         logits = min(rows * row, max(LOGITS, row))
         copies = self.dtype.itemsize + (4 if self.dtype != torch.float32 else 0)  # accelerate's
@@ -218,7 +220,7 @@ class _Job:
 
 
 class _FusedHead(torch.autograd.Function):
-    """Stands for TRL's: no logits but one tile of them at a time, and a float32 gradient of the hidden states."""
+    """Has the memory use of TRL's fused head: one tile of logits at a time, and a float32 gradient of hidden states."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, tokens: int, vocabulary: int) -> Tensor:
@@ -236,7 +238,7 @@ class _FusedHead(torch.autograd.Function):
 
 
 def _mask(rows: int, length: int) -> int:
-    """One byte for each pair of tokens of a row, where rows differ in length or are packed."""
+    """Return the bytes of the attention mask of padded or packed rows: one per pair of tokens of a row."""
     return rows * length**2
 
 
@@ -249,7 +251,7 @@ def _size(weight: Tensor) -> int:
 
 
 def _give_storage(model: nn.Module) -> None:
-    """Replace what is on the meta device by fake tensors, which are counted."""
+    """Replace tensors on the meta device by fake tensors, which the ledger counts."""
     given: dict[int, Tensor] = {}
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -268,11 +270,11 @@ def _read_config(model: str, trust: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base_model: its config.json cannot be had: {error}") from error
+        raise ConfigError(f"base_model: its config.json cannot be read: {error}") from error
 
 
 def _adapter_shape(config: AdapterJob, store: AdapterStore, model: Any) -> LoraConfig:
-    """Of the adapter that training goes on with, or a fresh one's."""
+    """Return the LoRA config of the adapter that the job continues from, or of a new one."""
     if config.starts_from is not None:
         shape = LoraConfig.from_pretrained(find_adapter(store, config.starts_from)[1])
         shape.inference_mode, shape.base_model_name_or_path = False, None
@@ -283,25 +285,27 @@ def _adapter_shape(config: AdapterJob, store: AdapterStore, model: Any) -> LoraC
 
 
 def report(config: AdapterJob, store: AdapterStore, device: str | None = None) -> list[str]:
-    """The estimate as lines of a table; against what there is, and with what would make the job fit, if it does not.
+    """Return the estimate as lines of a table, with the free memory and, if the job does not fit, settings that do.
 
-    `device`: "cpu" or "cuda"; None for a GPU if there is one, and the CPU if not. Raises ConfigError.
+    `device`: "cpu" or "cuda"; None is a GPU if there is one, else the CPU. Raises ConfigError.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = estimate(config, store, device)
     lines = [f"{name:28} {size / GIB:8.2f} GiB" for name, size in found.parts.items()]
-    lines.append(f"{'needed at most, ' + found.moment:28} {found.total / GIB:8.2f} GiB")
-    lines.append(f"{found.trainable / 1e6:.1f} million weights learn; every row counted as max_length long")
+    lines.append(f"{'peak, ' + found.moment:28} {found.total / GIB:8.2f} GiB")
+    lines.append(
+        f"{found.trainable / 1e6:.1f} million trainable weights; every row counted as max_length long"
+    )
     there = _there(device)
     if not there:
-        return [*lines, "there is no GPU here to compare with; each process of a launcher needs as much"]
-    where = "each GPU" if device == "cuda" else "memory"
-    lines.append(f"{where + ' has free':28} {there / GIB:8.2f} GiB")
+        return [*lines, "no GPU here to compare with; each process of a launcher needs this much"]
+    where = "on each GPU" if device == "cuda" else "memory"
+    lines.append(f"{'free ' + where:28} {there / GIB:8.2f} GiB")
     return lines if found.total <= there else [*lines, _remedy(config, store, device, there)]
 
 
 def _there(device: str) -> int:
-    """Free bytes of the smallest device; 0 where there is none."""
+    """Return the free bytes of the device with the least; 0 if there is no device."""
     if device == "cpu":
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
@@ -309,18 +313,18 @@ def _there(device: str) -> int:
 
 
 def _remedy(config: AdapterJob, store: AdapterStore, device: str, there: int) -> str:
-    """The first settings that make the job fit, each added to those before it."""
+    """Return the first settings that make the job fit, each added to the previous ones."""
     changes: dict[str, Any] = {}
     for change in _changes(config):
         changes |= change
         changed = config.model_copy(update=changes)
         if estimate(changed, store, device).total <= there:
-            return "it does not fit; it does with " + ", ".join(f"{k}: {v}" for k, v in _words(changes))
-    return "it does not fit, with no setting here: take a smaller base model or a larger device"
+            return "it does not fit; it fits with " + ", ".join(f"{k}: {v}" for k, v in _words(changes))
+    return "it does not fit, and no setting here helps: use a smaller base model or a larger device"
 
 
 def _changes(config: AdapterJob) -> Iterator[dict[str, Any]]:
-    """What takes memory away, the least harmful first."""
+    """Yield the changes that save memory, the least harmful first."""
     if isinstance(config, OfflineJob | GrpoConfig):
         yield {"gradient_checkpointing": True}
     rows, smallest = config.batch_size, config.generations if isinstance(config, GrpoConfig) else 1

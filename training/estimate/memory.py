@@ -1,7 +1,7 @@
-"""Memory that tensors hold and held at most, counted as they come and go.
+"""Counts the current and peak memory of tensors as they are created and freed.
 
-With tensors of shapes and no contents (FakeTensorMode) a training step can be gone through that would not fit
-here, in seconds, and operation by operation as its model does it.
+With FakeTensorMode, whose tensors have shapes but no contents, it can run a training step in seconds that would not fit
+into this machine, operation by operation as the model does.
 """
 
 import weakref
@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of every tensor made while it is on."""
+    """Counts the bytes of every tensor created while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
         self.held = 0
-        """Bytes in tensors that are alive."""
+        """Bytes of live tensors."""
         self.peak = 0
-        """The most that was held at one time."""
+        """The highest value of `held`."""
         self._known: dict[int, weakref.ref[UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,7 +32,7 @@ class Ledger(TorchDispatchMode):
 
     def _enter(self, storage: UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self._known:  # a view, or written in place
+        if key in self._known:  # a view or an in-place operation
             return
 
         def leave(_: object) -> None:

@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> AdapterStore:
     return AdapterStore(tmp_path / "store")
 
 
-def test_the_ledger_counts_what_lives_and_not_what_is_a_view_or_gone() -> None:
+def test_the_ledger_counts_live_tensors_but_no_views() -> None:
     with Ledger() as ledger:
         kept = torch.empty(1000)
         view = kept[:10].view(2, 5)
@@ -38,32 +38,30 @@ def test_the_ledger_counts_what_lives_and_not_what_is_a_view_or_gone() -> None:
         assert ledger.held == 0
 
 
-def test_weights_are_those_of_the_config_and_the_adapter(tiny_dir: Path, store: AdapterStore) -> None:
+def test_weights_of_base_model_and_adapter(tiny_dir: Path, store: AdapterStore) -> None:
     found = estimate(job(tiny_dir, lora={"r": 8}), store, "cpu")
-    # 512 x 64 tied embeddings; twice q, k, v, o, the feed-forward layers and their norms; the last norm
+    # 512 x 64 tied embeddings; two layers of q, k, v, o, feed-forward and norms; the last norm
     layer = 64 * (64 + 32 + 32 + 64 + 3 * 128) + 2 * 64 + 2 * 32
     assert found.parts["frozen weights"] == 4 * (512 * 64 + 2 * layer + 64)
     adapter = 2 * 8 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 128))
     assert found.trainable == adapter
-    assert found.parts["weights that learn"] == 4 * adapter
+    assert found.parts["trainable weights"] == 4 * adapter
     assert found.parts["gradients and optimizer"] == 12 * adapter
     assert found.total == sum(found.parts.values())
 
 
-def test_measuring_what_is_forgotten_counts_where_it_needs_the_most(
-    tiny_dir: Path, store: AdapterStore
-) -> None:
+def test_general_files_count_if_they_have_the_peak(tiny_dir: Path, store: AdapterStore) -> None:
     config = job(tiny_dir, batch_size=1, max_length=16, general_files=["plain.jsonl"])
     small = estimate(config, store, "cpu")
     assert small.moment != "measuring general_files"
     assert small.total == estimate(config.model_copy(update={"general_files": []}), store, "cpu").total
     wide = _Job(config, "cpu", AutoConfig.for_model("qwen3", vocab_size=150_000))
-    # A row of 1024 tokens has more logits than a batch may have; a row's are float32 here.
+    # A row of 1024 tokens has more logits than the limit of a batch; logits are float32 here.
     assert wide._measure(8, 1024) == 4 * 1024 * 150_000 + 12 * 2**24
     assert wide._measure(8, 16) == 4 * 8 * 16 * 150_000 + 12 * 2**24
 
 
-def test_longer_and_more_rows_need_more_and_checkpointing_less(tiny_dir: Path, store: AdapterStore) -> None:
+def test_rows_need_memory_and_checkpointing_saves_it(tiny_dir: Path, store: AdapterStore) -> None:
     def moment(**changes: Any) -> int:
         return estimate(job(tiny_dir, **changes), store, "cpu").parts["activations, logits, cache"]
 
@@ -74,9 +72,7 @@ def test_longer_and_more_rows_need_more_and_checkpointing_less(tiny_dir: Path, s
     assert moment(gradient_accumulation_steps=4) >= usual
 
 
-def test_on_a_gpu_weights_are_halved_and_quantised_ones_smaller_still(
-    tiny_dir: Path, store: AdapterStore
-) -> None:
+def test_weights_on_a_gpu_are_bfloat16_or_quantised(tiny_dir: Path, store: AdapterStore) -> None:
     whole = estimate(job(tiny_dir), store, "cpu").parts["frozen weights"]
     half = estimate(job(tiny_dir), store, "cuda").parts["frozen weights"]
     quarter = estimate(job(tiny_dir, quantization="4bit"), store, "cuda").parts["frozen weights"]
@@ -85,20 +81,20 @@ def test_on_a_gpu_weights_are_halved_and_quantised_ones_smaller_still(
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo", "orpo", "kto"])
-def test_every_stage_is_known(stage: str, tiny_dir: Path, store: AdapterStore) -> None:
+def test_other_stages(stage: str, tiny_dir: Path, store: AdapterStore) -> None:
     asked = {key: value for key, value in SFT.items() if stage != "rm" or key != "golden"}
     found = estimate(load_job(tiny_dir, {**asked, "stage": stage, "batch_size": 4}), store, "cpu")
     assert found.moment in ("learning", "scoring")
     assert found.parts["activations, logits, cache"] > 0
 
 
-def test_a_base_that_is_not_there_is_said(tiny_dir: Path, tmp_path: Path, store: AdapterStore) -> None:
+def test_a_missing_base_model_is_an_error(tiny_dir: Path, tmp_path: Path, store: AdapterStore) -> None:
     config = job(tiny_dir).model_copy(update={"base_model": str(tmp_path)})
     with pytest.raises(ConfigError, match="base_model"):
         estimate(config, store, "cpu")
 
 
-def test_the_report_names_what_would_make_it_fit(
+def test_the_report_names_settings_that_fit(
     tiny_dir: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = job(tiny_dir, gradient_checkpointing=False)
@@ -106,8 +102,8 @@ def test_the_report_names_what_would_make_it_fit(
     monkeypatch.setattr(module, "_there", lambda device: needed)
     assert not [line for line in report(asked, store, "cpu") if "fit" in line]
     monkeypatch.setattr(module, "_there", lambda device: needed - 1)
-    assert report(asked, store, "cpu")[-1] == "it does not fit; it does with gradient_checkpointing: true"
+    assert report(asked, store, "cpu")[-1] == "it does not fit; it fits with gradient_checkpointing: true"
     monkeypatch.setattr(module, "_there", lambda device: 1)
-    assert "with no setting here" in report(asked, store, "cpu")[-1]
+    assert "no setting here helps" in report(asked, store, "cpu")[-1]
     monkeypatch.setattr(module, "_there", lambda device: 0)
     assert "no GPU here" in report(asked, store, "cuda")[-1]
