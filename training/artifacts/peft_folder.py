@@ -93,9 +93,7 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> PeftAdapter:
     file, tensors = _read_tensors(folder)
     unused = set(drop) - found.keys() - tensors.keys() - {_WRAPPERS.sub("", key, 1) for key in tensors}
     if unused:
-        raise InvalidAdapter(
-            listed("no setting or tensor has this name, remove it from --drop: ", sorted(unused))
-        )
+        raise InvalidAdapter(listed("--drop names no setting or tensor: ", sorted(unused)))
     config, is_reward = _clean_config(found, drop)
     lora, whole = _sort(tensors, drop)
     if found.get("enable_lora"):
@@ -242,9 +240,7 @@ def _sort(tensors: Mapping[str, Any], drop: Collection[str]) -> tuple[dict[str, 
             twice.append(shown(key))
         into[name] = tensor.contiguous()
         renamed += key != PREFIX + name
-    if problems := _check_halves(lora) + listed(
-        "duplicates of another tensor under a different name: ", twice
-    ):
+    if problems := _check_halves(lora) + listed("other names of the same tensor: ", twice):
         raise InvalidAdapter(problems)
     if len(names) > 1:
         raise InvalidAdapter(
@@ -285,9 +281,7 @@ def _widen(
     r, alpha = config.get("r"), config.get("lora_alpha")
     parts = [at for at, on in enumerate(enabled) if on] if isinstance(enabled, list) else []
     if not parts or type(r) is not int or not isinstance(alpha, int | float):
-        raise InvalidAdapter(
-            [f"enable_lora is {shown(enabled)}: expected a list that enables at least one part"]
-        )
+        raise InvalidAdapter([f"enable_lora is {shown(enabled)}: it must be a list that enables a part"])
     wide: dict[str, Any] = {}
     wrong = []
     for module in sorted({_split(name)[0] for name in lora}):
@@ -332,9 +326,7 @@ def inject(model: Any, adapter: PeftAdapter, base: str) -> Any:
         if value and key not in _SHAPING | _SILENT
     ]
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-        problems.append(
-            f"init_lora_weights is {shown(init)}: such an adapter belongs to a modified base model"
-        )
+        problems.append(f"init_lora_weights is {shown(init)}: it needs a modified base model")
     if problems:
         raise InvalidAdapter(problems)
     try:
@@ -382,9 +374,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system if this process dies
     except BlockingIOError as error:
         os.close(held)
-        raise Busy(
-            f"{target.name} is being written by another process: wait, or give another folder"
-        ) from error
+        raise Busy(f"{target.name} is being written by another process: retry later") from error
     try:
         for left in partial.iterdir():  # from a killed process
             left.unlink()
