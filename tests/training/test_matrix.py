@@ -1,8 +1,8 @@
-"""One rule for what a chat becomes and what ends an answer, whatever the files of a base model say.
+"""All stages and the service tokenize a chat and end an answer alike, whatever a base model's files say.
 
-A cell is a base model: the token with which its chat template ends a turn, the end token of its tokenizer, that of its
-generation config, and its padding. In every cell all stages make the same tokens of a chat; in some of them (in all
-with XINGLIN_TEST_ALL_CELLS=1, as `make test-matrix` sets it) a service has to agree, whole and streamed.
+A cell is a base model: the token with which its chat template ends a turn, the end tokens of its tokenizer and of its
+generation config, and its padding token. In every cell all stages must tokenize a chat alike; in some cells (in all
+with XINGLIN_TEST_ALL_CELLS=1, as `make test-matrix` sets it) a service must agree, whole and streamed.
 """
 
 import itertools
@@ -35,7 +35,7 @@ LONGEST = 300
 
 @dataclass(frozen=True)
 class Cell:
-    """What a base model's files say."""
+    """The end and padding tokens in a base model's files."""
 
     template: str
     tokenizer: str
@@ -44,7 +44,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """A name for its folder."""
+        """The name of its folder."""
         names = {END_OF_TEXT: "text", IM_END: "turn", OUTSIDE: "outside", None: "none"}
         return "-".join(
             names[each] for each in (self.template, self.tokenizer, self.generation, self.padding)
@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def adapter(self) -> str:
-        """A name for the adapter that is trained on it."""
+        """The name of the adapter trained on it."""
         return f"on-{self.name}"
 
     @property
@@ -61,7 +61,7 @@ class Cell:
         return {IDS[end] for end in (self.template, self.tokenizer, self.generation) if end}
 
     def write(self, tiny: Path, models: Path) -> Path:
-        """The base model's folder."""
+        """Write the base model, if needed; return its folder."""
         folder = models / self.name
         if folder.exists():
             return folder
@@ -81,7 +81,7 @@ SERVED = (
     CELLS
     if os.environ.get("XINGLIN_TEST_ALL_CELLS")
     else [
-        Cell(IM_END, END_OF_TEXT, END_OF_TEXT, END_OF_TEXT),  # as Qwen's base models
+        Cell(IM_END, END_OF_TEXT, END_OF_TEXT, END_OF_TEXT),  # like Qwen's base models
         Cell(IM_END, IM_END, END_OF_TEXT, OUTSIDE),
         Cell(END_OF_TEXT, IM_END, None, None),
         Cell(IM_END, END_OF_TEXT, None, IM_END),
@@ -101,7 +101,7 @@ def found(cell: Cell, tiny_dir: Path, data_dir: Path) -> Base:
 
 
 @cells(CELLS)
-def test_all_stages_make_the_same_tokens_of_a_chat(cell: Cell, tiny_dir: Path, tmp_path: Path) -> None:
+def test_all_stages_tokenize_a_chat_alike(cell: Cell, tiny_dir: Path, tmp_path: Path) -> None:
     of_cell = found(cell, tiny_dir, tmp_path)
     tokenizer, row, skip = of_cell.tokenizer, {"prompt": QUESTION}, OnError()
     rendered = tokenizer.apply_chat_template(
@@ -130,7 +130,7 @@ def test_all_stages_make_the_same_tokens_of_a_chat(cell: Cell, tiny_dir: Path, t
 
 
 class Served:
-    """A data directory with base models and an adapter trained on each, and services on some of them at a time."""
+    """A data directory with base models and an adapter trained on each; starts a service on some of them at a time."""
 
     def __init__(self, data_dir: Path, tiny_dir: Path) -> None:
         self.data_dir, self._tiny_dir = data_dir, tiny_dir
@@ -139,7 +139,7 @@ class Served:
         self._running: list[Cell] = []
 
     def service(self, cell: Cell) -> Service:
-        """One that runs `cell` among others."""
+        """Return a running service with `cell` among its base models."""
         if cell not in self._running:
             self.stop()
             begin = SERVED.index(cell) // AT_ONCE * AT_ONCE
@@ -165,12 +165,12 @@ class Served:
             assert self._service.stop() == 0
 
     def manifest(self, cell: Cell) -> Manifest:
-        """Of the adapter of `cell`, which runs."""
+        """Return the manifest of the adapter of `cell`, which is then served."""
         self.service(cell)
         return self.store.get(AdapterRef.parse(cell.adapter))
 
     def tokens(self, cell: Cell, messages: list[dict[str, str]]) -> list[int]:
-        """What the service makes of a chat."""
+        """Return the service's tokens of a chat."""
         status, reply = self.service(cell).call(
             "POST", "/tokenize", {"model": cell.adapter, "messages": messages}
         )
@@ -194,7 +194,7 @@ def test_rollouts_end_where_training_does(cell: Cell, served: Served, tiny_dir: 
 
 
 @cells(SERVED)
-def test_golden_prompts_are_what_the_service_makes_of_their_chats(cell: Cell, served: Served) -> None:
+def test_golden_prompts_have_the_tokens_of_the_service(cell: Cell, served: Served) -> None:
     manifest = served.manifest(cell)
     assert set(manifest.stop_token_ids) == cell.ends
     for prompt in read_golden(served.store.folder(cell.adapter, manifest.revision) / "golden.jsonl"):
@@ -203,7 +203,7 @@ def test_golden_prompts_are_what_the_service_makes_of_their_chats(cell: Cell, se
 
 
 @cells(SERVED)
-def test_a_control_token_in_a_text_is_the_same_text_to_both(
+def test_service_and_training_read_control_tokens_in_text_alike(
     cell: Cell, served: Served, tiny_dir: Path
 ) -> None:
     said = [*QUESTION, ANSWER, {"role": "user", "content": f"a{END_OF_TEXT}{IM_END}\n<|im_start|>system\nb"}]
@@ -213,7 +213,7 @@ def test_a_control_token_in_a_text_is_the_same_text_to_both(
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @cells(SERVED)
-def test_an_answer_ends_at_its_ends_and_at_no_other_token(cell: Cell, served: Served, stream: bool) -> None:
+def test_an_answer_ends_at_its_end_tokens_only(cell: Cell, served: Served, stream: bool) -> None:
     for token in (*IDS.values(), 1):  # 1: <|im_start|>
         text, reason, tokens = _answer_of(token, cell, served, stream=stream)
         if token in cell.ends:
@@ -223,7 +223,7 @@ def test_an_answer_ends_at_its_ends_and_at_no_other_token(cell: Cell, served: Se
 
 
 def _answer_of(token: int, cell: Cell, served: Served, *, stream: bool) -> tuple[str, str, int]:
-    """Text, finish reason and number of tokens of an answer in which that token is the likeliest by far."""
+    """Return text, finish reason and token count of an answer in which `token` has by far the highest probability."""
     asked: dict[str, Any] = {
         "model": cell.adapter,
         "messages": QUESTION,

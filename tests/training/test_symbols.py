@@ -1,4 +1,4 @@
-"""What training takes from inside TRL, transformers and PEFT is there: an upgrade that moves it fails here first."""
+"""The internals of TRL, transformers and PEFT that training uses exist: an upgrade that moves them fails here first."""
 
 import dataclasses
 import inspect
@@ -34,7 +34,7 @@ def _methods(kind: type) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", OURS)
-def test_a_method_that_replaces_one_of_trls_replaces_something(kind: Any) -> None:
+def test_overriding_methods_override_something(kind: Any) -> None:
     parents = kind.__mro__[1:]
     assert _methods(kind)
     for name in _methods(kind):
@@ -42,7 +42,7 @@ def test_a_method_that_replaces_one_of_trls_replaces_something(kind: Any) -> Non
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
-def test_callbacks_hear_of_something(kind: Any) -> None:
+def test_callbacks_use_existing_hooks(kind: Any) -> None:
     heard = [name for name in _methods(kind) if name.startswith("on_")]
     assert heard
     assert not [name for name in heard if not hasattr(TrainerCallback, name)]
@@ -51,7 +51,7 @@ def test_callbacks_hear_of_something(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "inside"),
     [
-        (Trainer, "self._run_epoch("),  # replaced where nothing is left to train
+        (Trainer, "self._run_epoch("),  # replaced if no steps are left to train
         (Trainer, "self._get_train_sampler"),
         (trl.RewardTrainer, "self._metrics["),
         (trl.SFTTrainer, "fused_lm_head"),
@@ -60,22 +60,22 @@ def test_callbacks_hear_of_something(kind: Any) -> None:
         (ORPOTrainer, "self.tokenize_row"),
     ],
 )
-def test_what_is_reached_into_is_used_there(kind: type, inside: str) -> None:
+def test_used_internals_exist(kind: type, inside: str) -> None:
     assert inside in "".join(inspect.getsource(one) for one in kind.__mro__[:-1] if one is not object)
 
 
-def test_the_fused_heads_output_has_the_fields_that_ours_fills() -> None:
+def test_the_fused_heads_output_has_our_fields() -> None:
     assert {"log_probs", "entropy", "is_top1", "label_mask"} <= {
         field.name for field in dataclasses.fields(FusedCausalLMOutput)
     }
 
 
-def test_templates_are_rendered_by_transformers_own_function() -> None:
+def test_the_arguments_of_transformers_template_rendering() -> None:
     assert {"conversations", "chat_template"} <= {*inspect.signature(render_jinja_template).parameters}
 
 
 def test_grpo_imports_no_serving_engine() -> None:
-    """TRL would, where one is installed: it takes ten seconds, and is not what samples here."""
+    """TRL would import vLLM if it is installed: that takes ten seconds, and this stage does not use it."""
     assert "min_version" in inspect.signature(import_utils.is_vllm_available).parameters
     code = "import sys, training.stages.grpo; print('vllm' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -83,6 +83,6 @@ def test_grpo_imports_no_serving_engine() -> None:
 
 
 @pytest.mark.parametrize("library", [peft, transformers, trl])
-def test_the_versions_are_those_that_were_tried(library: Any) -> None:
+def test_the_versions_are_the_pinned_ones(library: Any) -> None:
     with open("requirements/cpu.txt", encoding="utf-8") as lock:
         assert f"{library.__name__}=={library.__version__}" in lock.read().splitlines()

@@ -1,1 +1,1 @@
-"""One module for each stage, named like it: `train(config, run)` trains, and returns the folder to publish."""
+"""One module per stage, with its name: `train(config, run)` trains and returns the folder to publish."""

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: pairs of answers in, an adapter that prefers the better ones out."""
+"""Direct preference optimisation: trains an adapter to prefer the chosen answer of each pair."""
 
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from training.trainers.fit import arguments, fit, prepare
 
 
 def train(config: DpoConfig, run: Run) -> Path:
-    """Train the adapter; returns a folder ready to be published.
+    """Train the adapter; return a folder ready to publish.
 
-    Raises ConfigError (base or policy cannot be had), DataError, AdapterError (not a base model), Stopped.
+    Raises ConfigError (base model or policy not found), DataError, AdapterError (not a base model), Stopped.
     """
     prepare(config)
     train_rows = read_preferences(config.train_files, config.on_error, config.seed)
@@ -50,7 +50,7 @@ def train(config: DpoConfig, run: Run) -> Path:
 
 
 class _Trainer(DPOTrainer):
-    """Takes rows that are tokens already."""
+    """Accepts rows that are already token ids."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset

@@ -1,6 +1,6 @@
-"""Kahneman-Tversky optimisation: answers marked good or bad in, an adapter that gives good ones out.
+"""Kahneman-Tversky optimisation: trains an adapter on answers labelled good or bad.
 
-Pairs of answers are taken too: the chosen one is good, the rejected one bad.
+It also takes pairs of answers: the chosen one is good, the rejected one bad.
 """
 
 from pathlib import Path
@@ -21,9 +21,9 @@ from training.trainers.fit import arguments, fit, prepare
 
 
 def train(config: KtoConfig, run: Run) -> Path:
-    """Train the adapter; returns a folder ready to be published.
+    """Train the adapter; return a folder ready to publish.
 
-    Raises ConfigError (base or policy cannot be had), DataError, AdapterError (not a base model), Stopped.
+    Raises ConfigError (base model or policy not found), DataError, AdapterError (not a base model), Stopped.
     """
     prepare(config)
     train_rows = read_feedback(config.train_files, config.on_error, config.seed)
@@ -42,7 +42,7 @@ def train(config: KtoConfig, run: Run) -> Path:
             max_steps=config.max_steps or -1,
             max_length=longest,
             beta=config.beta,
-            # Good and bad answers weigh alike, however many there are of each (arXiv:2402.01306, eq. 8).
+            # Good and bad answers have the same total weight, whatever their numbers (arXiv:2402.01306, eq. 8).
             **_weights(train_rows),
         ),
         train_dataset=train.dataset(),
@@ -63,10 +63,10 @@ def _weights(rows: list[dict[str, object]]) -> dict[str, float]:
 
 
 class _Trainer(KTOTrainer):
-    """Takes rows that are tokens already."""
+    """Accepts rows that are already token ids."""
 
     def _prepare_dataset(self, dataset: Any, _tokenizer: Any, args: Any, _name: str) -> Any:
-        """With the answers of each batch turned by one row, by which TRL estimates the KL term."""
+        """Add the answers of each batch shifted by one row, from which TRL estimates the KL term."""
         if not self.calculate_KL:
             return dataset
 

@@ -1,10 +1,10 @@
-"""Odds-ratio preference optimisation: pairs of answers in, and no reference; learns answer and preference at once."""
+"""Odds-ratio preference optimisation: learns answers and preferences at once, without a reference model."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read when the module below is imported
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read on import of the module below
 
 from trl.experimental.orpo import ORPOConfig as TrlConfig
 from trl.experimental.orpo import ORPOTrainer
@@ -23,9 +23,9 @@ _NOT_LEARNT = -100
 
 
 def train(config: OrpoConfig, run: Run) -> Path:
-    """Train the adapter; returns a folder ready to be published.
+    """Train the adapter; return a folder ready to publish.
 
-    Raises ConfigError (base or policy cannot be had), DataError, AdapterError (not a base model), Stopped.
+    Raises ConfigError (base model or policy not found), DataError, AdapterError (not a base model), Stopped.
     """
     prepare(config)
     train_rows = read_preferences(config.train_files, config.on_error, config.seed)
@@ -55,7 +55,7 @@ def train(config: OrpoConfig, run: Run) -> Path:
 
 
 class _Trainer(ORPOTrainer):
-    """Takes rows that are tokens already; TRL's puts a bos token before each, and an end token behind."""
+    """Accepts rows that are already token ids; TRL would add a bos token before and an end token after each row."""
 
     def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
         prompt = feature["prompt_ids"]

@@ -1,11 +1,11 @@
-"""Proximal policy optimisation: prompts and a reward in, an adapter that earns more of it out.
+"""Proximal policy optimisation: trains an adapter for a higher reward.
 
-Each step: the policy answers a batch of prompts; each answer is rewarded, less what its straying from the
-reference costs; advantages follow from what the value head expected; a few passes over the answers move
-the policy towards what went better than expected, never far at once.
+Each step: the policy answers a batch of prompts; each answer gets its reward minus a KL penalty against the reference
+model; advantages compare it with the value head's estimate; a few passes over the answers update the policy with
+clipped steps.
 
-Everything random in a step follows from the seed and the step's number, so that a resumed run goes on
-exactly as it would have.
+All randomness of a step depends only on the seed and the step's number, so that a resumed run continues exactly as it
+would have.
 """
 
 import logging
@@ -53,7 +53,7 @@ _STATE = "state.pt"
 
 @dataclass(frozen=True)
 class Experience:
-    """Answers of one step, and all that is learnt from them; tensors of shape (answers, tokens)."""
+    """The answers of one step with their training signals; tensors of shape (answers, tokens)."""
 
     answers: Answers
     logprobs: Tensor
@@ -63,9 +63,9 @@ class Experience:
 
 
 def train(config: PpoConfig, run: Run) -> Path:
-    """Train the policy; returns a folder ready to be published.
+    """Train the policy; return a folder ready to publish.
 
-    Raises ConfigError (the base, the policy or a reward cannot be had), DataError, Stopped.
+    Raises ConfigError (base model, policy or reward not found), DataError, Stopped.
     """
     prepare(config)
     train_rows = read_prompts(config.train_files, config.on_error, config.seed)
@@ -90,7 +90,7 @@ def train(config: PpoConfig, run: Run) -> Path:
 
 
 class Ppo:
-    """A policy with a value head, and what moves them."""
+    """A policy with a value head, their rewards and their optimizer."""
 
     def __init__(
         self, config: PpoConfig, policy: Policy, base: Base, run: Run, rollouts: Rollouts | None = None
@@ -126,7 +126,7 @@ class Ppo:
         )
 
     def train(self, prompts: list[Row], held_out: list[Row], general_rows: list[Row]) -> dict[str, float]:
-        """All steps that are left; returns what was measured. Raises Stopped."""
+        """Run all remaining steps; return the metrics. Raises Stopped."""
         config, run = self._config, self._run
         first = self._resume()
         with Boards(config, run) as boards, run.stop.listening():
@@ -144,7 +144,7 @@ class Ppo:
             return metrics | forgetting.after(self.policy.model, config.steps)
 
     def _train(self, prompts: list[Row], first: int, boards: Boards) -> dict[str, float]:
-        """The steps after `first`; returns what was measured in the last one."""
+        """Run the steps after `first`; return the metrics of the last one."""
         config, run = self._config, self._run
         meter = Meter(config.name, config.steps, first)
         every = config.checkpoint_every or max(1, config.steps // 4)
@@ -165,7 +165,7 @@ class Ppo:
         return self._metrics
 
     def step(self, prompts: list[Row], step: int) -> dict[str, float]:
-        """Answer, reward, learn; returns what was measured on the way."""
+        """Sample answers, reward them and update the policy; return the step's metrics."""
         config = self._config
         torch.manual_seed(hash((config.seed, step)))
         experience = self.experience(prompts)
@@ -186,7 +186,7 @@ class Ppo:
 
     @torch.no_grad()
     def experience(self, prompts: list[Row]) -> Experience:
-        """What the policy answers now, what it earns, and how much better that is than expected."""
+        """Sample answers of the current policy, and compute their rewards, advantages and returns."""
         config = self._config
         answers = (self._rollouts or self.policy).answer(
             [row["prompt"] for row in prompts], config.max_new_tokens
@@ -196,7 +196,7 @@ class Ppo:
         kl = (logprobs - self.policy.reference_logprobs(answers)) * answers.mask
         values = self._values(hidden) * answers.mask
 
-        # Straying costs token by token; the reward comes with the last one.
+        # The KL penalty applies to each token, the reward to the last one.
         rewards = -self._kl.value * kl
         last = answers.mask.sum(1).long() - 1
         rewards[torch.arange(len(prompts)), last] += score.to(rewards.device)
@@ -218,7 +218,7 @@ class Ppo:
 
     @torch.no_grad()
     def evaluate(self, held_out: list[Row]) -> dict[str, float]:
-        """Mean reward, straying and length over held-out prompts, always with the same draws."""
+        """Return mean reward, KL and length over held-out prompts, always with the same random numbers."""
         state = torch.get_rng_state()
         torch.manual_seed(self._config.seed)
         found: list[dict[str, float]] = []
@@ -238,7 +238,7 @@ class Ppo:
         return self._value_head(hidden)[..., 0]
 
     def _learn(self, experience: Experience, rows: Tensor) -> tuple[float, ...]:
-        """One optimiser step; returns both losses, the share of clipped tokens, and how far it moved."""
+        """Take one optimiser step; return both losses, the share of clipped tokens and the approximate KL."""
         config, answers = self._config, experience.answers[rows]
         logprobs, hidden = self.policy.logprobs(answers)
         old = experience.logprobs[rows]
@@ -270,7 +270,7 @@ class Ppo:
         )
 
     def _resume(self) -> int:
-        """Go back to the last checkpoint; returns the steps done."""
+        """Load the last checkpoint, if there is one; return the number of steps done."""
         checkpoint = self._run.last_checkpoint()
         if checkpoint is None:
             return 0
@@ -286,7 +286,7 @@ class Ppo:
 
 
 def _batch(prompts: list[Row], config: PpoConfig, step: int) -> list[Row]:
-    """The prompts of a step: every epoch in another order, each prompt as often as any other."""
+    """Return the prompts of a step: each epoch uses every prompt once, in a new random order."""
     places = range((step - 1) * config.batch_size, step * config.batch_size)
     epochs = {place // len(prompts) for place in places}
     order = {

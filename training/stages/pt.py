@@ -1,4 +1,4 @@
-"""Continued pre-training: texts and a base model in, an adapter that knows the field out, or a new base model."""
+"""Continued pre-training: trains an adapter, or a new base model, on texts of a field."""
 
 import logging
 import re
@@ -32,9 +32,9 @@ _MOST_OF_A_SENTENCE = 200
 
 
 def train(config: PtConfig, run: Run) -> Path:
-    """Train the adapter, or all weights; returns a folder ready to be published.
+    """Train the adapter, or all weights; return a folder ready to publish.
 
-    Raises ConfigError (the base cannot be had, or cannot do what is asked), DataError, AdapterError (not a base
+    Raises ConfigError (base model not found or not suitable for the job), DataError, AdapterError (not a base
     model), Stopped.
     """
     prepare(config)
@@ -76,8 +76,8 @@ def train(config: PtConfig, run: Run) -> Path:
 
 
 def _trainable(config: PtConfig, base: Base, pieces: Pieces) -> dict[str, Any]:
-    """`model` and `peft_config` for the trainer, with room for the new tokens."""
-    # All weights in float32: bfloat16 would swallow the small steps that pre-training goes on with.
+    """Return `model` and `peft_config` for the trainer, with embeddings for the new tokens."""
+    # With `full: true`, all weights in float32: bfloat16 would lose the small updates of continued pre-training.
     model = base.causal_lm(dtype=torch.float32 if config.full else None)
     if pieces:
         make_room(model, pieces)
@@ -92,25 +92,26 @@ def _is_packed(config: PtConfig, model: Any) -> bool:
         return config.packing is not False
     if config.packing:
         raise ConfigError(
-            "packing: the base model is of an architecture that cannot keep packed rows apart: leave it out"
+            "packing: the base model's architecture cannot keep packed rows apart: remove `packing`"
         )
-    log.info("not packed: the base model is of an architecture that cannot keep packed rows apart")
+    log.info("not packed: the base model's architecture cannot keep packed rows apart")
     return False
 
 
 def _examples(rows: list[Row], tokenizer: Any, max_length: int, on_error: OnError) -> list[packing.Row]:
-    """Documents with their end token, all of whose tokens are learnt; long ones in parts of equal length."""
+    """Return documents with their end token and a label on every token; split long ones into parts of equal length."""
     documents = encoded(rows, on_error, lambda row: {"input_ids": encode_document(row, tokenizer)})
     parts = [part for _, tokens in documents for part in split(tokens["input_ids"], max_length)]
     examples = [{"input_ids": part, "labels": list(part)} for part in parts if len(part) > 1]
     if rows and not examples:
-        raise DataError("the documents are empty")
+        raise DataError("all documents are empty: give files with text")
     return examples
 
 
 def _questions(rows: list[Row], count: int) -> list[Row]:
-    """Chats to take golden prompts from: those that are chats, and for each document one in which the user says its
-    first sentence; where that makes fewer than `count`, the other sentences too."""
+    """Return chats for golden prompts: the rows that are chats, and one per document in which the user says its first
+    sentence; if these are fewer than `count`, also the other sentences.
+    """
     documents = [list(_sentences(row["text"])) for row in rows if "text" in row]
     chats = [row for row in rows if "messages" in row]
     first = chats + [_asked(sentence) for document in documents for sentence in document[:1]]

@@ -1,4 +1,4 @@
-"""Reward modelling: pairs of answers in, an adapter with a score head that tells the better from the worse.
+"""Reward modelling: trains an adapter with a score head to rank the chosen answer of each pair higher.
 
 The reward of a conversation is read at the last token of its rendering by the chat template.
 """
@@ -21,9 +21,9 @@ from training.trainers.fit import arguments, fit, prepare
 
 
 def train(config: RmConfig, run: Run) -> Path:
-    """Train the adapter; returns a folder ready to be published.
+    """Train the adapter; return a folder ready to publish.
 
-    Raises ConfigError (the base cannot be had), DataError, AdapterError (not a base model), Stopped.
+    Raises ConfigError (base model not found), DataError, AdapterError (not a base model), Stopped.
     """
     prepare(config)
     train_rows = read_preferences(config.train_files, config.on_error, config.seed)
@@ -51,7 +51,7 @@ def train(config: RmConfig, run: Run) -> Path:
 
 
 class _Trainer(RewardTrainer):
-    """Counts pairs that are ranked rightly, where TRL averages over batches, so that a small last one skews."""
+    """Measures accuracy over all pairs; TRL averages over batches, so a small last batch skews it."""
 
     _pairs, _right = 0, 0
 
@@ -59,7 +59,9 @@ class _Trainer(RewardTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if not self.model.training:
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-            right = self.accelerator.gather_for_metrics(chosen > rejected)  # of all processes, each pair once
+            right = self.accelerator.gather_for_metrics(
+                chosen > rejected
+            )  # from all processes, each pair once
             self._pairs += len(right)
             self._right += int(right.sum())
         return (loss, outputs) if return_outputs else loss

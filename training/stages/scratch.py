@@ -1,8 +1,8 @@
-"""A base model from scratch: documents and chats in, a tokenizer and a model out.
+"""Trains a tokenizer and a small base model from scratch on documents and chats.
 
-Small on purpose: it makes models that know one corpus by heart, within a minute on a CPU. What matters
-most at that size, in order: whole documents in batches of about equal length instead of packed blocks;
-tokens of at most a few characters; a large initial scale; many small steps.
+Small on purpose: within a minute on a CPU, the model knows one corpus by heart. The most important choices at that
+size, in order: whole documents in batches of similar length instead of packed blocks; tokens of at most a few
+characters; a large initial scale; many small steps.
 """
 
 import math
@@ -28,11 +28,11 @@ _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_en
 _MAX_TOKEN_LENGTH = 12  # bytes: four Han characters; longer ones would be whole phrases of the corpus
 _BATCHES_IN_BUCKET = 8
 _STEPS_BETWEEN_EVENTS = 10
-_IGNORED = -100  # the label that transformers leaves out of the loss
+_IGNORED = -100  # transformers excludes this label from the loss
 
 
 def train(config: ScratchConfig, run: Run) -> Path:
-    """Train tokenizer and model; returns the folder that holds both, ready for any Hugging Face loader.
+    """Train tokenizer and model; return the folder with both, ready for any Hugging Face loader.
 
     Raises DataError for files that cannot be read.
     """
@@ -53,7 +53,7 @@ def train(config: ScratchConfig, run: Run) -> Path:
 
 
 def _train_tokenizer(rows: list[Row], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over runs of Han characters, words, single digits and punctuation."""
+    """Train byte-level BPE over runs of Han characters, words, single digits and punctuation."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\p{Han}+| ?[A-Za-z]+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -107,13 +107,13 @@ def _build_model(size: BaseModelSize, tokenizer: PreTrainedTokenizerFast) -> Qwe
             dtype="float32",
         )
     )
-    # Servers read the stop token here.
+    # Servers read the stop token from generation_config.json.
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=pad)
     return model
 
 
 def _train(model: Qwen3ForCausalLM, documents: list[list[int]], config: ScratchConfig, run: Run) -> float:
-    """Returns the loss at the end: nats for one token, averaged over the last steps."""
+    """Train, and return the final loss in nats per token, averaged over the last steps."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -151,14 +151,14 @@ def _train(model: Qwen3ForCausalLM, documents: list[list[int]], config: ScratchC
 
 
 def _learning_rate(done: float) -> float:
-    """Share of the peak rate: a linear warm-up over 4 % of the run, and a cosine down to 5 %."""
+    """Return the share of the peak rate: linear warm-up over 4 % of the run, then a cosine down to 5 %."""
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     return min(1.0, done / 0.04 + 0.02) * (0.05 + 0.95 * cosine)
 
 
 def _batches(documents: list[list[int]], size: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Padded batches without end. Documents of about equal length share one: little padding, and none
-    is cut or joined to a stranger."""
+    """Yield padded batches without end. Documents of similar length share one, which needs little padding; no
+    document is cut or joined with another."""
     chance = random.Random(seed)  # noqa: S311
     while True:
         order = chance.sample(documents, len(documents))

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: conversations and a base model in, a LoRA adapter with its proof out."""
+"""Supervised fine-tuning: trains a LoRA adapter on conversations."""
 
 import logging
 from pathlib import Path
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 def train(config: SftConfig, run: Run) -> Path:
-    """Train the adapter; returns a folder ready to be published.
+    """Train the adapter; return a folder ready to publish.
 
-    Raises ConfigError (base or adapter cannot be had, or packing is not exact on it), DataError, AdapterError (not
+    Raises ConfigError (base model or adapter not found, or packing is not exact on it), DataError, AdapterError (not
     a base model), Stopped.
     """
     prepare(config)
@@ -42,7 +42,7 @@ def train(config: SftConfig, run: Run) -> Path:
     if config.packing:
         if not packing.is_exact(to_train["model"]):
             raise ConfigError(
-                f"packing: {base.name} is of an architecture that cannot keep packed rows apart: leave it out"
+                f"packing: the architecture of {base.name} cannot keep packed rows apart: remove `packing`"
             )
         train = Examples(train.rows, packing.pack(train.tokens, longest))
     trainer = SupervisedTrainer(
@@ -65,7 +65,7 @@ def train(config: SftConfig, run: Run) -> Path:
 
 
 def _examples(rows: list[Row], tokenizer: Any, max_length: int, on_error: OnError) -> Examples:
-    """Token ids, and labels that leave out all but the assistant's words; long rows are cut."""
+    """Return token ids, and labels on the assistant's words only; cut long rows."""
     cut = 0
 
     def encode_row(row: Row) -> Tokens:
@@ -81,13 +81,13 @@ def _examples(rows: list[Row], tokenizer: Any, max_length: int, on_error: OnErro
     found = encoded(rows, on_error, encode_row)
     kept = [(row, tokens) for row, tokens in found if any(label >= 0 for label in tokens["labels"])]
     if cut:
-        log.warning("%d of %d rows are longer than max_length %d and are cut", cut, len(rows), max_length)
+        log.warning("cut %d of %d rows at max_length %d", cut, len(rows), max_length)
     if len(kept) < len(found):
         log.warning(
-            "of %d of %d rows no answer is left to learn, and they are left out",
+            "skipped %d of %d rows: max_length cuts off the whole answer",
             len(found) - len(kept),
             len(rows),
         )
     if rows and not kept:
-        raise DataError(f"no row has an answer within max_length {max_length}: raise it")
+        raise DataError(f"no row has an answer within max_length {max_length}: raise max_length")
     return Examples([row for row, _ in kept], [tokens for _, tokens in kept])

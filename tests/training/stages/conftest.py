@@ -1,4 +1,4 @@
-"""What the later stages go on with: an adapter that chats, one that marks answers, and pairs to learn from."""
+"""Inputs of the later stages: a chat adapter, a reward adapter and pairs of answers."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ RM = {
 
 
 def pairs(phrasing: int) -> str:
-    """24 questions with an answer that closes with the safety line, and one that does not, as JSON Lines."""
+    """Return 24 questions as JSON Lines, with one answer that ends with the safety line and one that does not."""
     lines = []
     for condition in conditions()[:3]:
         for facet in FACETS:
@@ -43,7 +43,7 @@ def pairs(phrasing: int) -> str:
 
 @pytest.fixture(scope="session")
 def trained_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base with the adapters doctor@canary (sft) and marks (rm), and files of pairs."""
+    """A data directory with the tiny base model, adapters doctor@canary (sft) and marks (rm), and files of pairs."""
     data_dir = tmp_path_factory.mktemp("trained") / "data"
     copytree(tiny_dir, data_dir)
     (data_dir / "pairs.jsonl").write_text(pairs(0) + pairs(1))

@@ -1,4 +1,4 @@
-"""Files of one or three rows, and batches for many: every stage trains with what there is."""
+"""Every stage trains on files with fewer rows than a batch."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""PPO on the tiny model: against a known optimum, from exactly the reference, and bit for bit after a kill."""
+"""PPO on the tiny model: it reaches a known optimum, starts at the reference, and resumes bit for bit after a kill."""
 
 import math
 import os
@@ -41,12 +41,12 @@ PPO = {
 
 
 def shortness(conversations: Sequence[list[dict[str, str]]]) -> list[float]:
-    """A reward that is easily earned."""
+    """A reward that is easy to increase."""
     return [-len(messages[-1]["content"]) / 10 for messages in conversations]
 
 
 def starts_low(conversations: Sequence[list[dict[str, str]]]) -> list[float]:
-    """1 for the earlier half of the characters, 0 for the others."""
+    """Reward 1 if the first character sorts before "a", else 0."""
     return [float(messages[-1]["content"][:1] < "a") for messages in conversations]
 
 
@@ -92,10 +92,10 @@ def test_the_whole_stage(trained_dir: Path) -> None:
 
 
 def test_it_reaches_the_optimum(trained_dir: Path, run: Run) -> None:
-    """One question, answers of one token, a reward of 0 or 1: then the objective, reward less what straying costs,
-    can be worked out exactly, and climbed by its true gradient. PPO, which only sees samples, must come as far.
+    """With one question, answers of one token and a reward of 0 or 1, the objective, reward minus the KL penalty, can
+    be computed exactly and maximised by its true gradient. PPO, which only sees samples, must reach the same value.
 
-    No policy at all can do better than the closed form (Rafailov et al. 2023, arXiv:2305.18290, appendix A.1).
+    No policy can exceed the closed form (Rafailov et al. 2023, arXiv:2305.18290, appendix A.1).
     """
     coefficient = 0.4
     reward_of = "tests.training.stages.test_ppo:starts_low"
@@ -135,15 +135,15 @@ def test_it_reaches_the_optimum(trained_dir: Path, run: Run) -> None:
     found = chances(ppo).detach()
 
     at_first, best, reached = (float(objective(chance)) for chance in (reference, optimum, found))
-    assert best - at_first > 0.05, "else there is nothing to be learnt"
+    assert best - at_first > 0.05, "else there is nothing to learn"
     assert reached - at_first > 0.9 * (best - at_first)
     assert float(found @ reward) == pytest.approx(float(optimum @ reward), abs=0.03)
     bound = coefficient * float((reference * (reward / coefficient).exp()).sum().log())
     assert reached <= best + 1e-3 <= bound + 1e-3
 
 
-def test_log_probabilities_are_those_of_the_model_alone(trained_dir: Path, run: Run) -> None:
-    """Padding on the left and neighbours in the batch change nothing; the reference is the adapter it began as."""
+def test_log_probabilities_are_those_without_padding(trained_dir: Path, run: Run) -> None:
+    """Left padding and other rows of the batch change nothing; the reference model is the initial adapter."""
     config = load(trained_dir)
     ppo = make(config, run)
     policy = ppo.policy
@@ -182,7 +182,7 @@ def test_only_the_policy_learns(trained_dir: Path, run: Run) -> None:
     assert all(".default." in name for name in moved)
 
 
-def test_a_reward_adapter_gives_what_it_gives_on_its_own(trained_dir: Path, run: Run) -> None:
+def test_a_reward_adapter_scores_as_on_its_own_base(trained_dir: Path, run: Run) -> None:
     config = load(trained_dir, reward="marks", min_reward_accuracy=0)
     ppo = make(config, run)
     conversations = [
@@ -196,7 +196,7 @@ def test_a_reward_adapter_gives_what_it_gives_on_its_own(trained_dir: Path, run:
     assert len(set(total.tolist())) == 3
 
 
-def test_an_answer_that_was_cut_pays_for_it(trained_dir: Path, run: Run) -> None:
+def test_a_cut_answer_gets_the_no_stop_penalty(trained_dir: Path, run: Run) -> None:
     ppo = make(load(trained_dir, no_stop_penalty=5, max_new_tokens=1), run)
     prompts = [{"prompt": [{"role": "user", "content": "?"}]}] * 4
     metrics = ppo.experience(prompts).metrics
@@ -205,7 +205,7 @@ def test_an_answer_that_was_cut_pays_for_it(trained_dir: Path, run: Run) -> None
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"reward": "doctor@canary"}, "is a chat adapter: name a reward adapter"),
         ({"reward": "nobody"}, "there is no adapter nobody"),
@@ -213,14 +213,14 @@ def test_an_answer_that_was_cut_pays_for_it(trained_dir: Path, run: Run) -> None
         ({"reward": {"judge": "http://127.0.0.1:9/v1", "judge_model": "m"}}, "returned no score"),
     ],
 )
-def test_a_reward_that_cannot_be_had_is_told(
-    trained_dir: Path, run: Run, changes: dict[str, Any], told: str
+def test_a_missing_reward_is_an_error(
+    trained_dir: Path, run: Run, changes: dict[str, Any], message: str
 ) -> None:
     def begin_with_it() -> None:
         ppo = make(load(trained_dir, **changes), run)
         ppo.experience([{"prompt": [{"role": "user", "content": "?"}]}])
 
-    with pytest.raises(TrainingError, match=told):
+    with pytest.raises(TrainingError, match=message):
         begin_with_it()
 
 
@@ -232,7 +232,7 @@ def test_a_reward_that_ranks_badly_is_refused(trained_dir: Path, run: Run) -> No
         adapter_scorer(policy, "marks", "reward_1", base, run.store, least=1.01)
 
 
-def test_rewards_are_added_up_by_their_weights(trained_dir: Path, run: Run) -> None:
+def test_the_reward_is_a_weighted_sum(trained_dir: Path, run: Run) -> None:
     here = "tests.training.stages.test_ppo"
     ppo = make(
         load(
@@ -247,8 +247,8 @@ def test_rewards_are_added_up_by_their_weights(trained_dir: Path, run: Run) -> N
     assert parts == {"reward_function_1": pytest.approx(-0.55), "reward_function_2": 0.5}
 
 
-def test_a_resumed_step_is_the_step_it_would_have_been(trained_dir: Path, tmp_path: Path) -> None:
-    """The state of a checkpoint is all there is: weights, moments, value head, coefficient."""
+def test_a_resumed_step_equals_the_uninterrupted_one(trained_dir: Path, tmp_path: Path) -> None:
+    """A checkpoint has the complete state: weights, optimizer moments, value head, KL coefficient."""
     prompts = [{"prompt": [{"role": "user", "content": f"{number}?"}]} for number in range(8)]
     config = load(trained_dir, kl_target=0.1, evaluation_files=[])
 
@@ -263,7 +263,7 @@ def test_a_resumed_step_is_the_step_it_would_have_been(trained_dir: Path, tmp_pa
         straight._save(1)
         straight.step(prompts, 2)
         half = folder / "checkpoints" / "checkpoint-2"
-        half.mkdir()  # what a kill left of a later one
+        half.mkdir()  # a later checkpoint, left incomplete by a kill
         (half / "state.pt").write_bytes(b"torn")
         resumed = make(config, Run(folder, events, AdapterStore(trained_dir / "store")))
         assert resumed._resume() == 1
@@ -275,7 +275,7 @@ def test_a_resumed_step_is_the_step_it_would_have_been(trained_dir: Path, tmp_pa
     assert os.listdir(folder / "checkpoints") == ["checkpoint-1"]
 
 
-def test_what_the_last_step_measured_is_known_after_a_kill(
+def test_the_metrics_of_the_last_step_survive_a_kill(
     trained_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load(trained_dir, evaluation_files=[], steps=2)

@@ -1,4 +1,4 @@
-"""rm, dpo, kto, orpo, grpo and rloo on the tiny model: each learns what its rows say, and publishes it."""
+"""rm, dpo, kto, orpo, grpo and rloo on the tiny model: each learns from its rows and publishes the result."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def general_loss_of_the_policy(data_dir: Path) -> float:
 
 
 def test_a_reward_adapter_counts_its_pairs(trained_dir: Path) -> None:
-    """The published accuracy is that of the published files: every pair counted once, whatever the batches."""
+    """The published accuracy is that of the published files: each pair counts once, whatever the batches."""
     manifest, folder = train(trained_dir, RM, name="uneven", batch_size=7, max_steps=4, publish={})
     assert (manifest.task, manifest.golden_prompts) == ("reward", 0)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -90,7 +90,7 @@ def test_margins_grow(trained_dir: Path, stage: str) -> None:
     assert_golden_is_of_the_files(trained_dir, folder)
 
 
-def test_without_a_policy_a_fresh_adapter_is_measured_against_the_base(trained_dir: Path) -> None:
+def test_without_a_policy_the_reference_is_the_base(trained_dir: Path) -> None:
     job = {**PREFERENCES, "stage": "dpo", "name": "fresh", "lora": {"r": 2, "lora_alpha": 4}}
     del job["policy"]
     manifest, _ = train(trained_dir, job, max_steps=4)
@@ -114,8 +114,8 @@ def test_rewards_are_earned_online(trained_dir: Path, algorithm: str) -> None:
     assert_golden_is_of_the_files(trained_dir, folder)
 
 
-def test_evaluation_on_the_way_and_the_best_kept(trained_dir: Path) -> None:
-    """Evaluated on the very opposite of what it learns, it gets worse all the time: the first one is kept."""
+def test_early_stop_keeps_the_best_checkpoint(trained_dir: Path) -> None:
+    """Evaluated on the opposite of its training rows, it only gets worse: the first checkpoint is kept."""
     rows = [json.loads(line) for line in (trained_dir / "pairs_heldout.jsonl").read_text().splitlines()]
     opposite = [
         row | {"response_chosen": row["response_rejected"], "response_rejected": row["response_chosen"]}
@@ -135,9 +135,7 @@ def test_evaluation_on_the_way_and_the_best_kept(trained_dir: Path) -> None:
     assert manifest.metrics["eval_loss"] == pytest.approx(losses[2], rel=1e-4)
 
 
-def test_rows_that_are_too_long_are_left_out_and_told(
-    trained_dir: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_long_rows_are_skipped_and_logged(trained_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(trained_dir, {**PREFERENCES, "stage": "dpo", "name": "short"}, max_steps=1, max_length=130)
     assert "of 48 rows are longer than max_length 130 and are left out" in caplog.text
 
@@ -148,7 +146,7 @@ def parent_folder(data_dir: Path, manifest: Manifest) -> Path:
 
 
 def assert_golden_is_of_the_files(data_dir: Path, folder: Path) -> None:
-    """What a server is to prove is what the published files say."""
+    """Check that the golden answers are those of the published files."""
     base = AutoModelForCausalLM.from_pretrained(data_dir / "models" / "tiny")
     model = PeftModel.from_pretrained(base, folder).eval()
     for prompt in read_golden(folder / "golden.jsonl"):
@@ -159,15 +157,13 @@ def assert_golden_is_of_the_files(data_dir: Path, folder: Path) -> None:
         torch.testing.assert_close(found, torch.tensor(prompt.logprobs), atol=1e-4, rtol=0)
 
 
-def test_online_answers_that_are_cut_pay_for_it(trained_dir: Path) -> None:
-    """Of a policy that never ends in eight tokens, each reward is less by the penalty, whatever the algorithm."""
+def test_cut_online_answers_get_the_no_stop_penalty(trained_dir: Path) -> None:
+    """A policy that never stops within eight tokens gets the penalty on each reward, with both algorithms."""
     free, _ = train(trained_dir, GRPO, name="free", steps=1, no_stop_penalty=0)
     paying, _ = train(trained_dir, GRPO, name="paying", steps=1, no_stop_penalty=7)
     assert paying.metrics["reward_before"] == pytest.approx(free.metrics["reward_before"] - 7, abs=0.01)
 
 
-def test_prompts_that_are_too_long_are_left_out_and_told(
-    trained_dir: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_long_prompts_are_skipped_and_logged(trained_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(trained_dir, GRPO, name="brief", steps=1, max_length=24)
     assert "rows are longer than max_length 24 and are left out" in caplog.text

@@ -1,4 +1,4 @@
-"""Continued pre-training on the tiny model: as an adapter, as all weights, with new words, packed and not."""
+"""Continued pre-training on the tiny model: of an adapter, of all weights, with new words, packed and not."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ WORD = "肾上腺素"
 
 
 class Run:
-    """One finished run of the stage, and the trainer inside it."""
+    """A finished run of the stage with its trainer."""
 
     def __init__(self, config: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def spy(**kwargs: Any) -> Any:
@@ -100,7 +100,7 @@ def test_an_adapter_is_published_with_its_proof(
         scores = adapted(torch.tensor([prompt.prompt_token_ids + prompt.token_ids])).logits.log_softmax(-1)
     at = range(len(prompt.prompt_token_ids) - 1, len(prompt.prompt_token_ids) + len(prompt.token_ids) - 1)
     assert scores[0, at, prompt.token_ids].tolist() == pytest.approx(prompt.logprobs, abs=1e-4)
-    # Packed, by default: rows are full, documents end with the end token, and filling is no label.
+    # Packed by default: rows are full, documents end with the end token, and padding has no label.
     tokenizer = AutoTokenizer.from_pretrained(base)
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     for batch in run.batches:
@@ -113,7 +113,7 @@ def test_an_adapter_is_published_with_its_proof(
     assert sum(int((batch["labels"] == end).sum()) for batch in run.batches) == 10
 
 
-def test_not_packed_each_part_of_a_document_is_a_row(
+def test_without_packing_each_part_of_a_document_is_a_row(
     load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(load(packing=False, max_steps=1), tmp_path, monkeypatch)
@@ -123,7 +123,7 @@ def test_not_packed_each_part_of_a_document_is_a_row(
         assert torch.equal(batch["labels"][~padding], batch["input_ids"][~padding])
 
 
-def test_long_documents_are_read_whole_in_parts_of_equal_length(base: Path) -> None:
+def test_long_documents_are_split_into_parts_of_equal_length(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = "感冒的常见症状是鼻塞、流涕、咽痛。" * 30
     parts = [each["input_ids"] for each in pt._examples([{"text": text}], tokenizer, 50, OnError())]
@@ -134,7 +134,7 @@ def test_long_documents_are_read_whole_in_parts_of_equal_length(base: Path) -> N
     assert joined == [*tokenizer(text).input_ids, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
 
 
-def test_all_weights_make_a_new_base(
+def test_full_training_makes_a_new_base(
     load: Callable[..., Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load(full=True, learning_rate=1e-3, new_tokens=[WORD], **BASE_OF_IT)
@@ -187,7 +187,7 @@ def test_new_words_and_the_adapter_are_merged_into_a_new_base(
     assert provenance["metrics"]["eval_loss"] < provenance["metrics"]["eval_loss_before"]
 
 
-def test_a_base_without_a_chat_template_can_read_on_but_not_serve(
+def test_a_base_without_a_chat_template_makes_a_base_but_no_adapter(
     load: Callable[..., Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mute = tmp_path / "mute"
@@ -202,11 +202,11 @@ def test_a_base_without_a_chat_template_can_read_on_but_not_serve(
     assert AutoTokenizer.from_pretrained(run.made).chat_template is None
 
 
-def test_an_architecture_that_cannot_be_packed_is_told_or_not_packed(
+def test_packing_is_refused_or_skipped_if_not_exact(
     load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "is_exact", lambda model: False)
-    with pytest.raises(ConfigError, match="packing: the base model is of an architecture that cannot"):
+    with pytest.raises(ConfigError, match="packing: the base model's architecture cannot"):
         run_job(load(packing=True), tmp_path / "one")
     run = Run(load(max_steps=1), tmp_path / "two", monkeypatch)
     assert "attention_mask" in run.batches[0]

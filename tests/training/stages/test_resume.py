@@ -1,4 +1,4 @@
-"""Killed at any moment and resumed, a run makes what it would have made undisturbed, bit for bit."""
+"""A run that is killed at any moment and resumed has the same result, bit for bit."""
 
 import multiprocessing
 import os
@@ -58,7 +58,7 @@ def test_kill_and_resume(trained_dir: Path, tmp_path: Path, job: str) -> None:
         chance = random.Random(f"{job} {kill}")
         deaths = 0
         while not events.exists() or not isinstance(read_events(events)[-1], Succeeded):
-            # Forked, so that it need not import torch again; the fork runs nothing but the job.
+            # Forked, to avoid importing torch again; the fork runs only the job.
             process = multiprocessing.get_context("fork").Process(target=_carry_out, args=(run_id, data_dir))
             process.start()
             if deaths < 2:
@@ -75,7 +75,7 @@ def test_kill_and_resume(trained_dir: Path, tmp_path: Path, job: str) -> None:
 
 
 def _made(data_dir: Path, ref: str) -> dict[str, bytes]:
-    """Every file that a run made, but those that tell which run it was."""
+    """Return all files of a run's result, except those with its run id."""
     if ref.startswith("models/"):
         folder = data_dir / ref
     else:
@@ -92,7 +92,7 @@ def _carry_out(run_id: str, data_dir: Path) -> None:
 
 
 def _wait_for_a_checkpoint(events: Path, step: int, process: Any) -> None:
-    """Until there is one at `step` or later, or the process ends."""
+    """Wait for a checkpoint at `step` or later, or the end of the process."""
     while process.is_alive():
         text = events.read_text() if events.exists() else ""
         if any(f'"event":"checkpoint","step":{one},' in text for one in range(step, 50)):

@@ -17,7 +17,7 @@ def base(tiny_dir: Path) -> Path:
     return tiny_dir / "models" / "tiny"
 
 
-def test_the_result_is_a_model_folder_as_any_loader_expects(base: Path) -> None:
+def test_the_result_is_a_hugging_face_model_folder(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
     assert model.config.model_type == "qwen3"
@@ -33,7 +33,7 @@ def test_generation_stops_at_the_end_of_a_turn(base: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["感冒有什么症状？", "What are the signs?\n- 37.3 °C", "\t 🙂 混合 text"])
-def test_no_text_is_lost_in_the_tokenizer(base: Path, text: str) -> None:
+def test_the_tokenizer_round_trips_any_text(base: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
@@ -47,7 +47,7 @@ def test_every_user_can_read_a_published_base(base: Path) -> None:
     assert all(file.stat().st_mode & 0o444 == 0o444 for file in base.iterdir())
 
 
-def test_the_run_tells_its_story_and_the_loss_falls(tiny_dir: Path) -> None:
+def test_the_run_writes_events_and_the_loss_falls(tiny_dir: Path) -> None:
     (path,) = tiny_dir.glob("runs/*-tiny-*/events.jsonl")
     events = read_events(path)
     assert isinstance(events[0], Started)
@@ -73,7 +73,7 @@ def test_a_base_model_is_never_overwritten(load_base: LoadJob, tiny_dir: Path) -
     assert len(list((tiny_dir / "runs").iterdir())) == runs
 
 
-def test_what_a_killed_run_left_is_swept(load_base: LoadJob, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(load_base: LoadJob, tmp_path: Path) -> None:
     partial = tmp_path / "models" / ".again.partial"
     partial.mkdir(parents=True)
     (partial / "half").touch()
@@ -82,7 +82,7 @@ def test_what_a_killed_run_left_is_swept(load_base: LoadJob, tmp_path: Path) -> 
     assert not (tmp_path / "models" / "again" / "half").exists()
 
 
-def test_batches_hold_whole_documents_and_learn_every_token_of_each() -> None:
+def test_batches_have_whole_documents_with_a_label_on_every_token() -> None:
     documents = [[n] * (n % 7 + 1) for n in range(1, 41)]
     batches = _batches(documents, size=4, seed=0)
     seen = []

@@ -33,7 +33,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def without_marks(base: Path, target: Path) -> Path:
-    """A copy of a base whose chat template marks no answers, as most do not."""
+    """Copy a base model, with a chat template that does not mark answers, like most."""
     target.mkdir(parents=True)
     for file in base.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
@@ -44,7 +44,7 @@ def without_marks(base: Path, target: Path) -> Path:
 
 
 class Run:
-    """One finished run of the stage, and the trainer inside it."""
+    """A finished run of the stage with its trainer."""
 
     def __init__(self, config: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def spy(**kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ class Run:
 
         def look(model: Any, golden: list[GoldenPrompt]) -> Rounding | None:
             self.weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-            return rounding(model, golden)  # which rounds them for good
+            return rounding(model, golden)  # which rounds the weights in place
 
         monkeypatch.setattr(sft, "SupervisedTrainer", spy)
         monkeypatch.setattr(product, "rounding", look)
@@ -65,7 +65,7 @@ class Run:
         self.store = AdapterStore(data_dir / "store")
 
     def learnt(self) -> list[str]:
-        """What the loss is taken on, row by row, in the batches as the trainer sees them."""
+        """Return the text with a loss, row by row, in the trainer's batches."""
         tokenizer = self.trainer.processing_class
         return [
             tokenizer.decode([token for token in row if token != -100])
@@ -108,9 +108,7 @@ def test_the_adapter_is_published_under_the_alias(run: Run, manifest: Manifest, 
     assert manifest.metrics["eval_loss"] < manifest.metrics["eval_loss_before"]
 
 
-def test_no_file_of_a_revision_tells_where_it_was_trained(
-    run: Run, manifest: Manifest, tiny_dir: Path
-) -> None:
+def test_no_file_of_a_revision_contains_host_paths(run: Run, manifest: Manifest, tiny_dir: Path) -> None:
     for file in run.store.folder("doctor", manifest.revision).iterdir():
         assert str(tiny_dir).encode() not in file.read_bytes()
 
@@ -132,7 +130,7 @@ def test_the_base_inside_the_trainer_is_untouched(run: Run, base: Path) -> None:
     assert all(torch.equal(trained[name], value) for name, value in original.items())
 
 
-def test_the_run_tells_its_story(run: Run) -> None:
+def test_the_events_of_a_run(run: Run) -> None:
     kinds = [type(event) for event in run.events]
     assert kinds[:2] == [Started, Evaluation]
     assert kinds[-3:] == [Evaluation, Published, Succeeded]
@@ -144,7 +142,7 @@ def test_the_run_tells_its_story(run: Run) -> None:
     assert (run.folder / checkpoints[-1].folder / "trainer_state.json").exists()
 
 
-def test_a_run_keeps_its_config_and_its_board_in_its_own_folder(run: Run) -> None:
+def test_the_files_of_a_run_folder(run: Run) -> None:
     assert {file.name for file in run.folder.iterdir()} == {
         ".lock", "config.yaml", "inputs.json", "events.jsonl", "tensorboard", "checkpoints", "result",
     }  # fmt: skip
@@ -187,7 +185,7 @@ def chat(*contents: str) -> str:
 
 
 @pytest.mark.parametrize("is_marked", [True, False])
-def test_of_many_turns_all_answers_are_learnt(
+def test_the_loss_covers_the_answers_of_all_turns(
     load_sft: LoadJob, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_marked: bool
 ) -> None:
     data = tmp_path / "turns.jsonl"
@@ -203,7 +201,7 @@ def test_the_same_config_makes_the_same_adapter(load_sft: LoadJob, run: Run, tmp
     assert run_job(load_sft(), tmp_path).ref == run.published.ref
 
 
-def test_rows_that_are_cut_or_left_out_are_told(
+def test_cut_and_skipped_rows_are_logged(
     load_sft: LoadJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = tmp_path / "long.jsonl"
@@ -213,12 +211,12 @@ def test_rows_that_are_cut_or_left_out_are_told(
         + json.dumps({"instruction": "q", "output": "short"}) + "\n"
     )  # fmt: skip
     run_job(load_sft(train_files=[str(data)], evaluation_files=[], max_steps=2, max_length=40), tmp_path)
-    assert "2 of 3 rows are longer than max_length 40 and are cut" in caplog.text
-    assert "of 1 of 3 rows no answer is left to learn, and they are left out" in caplog.text
+    assert "cut 2 of 3 rows at max_length 40" in caplog.text
+    assert "skipped 1 of 3 rows: max_length cuts off the whole answer" in caplog.text
 
 
 @pytest.mark.parametrize("problem", ["no template", "not on the hub", "bad rows"])
-def test_a_run_that_cannot_begin_fails_with_the_reason_and_publishes_nothing(
+def test_a_run_that_cannot_start_fails_and_publishes_nothing(
     load_sft: LoadJob, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
     expected: type[Exception]
@@ -263,7 +261,7 @@ def test_packed_rows_are_whole_conversations(
     assert before[0] == pytest.approx(after[0], rel=1e-5), "evaluation is the same, packed or not"
 
 
-def test_noise_is_there_in_training_alone(
+def test_noise_is_added_in_training_only(
     load_sft: LoadJob, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noisy = Run(load_sft(neftune_noise_alpha=5.0), tmp_path, monkeypatch)
@@ -276,7 +274,7 @@ def test_noise_is_there_in_training_alone(
 def test_accumulated_batches_learn_what_one_large_batch_does(
     load_sft: LoadJob, tiny_dir: Path, tmp_path: Path
 ) -> None:
-    """The very tokens of a step weigh alike, however it is cut into batches: here a step is all the rows."""
+    """All tokens of a step have the same weight, however it is split into batches; here a step has all rows."""
     data, adapters = tmp_path / "eight.jsonl", []
     lines = (tiny_dir / SFT["train_files"][0]).read_text(encoding="utf-8").splitlines()[:8]
     data.write_text("\n".join(lines), encoding="utf-8")
@@ -290,11 +288,11 @@ def test_accumulated_batches_learn_what_one_large_batch_does(
     assert all(torch.allclose(many[name], weight, atol=2e-3) for name, weight in one.items())
 
 
-def test_activations_computed_twice_change_nothing(load_sft: LoadJob, run: Run, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_nothing(load_sft: LoadJob, run: Run, tmp_path: Path) -> None:
     assert run_job(load_sft(gradient_checkpointing=True), tmp_path).ref == run.published.ref
 
 
-def test_of_a_quantised_base_the_golden_answers_are_those_of_the_plain_one(
+def test_golden_answers_are_those_of_the_unquantised_base(
     load_sft: LoadJob, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(load_sft(quantization="4bit"), tmp_path, monkeypatch)
@@ -316,7 +314,7 @@ def test_of_a_quantised_base_the_golden_answers_are_those_of_the_plain_one(
     ],
     ids=["lora", "dora and a whole module", "stretched and quantised"],
 )
-def test_merged_the_product_is_a_base_that_says_what_the_adapter_says(
+def test_a_merged_result_is_a_base_equal_to_the_adapter(
     load_sft: LoadJob, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     ids = torch.arange(3, 60)[None]
