@@ -153,7 +153,7 @@ def test_a_bad_config_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "job.yaml").write_text("stage: nothing\n")
     assert call(monkeypatch, "run", tmp_path / "job.yaml", "--data-dir", tmp_path) == 2
-    assert capsys.readouterr().err == f"{tmp_path / 'job.yaml'}: stage: give one of {', '.join(STAGES)}\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'job.yaml'}: stage: must be one of {', '.join(STAGES)}\n"
 
 
 def test_a_failed_run_is_one_line_and_exit_code_1(

@@ -1,6 +1,6 @@
-"""What a job asks for: one YAML file, read into one of the configs by its `stage`.
+"""The config of a job: one YAML file, read into the config class of its `stage`.
 
-Relative paths in a config are relative to the current directory. Light on purpose: no torch here.
+Relative paths in a config start from the current directory. This package must not import torch.
 """
 
 from training.config.blocks import BaseModelSize, Golden, Lora, Publish, Reward, RopeScaling

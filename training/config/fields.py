@@ -1,4 +1,4 @@
-"""The kinds of values in a config: names, refs, data sources, base models. Each says what is wrong with it."""
+"""Value types of a config: names, refs, data sources, base models. Each validates itself."""
 
 import glob
 import re
@@ -28,7 +28,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class Settings(BaseModel):
-    """A block of a config: no setting but those it knows, and none changes once it is read."""
+    """A block of a config: rejects unknown settings and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -60,11 +60,11 @@ def _root(info: ValidationInfo) -> Path:
 
 def _base_model(name: str, info: ValidationInfo) -> str:
     folder = _root(info) / Path(name).expanduser()
-    # A job of a pipeline may rest on a base that an earlier job makes.
+    # A job of a pipeline may need a base that an earlier job makes.
     if folder.is_dir() or folder.resolve() in (info.context or {}).get("to_come", ()):
         return str(folder)
     if not _HUB_ID.fullmatch(name):
-        raise ValueError(f"no such folder: {folder}; give a model folder or a Hugging Face model id")
+        raise ValueError(f"no such folder: {folder}; set a model folder or a Hugging Face model id")
     return name
 
 
@@ -79,29 +79,29 @@ def _new_tokens(value: object, info: ValidationInfo) -> object:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text: give a list, or one word a line") from error
+        raise ValueError(f"{path} cannot be read as UTF-8 text: give a list or one word per line") from error
     return [line.strip() for line in lines if line.strip()]
 
 
 def _distinct(tokens: tuple[str, ...]) -> tuple[str, ...]:
     if twice := [token for token, times in Counter(tokens).items() if times > 1]:
-        raise ValueError(f"these are there twice: {', '.join(twice[:5])}")
+        raise ValueError(f"duplicates: {', '.join(twice[:5])}")
     if any(token != token.strip() for token in tokens):
-        raise ValueError("a token may not begin or end with white space")
+        raise ValueError("a token must not begin or end with white space")
     return tokens
 
 
 def _without_key(url: HttpUrl) -> HttpUrl:
     if url.username or url.password:
         raise ValueError(
-            "leave user and password out of the URL: a config is kept with the run, and sent to trackers"
+            "remove user and password from the URL: configs are stored with the run and sent to trackers"
         )
     return url
 
 
 def _installed(tracker: str) -> str:
     found = find_spec(tracker)
-    # A folder of that name, such as the one for wandb's files, has no origin.
+    # A plain folder of that name, such as wandb's output folder, has no origin.
     if found is None or found.origin is None:
         raise ValueError(f"{tracker} is not installed: pip install {tracker}")
     return tracker
@@ -109,7 +109,7 @@ def _installed(tracker: str) -> str:
 
 def _once(trackers: list[str]) -> list[str]:
     if len(set(trackers)) < len(trackers):
-        raise ValueError("name each tracker once")
+        raise ValueError("list each tracker only once")
     return trackers
 
 
@@ -120,38 +120,37 @@ Ref = Annotated[str, AfterValidator(_ref)]
 BaseModelName = Annotated[str, AfterValidator(_base_model)]
 """A model folder, made absolute, or a Hugging Face id."""
 TemplateName = Annotated[str, AfterValidator(_template)]
-"""The name of a prompt template."""
+"""Name of a prompt template."""
 Url = Annotated[HttpUrl, AfterValidator(_without_key)]
-"""An endpoint. Who asks it reads the key from the environment."""
+"""An endpoint. Its key comes from the environment, never from the URL."""
 NewTokens = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=64)], ...],
     BeforeValidator(_new_tokens),
     AfterValidator(_distinct),
 ]
-"""Words, in a list or in a file of one word a line."""
+"""Words: a list, or a file with one word per line."""
 Trackers = Annotated[
     list[Annotated[Literal["wandb", "trackio", "mlflow"], AfterValidator(_installed)]],
     AfterValidator(_once),
 ]
-"""Experiment trackers, which are installed here."""
+"""Experiment trackers; each must be installed."""
 
 
 class Source(Settings):
-    """Data files: one file, every file in a folder, or a glob. A bare path means a source of weight 1."""
+    """Data files: one file, all files in a folder, or a glob. A bare path means a source of weight 1."""
 
     path: str
-    """A file, a folder (all files in it, not below it, but for a README or licence), or a glob such as
-    `data/*.jsonl`."""
+    """A file, a folder (the files directly in it, except a README or licence), or a glob such as `data/*.jsonl`."""
     weight: float = Field(default=1.0, gt=0, le=100)
-    """How often its rows are used in one epoch: 2 twice each, 0.5 every second one, by the job's seed."""
+    """How often each row is used per epoch: 2 means twice; 0.5 means a random half, drawn with the job's seed."""
     files: tuple[Path, ...] = Field(default=(), init=False)
-    """The files that `path` means, by name. Not a setting."""
+    """The files that `path` matches, sorted. Not a setting."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         if isinstance(value, dict) and "files" in value:
-            raise ValueError("give `path`; `files` follows from it")
+            raise ValueError("set `path` instead of `files`")
         return {"path": str(value)} if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
@@ -176,12 +175,12 @@ class Source(Settings):
 
 
 class OnError(Settings):
-    """What happens when a data file holds bad rows; each is reported by file, line and reason anyway."""
+    """Treatment of bad rows in data files. Every bad row is reported by file, line and reason."""
 
     action: Literal["stop", "skip"] = "stop"
-    """`stop`: train on none. `skip`: train on the others."""
+    """`stop`: do not train. `skip`: train on the other rows."""
     limit: int = Field(default=100, ge=0)
-    """The most bad rows that may be skipped; more mean that something else is wrong."""
+    """Maximum number of bad rows to skip; with more, the job fails."""
 
     @model_validator(mode="before")
     @classmethod

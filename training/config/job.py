@@ -1,4 +1,4 @@
-"""What jobs of several stages share."""
+"""Settings that jobs of several stages share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -20,126 +20,126 @@ _A_BASE = "this job makes a base model"
 
 
 Rows = Literal["documents", "chats", "preferences", "feedback", "prompts"]
-"""The kinds of canonical rows (training.data)."""
+"""Kinds of canonical rows (see training.data)."""
 
 
 class Job(Settings):
-    """What every stage shares. Facts about a stage that are no settings stand here too, and in its own class."""
+    """Settings of every stage. Class variables hold facts about a stage that are not settings."""
 
     reads: ClassVar[Rows]
-    """What its train_files hold."""
+    """Kind of rows in train_files."""
     in_one_process: ClassVar[bool] = False
-    """Whether it cannot be launched as several processes."""
+    """Whether the stage trains in a single process only."""
 
     stage: str
     name: Name
-    """Name of what is made: an adapter, or a base model (stage scratch, and any stage with `merge: true`)."""
+    """Name of the adapter, or of the base model (stage scratch, `merge: true` and `full: true`), that the job makes."""
     train_files: Annotated[list[Source], Field(min_length=1)]
-    """Data files, folders or globs; formats are recognised row by row (docs/data.md)."""
+    """Data files, folders or globs. The format of each row is detected (docs/data.md)."""
     on_error: OnError = OnError()
-    """`stop`: report every bad row and train on none. `skip`: report them and train on the others."""
+    """`stop` (default): report all bad rows and do not train. `skip`: report them and train on the other rows."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     batch_size: int = Field(default=8, ge=1)
-    """Rows in one step, on each device."""
+    """Rows per step, on each device."""
     seed: int = Field(default=0, ge=0)
-    """Seed of everything random: the same config on the same machine makes the same tensors."""
+    """Random seed. The same config on the same machine gives the same tensors."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of torch; None leaves the choice to torch. Another number changes the last digits."""
+    """CPU threads of torch; the number affects the last digits of results. Default: torch decides."""
     report_to: Trackers = Field(default=[])
-    """Experiment trackers that get the numbers of a run beside TensorBoard: wandb, trackio, mlflow (docs/runs.md)."""
+    """Experiment trackers that get the metrics in addition to TensorBoard: wandb, trackio, mlflow (docs/runs.md)."""
 
     @classmethod
     def would_make_base(cls, settings: Mapping[str, Any]) -> bool:
-        """Whether a job of these settings, checked or not, makes a base model."""
+        """Whether a job with these settings, validated or not, makes a base model."""
         return False
 
     @property
     def makes_base(self) -> bool:
-        """Whether the product is a base model in <data>/models/<name>, and not an adapter in the store."""
+        """Whether the job makes a base model in <data>/models/<name> instead of an adapter in the store."""
         return self.would_make_base(vars(self))
 
     @property
     def data(self) -> dict[str, list[Source]]:
-        """All data files, by setting."""
+        """Data sources by setting."""
         return {"train_files": self.train_files}
 
     def pinned(self, refs: Mapping[str, str]) -> Self:
-        """The job with revisions in the place of its refs."""
+        """Return the job with each ref replaced by its revision."""
         return self
 
     def settings(self) -> dict[str, Any]:
-        """All settings as YAML has them, without those that nobody may give beside the others."""
+        """Return all settings as in YAML, without those that the other settings rule out."""
         return self.model_dump(mode="json")
 
 
 class AdapterJob(Job):
-    """What every stage that makes an adapter shares."""
+    """Settings of every stage that makes an adapter."""
 
     in_pairs: ClassVar[bool] = False
-    """Whether a row is two sequences, of which the second is learnt to be worse."""
+    """Whether a row is a pair of sequences, chosen and rejected."""
     has_reference: ClassVar[bool] = False
-    """Whether it scores its rows by a frozen reference model, too."""
+    """Whether the stage also scores its rows with a frozen reference model."""
     generates: ClassVar[bool] = False
-    """Whether it learns from answers of its own."""
+    """Whether the stage generates the answers that it learns from."""
 
     base_model: BaseModelName
-    """Folder of the base model, or its Hugging Face id. Served adapters need the same base."""
+    """Folder or Hugging Face id of the base model. The service must run the same base to serve the adapter."""
     chat_template: TemplateName | None = None
-    """Prompt template by name (docs/templates.md), for a base that has none; it travels with the adapter. Left
-    out: that of the adapter that training goes on with, or else the base's own."""
+    """Name of a prompt template (docs/templates.md), for a base without one; published with the adapter. Default: the
+    template of the adapter that training continues from, or else the base's own."""
     control_tokens: Literal["text", "tokens"] = "text"
-    """What a control token in the text of a message is, such as `<|im_start|>`: `text`, the letters it is written with,
-    as the service takes it; or `tokens`, itself, for data that was rendered before."""
+    """How control tokens in message text, such as `<|im_start|>`, are tokenized. `text`: as ordinary text, as the
+    service does. `tokens`: as control tokens, for data that is rendered already. Default: `text`."""
     evaluation_files: list[Source] = Field(default=[])
-    """Data files for the measures before and after training; never trained on."""
+    """Data files to evaluate on before and after training; never trained on."""
     general_files: list[Source] = Field(default=[])
-    """Data files of general ability, never trained on: the loss on them before and after training says what was
-    forgotten."""
+    """Data files of general ability, never trained on. The loss on them before and after training measures
+    forgetting."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with the base model, which then can do whatever you can do."""
+    """Run the Python code that comes with the base model, with your permissions."""
     lora: Lora = Lora()
     merge: bool = False
-    """Make a new base model with the adapter merged into it, <data>/models/<name>, instead of an adapter."""
+    """Merge the adapter into a new base model, <data>/models/<name>, instead of publishing it."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """Hold the frozen base model in fewer bits while training (NF4 with double quantisation, or LLM.int8): a
-    quarter or half of the memory, and slower. What is made is for the plain base model."""
+    """Quantize the frozen base model during training (4bit: NF4 with double quantization; 8bit: LLM.int8): a quarter
+    or half of the memory, but slower. The result is for the unquantized base model."""
     rope_scaling: RopeScaling | None = None
-    """Stretch the base model's context. The adapter is of use there only: it needs `merge: true`."""
+    """Extend the base model's context. Needs `merge: true`: the adapter works only with the extended context."""
     max_length: int = Field(default=1024, ge=16)
-    """Longest row in tokens."""
+    """Maximum length of a row, in tokens."""
     golden: Golden = Golden()
     publish: Publish = Publish()
     licence: str | None = None
-    """Licence of the adapter, kept in its manifest."""
+    """Licence of the adapter, for its manifest."""
     notes: str | None = None
-    """Anything a reader of the manifest should know."""
+    """Notes for readers of the manifest."""
     checkpoint_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints, which a killed or stopped run is resumed from; None: four in a run."""
+    """Steps between checkpoints, from which killed or stopped runs resume. Default: four checkpoints per run."""
 
     @property
     def starts_from(self) -> str | None:
-        """Ref of the adapter that training goes on with; None for a fresh one."""
+        """Ref of the adapter that training continues from; None for a new adapter."""
         return None
 
     @property
     def rewards(self) -> Sequence[Reward]:
-        """What answers are rewarded for."""
+        """Rewards of the answers."""
         return ()
 
     @property
     def longest_answer(self) -> int:
-        """The most tokens that are generated behind a row."""
+        """Maximum number of tokens generated per row."""
         return 0
 
     @property
     def is_full(self) -> bool:
-        """Whether all weights are trained, and there is no adapter."""
+        """Whether the job trains all weights instead of an adapter."""
         return False
 
     @property
     def added_tokens(self) -> Sequence[str]:
-        """Words that the tokenizer learns."""
+        """Words that the job adds to the tokenizer."""
         return ()
 
     @property
@@ -149,12 +149,12 @@ class AdapterJob(Job):
 
     @classmethod
     def would_make_base(cls, settings: Mapping[str, Any]) -> bool:
-        """With `merge: true`."""
+        """See Job. True with `merge: true`."""
         return settings.get("merge") is True
 
     @property
     def data(self) -> dict[str, list[Source]]:
-        """All data files, by setting."""
+        """Data sources by setting."""
         return {
             "train_files": self.train_files,
             "evaluation_files": self.evaluation_files,
@@ -179,17 +179,17 @@ class AdapterJob(Job):
         ):
             if asked:
                 raise ValueError(
-                    f"{name} needs `merge: true`: the serving engine takes no adapter that brings it"
+                    f"{name} needs `merge: true`: the serving engine cannot load it in an adapter"
                 )
         return self
 
     @model_validator(mode="after")
     def _nothing_of_an_adapter_for_a_base(self) -> Self:
-        # Compared with the defaults, which a config that was dumped has in it.
+        # Compare with the defaults: a dumped config spells them out.
         if self.makes_base and self.publish != Publish():
-            raise ValueError(f"publish.alias has no effect: {_A_BASE}, which no alias can point at")
+            raise ValueError(f"publish.alias has no effect: {_A_BASE}, and aliases point only at adapters")
         if self.makes_base and self.golden != Golden():
-            raise ValueError(f"golden has no effect: {_A_BASE}, which proves itself by no golden prompts")
+            raise ValueError(f"golden has no effect: {_A_BASE}, and only adapters have golden prompts")
         return self
 
     @model_validator(mode="after")
@@ -197,11 +197,13 @@ class AdapterJob(Job):
         sources = (source for sources in self.data.values() for source in sources)
         names = [file.name for source in sources for file in source.files]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"data files need different names, for the manifest: {', '.join(sorted(twice))}")
+            raise ValueError(f"data files need distinct names for the manifest: {', '.join(sorted(twice))}")
         return self
 
     @model_validator(mode="after")
     def _no_shape_for_what_has_one(self) -> Self:
         if self.starts_from and "lora" in self.model_fields_set:
-            raise ValueError(f"lora has no effect: {self.starts_from} has a shape already")
+            raise ValueError(
+                f"lora has no effect: training continues from {self.starts_from} and keeps its shape"
+            )
         return self

@@ -1,4 +1,4 @@
-"""A YAML file in, the config of its stage out, or every bad field at once."""
+"""Reads a job's YAML file into the config of its stage, and reports every bad field at once."""
 
 import typing
 from collections.abc import Collection
@@ -21,9 +21,9 @@ STAGES: dict[str, type[Job]] = {
 
 
 def load_config(path: Path, root: Path | None = None, *, to_come: Collection[Path] = ()) -> JobConfig:
-    """Read a job's YAML file. Relative paths in it start from `root`, or else the current directory.
+    """Load a job's YAML file. Relative paths in it start from `root` (default: the current directory).
 
-    `to_come`: resolved model folders that will be there when the job runs. Raises ConfigError naming the file and
+    `to_come`: resolved model folders that will exist when the job runs. Raises ConfigError that names the file and
     every bad field.
     """
     asked = read_yaml(path)
@@ -35,37 +35,37 @@ def load_config(path: Path, root: Path | None = None, *, to_come: Collection[Pat
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file. Raises ConfigError."""
+    """Return the settings in a YAML file. Raises ConfigError."""
     try:
         asked = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(asked, dict):
-        raise ConfigError(f"{path}: must hold settings, such as `stage: sft`")
+        raise ConfigError(f"{path}: must contain settings, such as `stage: sft`")
     return asked
 
 
 def dump_config(config: JobConfig) -> str:
-    """The config as YAML with every default filled in; `load_config` reads it back from anywhere."""
+    """Return the config as YAML, with defaults filled in and paths absolute."""
     return yaml.safe_dump(config.settings(), allow_unicode=True, sort_keys=False)
 
 
 def _explain(problem: Any) -> str:
-    """One pydantic error as `field: what is wrong`."""
+    """Format a pydantic error as `field: problem`."""
     at = list(problem["loc"])
     model: Any = STAGES[str(at.pop(0))] if at and at[0] in STAGES else None
     field = ".".join(map(str, at)) or "stage" * problem["type"].startswith("union_tag")
     if problem["type"] == "extra_forbidden":
         return f"{field}: {no_such_setting(str(at[-1]), _fields(model, at[:-1]))}"
     if problem["type"].startswith("union_tag"):
-        return f"stage: give one of {', '.join(STAGES)}"
+        return f"stage: must be one of {', '.join(STAGES)}"
     return f"{field}: {in_words(problem)}" if field else in_words(problem)
 
 
 def _fields(model: Any, path: list[str | int]) -> list[str]:
-    """The settings there are in the block at `path`."""
+    """Return the settings of the block at `path`."""
     for part in path:
         if isinstance(part, int):
             continue

@@ -20,7 +20,7 @@ TEMPLATES = [path for path in SHIPPED if path.parent.name == "configs"]
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, object]:
-    """The least an SFT job must say, with files that exist."""
+    """The required settings of an SFT job, with files that exist."""
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "heldout.jsonl").write_text("{}\n")
     (tmp_path / "base").mkdir()
@@ -32,7 +32,7 @@ LEAST: dict[str, dict[str, object]] = {
     "ppo": {"policy": "doctor", "reward": "doctor-rm@default", "steps": 1},
     "grpo": {"policy": "doctor", "reward": ["doctor-rm", {"function": "rewards:length"}], "steps": 1},
 }
-"""What a stage must be told beside what an SFT job must; None takes something away."""
+"""Required settings of a stage beyond those of an SFT job; None removes one."""
 
 
 def job_of(stage: str, job: dict[str, object], **changes: object) -> dict[str, object]:
@@ -52,19 +52,17 @@ def refusal(tmp_path: Path, job: object) -> str:
     return str(caught.value)
 
 
-def test_every_stage_has_a_config_to_start_from() -> None:
+def test_every_stage_has_an_example_config() -> None:
     assert {path.stem for path in TEMPLATES} == set(STAGES)
 
 
-def test_the_demo_has_a_config_for_each_of_its_jobs() -> None:
+def test_the_demo_has_a_config_for_each_job() -> None:
     demo = {path.name for path in SHIPPED if path.parent.name == "demo"}
     assert demo == {"base.yaml", "doctor.yaml", "doctor-rm.yaml", "doctor-ppo.yaml", "leaflet.yaml"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_every_shipped_config_can_be_read(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_shipped_config_loads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     demo = path.parent.name == "demo"
     root = tmp_path if demo else tmp_path / "xinglin-data"
@@ -74,11 +72,11 @@ def test_every_shipped_config_can_be_read(
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
-def test_a_shipped_config_says_how_to_run_it(path: Path) -> None:
+def test_a_shipped_config_states_its_command(path: Path) -> None:
     assert f"python -m training run training/configs/{path.name}" in path.read_text()
 
 
-def test_defaults_are_filled_in_and_paths_made_absolute(tmp_path: Path, job: dict[str, object]) -> None:
+def test_defaults_are_filled_in_and_paths_are_absolute(tmp_path: Path, job: dict[str, object]) -> None:
     config = load(tmp_path, job)
     assert isinstance(config, SftConfig)
     assert config.train_files == [Source(path=str(tmp_path / "train.jsonl"))]
@@ -116,7 +114,7 @@ def test_a_dumped_config_is_the_same_config_from_anywhere(
         ("grpo", {"reward": {"judge": "http://127.0.0.1:8000/v1", "judge_model": "m"}}),
     ],
 )
-def test_what_was_set_survives_the_dump(
+def test_settings_survive_the_dump(
     stage: str,
     change: dict[str, object],
     tmp_path: Path,
@@ -152,7 +150,7 @@ def test_what_was_set_survives_the_dump(
         ),
         (
             {"train_files": [{"path": "train.jsonl", "files": ["x"]}]},
-            "train_files.0: give `path`; `files` follows from it",
+            "train_files.0: set `path` instead of `files`",
         ),
         ({"on_error": "ignore"}, "on_error.action: must be 'stop' or 'skip'"),
         ({"base_model": "no/such/folder"}, "base_model: no such folder:"),
@@ -160,23 +158,23 @@ def test_what_was_set_survives_the_dump(
         ({"adapter": "my doctor@default"}, "adapter: 'my doctor' cannot name an adapter"),
         ({"publish": {"alias": "0123456789ab"}}, "publish.alias: '0123456789ab' cannot name an alias"),
         ({"golden": {"prompts": 3}}, "golden.prompts: must be at least 8"),
-        ({"epochs": 1, "max_steps": 5}, "give epochs or max_steps, not both"),
+        ({"epochs": 1, "max_steps": 5}, "set epochs or max_steps, not both"),
         (
             {"evaluation_files": ["train.jsonl"]},
-            "data files need different names, for the manifest: train.jsonl",
+            "data files need distinct names for the manifest: train.jsonl",
         ),
         (
             {"general_files": ["train.jsonl"]},
-            "data files need different names, for the manifest: train.jsonl",
+            "data files need distinct names for the manifest: train.jsonl",
         ),
         ({"report_to": ["tensorboard"]}, "report_to.0: must be 'wandb', 'trackio' or 'mlflow'"),
         ({"report_to": "wandb"}, "report_to: must be a list"),
-        ({"stage": "sfft"}, "stage: give one of scratch, "),
-        ({"stage": None}, "stage: give one of scratch, "),
+        ({"stage": "sfft"}, "stage: must be one of scratch, "),
+        ({"stage": None}, "stage: must be one of scratch, "),
         ({"stage": "scratch", "steps": 1, "base_model": "base"}, "base_model: no such setting"),
     ],
 )
-def test_what_is_wrong_is_said_with_file_and_field(
+def test_an_error_names_file_and_field(
     tmp_path: Path, job: dict[str, object], change: dict[str, object], complaint: str
 ) -> None:
     assert f"{tmp_path / 'job.yaml'}: {complaint}" in refusal(tmp_path, {**job, **change})
@@ -197,33 +195,37 @@ def test_what_is_wrong_is_said_with_file_and_field(
             },
             "checkpoint_every has no effect with early_stop",
         ),
-        ("sft", {"adapter": "doctor", "lora": {"r": 4}}, "lora has no effect: doctor@default has a shape"),
+        (
+            "sft",
+            {"adapter": "doctor", "lora": {"r": 4}},
+            "lora has no effect: training continues from doctor@default",
+        ),
         (
             "dpo",
             {"policy": "doctor@canary", "lora": {"r": 4}},
-            "lora has no effect: doctor@canary has a shape",
+            "lora has no effect: training continues from doctor@canary",
         ),
-        ("ppo", {"lora": {"r": 4}}, "lora has no effect: doctor@default has a shape"),
-        ("rm", {"golden": {"prompts": 9}}, "golden has no effect: a reward adapter answers nothing"),
+        ("ppo", {"lora": {"r": 4}}, "lora has no effect: training continues from doctor@default"),
+        ("rm", {"golden": {"prompts": 9}}, "golden has no effect: a reward adapter does not generate"),
         (
             "rm",
             {"general_files": ["heldout.jsonl"]},
-            "general_files have no effect: a reward adapter answers nothing",
+            "general_files have no effect: a reward adapter does not generate",
         ),
         ("ppo", {"kl_coefficient": 0, "kl_target": 2}, "kl_target has no effect with kl_coefficient 0"),
         ("ppo", {"minibatch_size": 5}, "minibatch_size must divide batch_size"),
         ("grpo", {"generations": 5}, "generations must divide batch_size"),
         ("ppo", {"reward": []}, "reward: must have at least 1 entry"),
-        ("ppo", {"reward": {}}, "reward.0: give exactly one of adapter, model, function and judge, not none"),
+        ("ppo", {"reward": {}}, "reward.0: set exactly one of adapter, model, function and judge, not none"),
         (
             "ppo",
             {"reward": [{"adapter": "doctor-rm", "model": "base"}]},
-            "reward.0: give exactly one of adapter, model, function and judge, not adapter and model",
+            "reward.0: set exactly one of adapter, model, function and judge, not adapter and model",
         ),
         (
             "ppo",
             {"reward": [{"judge": "http://127.0.0.1/v1"}]},
-            "reward.0: judge and judge_model go together",
+            "reward.0: set judge and judge_model together",
         ),
         (
             "ppo",
@@ -239,13 +241,13 @@ def test_what_is_wrong_is_said_with_file_and_field(
         ),
     ],
 )
-def test_what_would_have_no_effect_is_refused(
+def test_a_setting_without_effect_is_rejected(
     stage: str, change: dict[str, object], complaint: str, tmp_path: Path, job: dict[str, object]
 ) -> None:
     assert f"job.yaml: {complaint}" in refusal(tmp_path, job_of(stage, job, **change))
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path, job: dict[str, object]) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path, job: dict[str, object]) -> None:
     assert len(refusal(tmp_path, {**job, "seed": -1, "batch_size": 0}).splitlines()) == 2
 
 
@@ -256,26 +258,26 @@ def test_all_problems_are_told_at_once(tmp_path: Path, job: dict[str, object]) -
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "model: num_key_value_heads must divide"),
     ],
 )
-def test_a_size_that_cannot_be_served_is_refused(
+def test_a_model_size_that_cannot_be_served_is_rejected(
     model: dict[str, int], complaint: str, tmp_path: Path, job: dict[str, object]
 ) -> None:
     assert complaint in refusal(tmp_path, job_of("scratch", job, model=model))
 
 
 @pytest.mark.parametrize("text", ["stage: [", "- a\n- b\n", "\xff"])
-def test_what_is_no_config_is_refused_with_its_file(tmp_path: Path, text: str) -> None:
+def test_an_invalid_config_file_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"job\.yaml: "):
         load_config(path)
 
 
-def test_a_missing_config_is_refused_with_its_file(tmp_path: Path) -> None:
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
         load_config(tmp_path / "none.yaml")
 
 
-def test_a_base_that_another_job_is_going_to_make_need_not_be_there(
+def test_a_base_that_an_earlier_job_makes_need_not_exist(
     tmp_path: Path, job: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "job.yaml"

@@ -48,7 +48,7 @@ def test_every_chat_stage_can_make_a_base(load: Any, stage: str) -> None:
 def test_what_no_engine_serves_needs_a_merge(load: Any, needs_merge: dict[str, Any]) -> None:
     load(merge=True, **needs_merge)
     with pytest.raises(
-        ConfigError, match="needs `merge: true`: the serving engine takes no adapter that brings it"
+        ConfigError, match="needs `merge: true`: the serving engine cannot load it in an adapter"
     ):
         load(**needs_merge)
 
@@ -63,17 +63,17 @@ def test_what_no_engine_serves_needs_a_merge(load: Any, needs_merge: dict[str, A
         ("pt", {"full": True, "lora": {"r": 8}}, "lora has no effect with `full: true`"),
         ("pt", {"full": True, "quantization": "4bit"}, "quantization has no effect with `full: true`"),
         ("pt", {"new_tokens": ["a"]}, "new_tokens needs `merge: true` or `full: true`"),
-        ("pt", {"new_tokens": ["a", "b", "a"], "full": True}, "new_tokens: these are there twice: a"),
-        ("pt", {"new_tokens": [" a"], "full": True}, "new_tokens: a token may not begin or end with white space"),
+        ("pt", {"new_tokens": ["a", "b", "a"], "full": True}, "new_tokens: duplicates: a"),
+        ("pt", {"new_tokens": [" a"], "full": True}, "new_tokens: a token must not begin or end with white space"),
         ("pt", {"new_tokens": "nowhere.txt", "full": True}, r"new_tokens: .*nowhere\.txt cannot be read"),
         ("pt", {"neftune_noise_alpha": 5}, "neftune_noise_alpha: no such setting"),
         ("sft", {"neftune_noise_alpha": 0}, "neftune_noise_alpha: must be more than 0"),
-        ("sft", {"neftune_noise_alpha": 5, "packing": True}, "neftune_noise_alpha goes by the length of a row"),
+        ("sft", {"neftune_noise_alpha": 5, "packing": True}, "neftune_noise_alpha depends on the length of a row"),
         ("sft", {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: must be at least"),
         ("ppo", {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: no such setting"),
         ("sft", {"quantization": "2bit"}, "quantization: must be '4bit' or '8bit'"),
         ("sft", {"merge": True, "rope_scaling": {"type": "linear", "factor": 1}}, r"rope_scaling\.factor: must be"),
-        ("rm", {"merge": True}, "merge: a reward adapter is not merged"),
+        ("rm", {"merge": True}, "merge: a reward adapter cannot be merged"),
     ],
 )  # fmt: skip
 def test_a_setting_without_effect_is_an_error(

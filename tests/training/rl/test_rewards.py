@@ -77,7 +77,7 @@ def test_default_judge_prompt() -> None:
 @pytest.mark.parametrize("prompt", ["{", "{answer", '{"mark": 1}', "{question}", "{}", "{answer.x}"])
 def test_unknown_braces_in_a_judge_prompt_are_refused(prompt: str) -> None:
     judge = {"judge": "http://127.0.0.1/v1", "judge_model": "m"}
-    with pytest.raises(ValueError, match="judge_prompt: write braces twice"):
+    with pytest.raises(ValueError, match="judge_prompt: double every brace"):
         RewardConfig(**judge, judge_prompt=prompt)
     RewardConfig(**judge, judge_prompt='{{"mark": {answer}}}')
 
@@ -150,5 +150,5 @@ def test_trust_remote_code_without_a_model_is_refused() -> None:
 
 @pytest.mark.parametrize("url", ["http://me:secret@127.0.0.1/v1", "http://secret@127.0.0.1/v1"])
 def test_a_judge_url_with_credentials_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="leave user and password out of the URL"):
+    with pytest.raises(ValueError, match="remove user and password from the URL"):
         RewardConfig(judge=url, judge_model="m")
