@@ -1,4 +1,4 @@
-"""The engineer's way to training: python -m training run | resume | demo | list | show"""
+"""Command line of training: python -m training run | resume | demo | list | show | ..."""
 
 import argparse
 import logging
@@ -35,32 +35,32 @@ from training.runs.stop import Stopped as RunStopped
 
 _EXAMPLES = """\
 examples:
-  python -m training demo                               a base model and its adapters from the bundled corpus
+  python -m training demo                               train the demo's base model and adapters
   python -m training run training/configs/sft.yaml      train an adapter and publish it
-  python -m training run pipeline.yaml                  several jobs, each on what those before it made
-  python -m training resume 20260102-030405-doctor-1a2b go on with a run that was killed or stopped
-  python -m training preview training/configs/sft.yaml  what a job would learn from, token by token
-  python -m training list                               all runs, newest last
-  python -m training show 20260102-030405-doctor-1a2b   one run, event by event
+  python -m training run pipeline.yaml                  run several jobs; later ones use the results of earlier ones
+  python -m training resume 20260102-030405-doctor-1a2b resume a run that was killed or stopped
+  python -m training preview training/configs/sft.yaml  show the training tokens of a job
+  python -m training list                               list all runs, newest last
+  python -m training show 20260102-030405-doctor-1a2b   show the events of one run
   tensorboard --logdir xinglin-data/runs                loss curves
 
-A config is one commented YAML file; take training/configs/*.yaml as a start.
+A config is one YAML file; start from a commented example in training/configs/.
 
 exit codes:
   0    done
   1    the run failed
   2    the command or the config is wrong
-  75   told to stop by SIGTERM or Ctrl-C, and stopped at a checkpoint
-  130  interrupted where there is no checkpoint, or by a second Ctrl-C
-After 1, 75, 130 or a kill, `resume` goes on from the run's last checkpoint, and a pipeline is called again.
+  75   stopped at a checkpoint after SIGTERM or Ctrl-C
+  130  interrupted before the first checkpoint, or by a second Ctrl-C
+After 1, 75, 130 or a kill, `resume` continues the run from its last checkpoint. To continue a pipeline, run it again.
 """
 
 
 def main() -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
     arguments = _parser().parse_args()
     progress.show_lines(logging.INFO if processes.leads() else logging.ERROR)
-    # A run that is told to stop says so in its events; a shell that starts it in the background has SIGINT ignored.
+    # Both signals must raise KeyboardInterrupt: shells start background jobs with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -72,7 +72,7 @@ def main() -> int:
         _say(f"stopped at {stopped}")
         return EXIT_CODE
     except KeyboardInterrupt:
-        _say("interrupted: see `python -m training list` for what may be resumed")
+        _say("interrupted: `python -m training list` shows the runs that can be resumed")
         return 130
     except AdapterError as error:
         _say(str(error))
@@ -107,7 +107,7 @@ def _carry_out(run_id: str, data_dir: Path, *, accept_changes: bool = False) -> 
     try:
         published = carry_out(run_id, data_dir, accept_changes=accept_changes)
     except RunStopped as stopped:
-        raise RunStopped(f"{stopped}: `python -m training resume {run_id}` goes on from there") from None
+        raise RunStopped(f"{stopped}: continue with `python -m training resume {run_id}`") from None
     if not processes.leads():
         return
     alias = f", and {published.ref.split('@')[0]}@{published.alias} points at it" if published.alias else ""
@@ -129,7 +129,7 @@ def _show(arguments: argparse.Namespace) -> None:
     path = arguments.data_dir / "runs" / arguments.run / EVENTS_FILE
     if not path.is_file():
         raise ConfigError(
-            f"there is no run {arguments.run} in {arguments.data_dir}; see `python -m training list`"
+            f"no run {arguments.run} in {arguments.data_dir}; `python -m training list` shows all runs"
         )
     print(path.parent)
     for event in read_events(path):
@@ -176,7 +176,7 @@ def _numbers(metrics: dict[str, float]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training",
-        description="Train adapters and publish them, ready to be served.",
+        description="Train adapters and publish them for serving.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -185,47 +185,45 @@ def _parser() -> argparse.ArgumentParser:
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("XINGLIN_DATA_DIR", "xinglin-data")),
-        help="where runs, models and the adapter store are (default: $XINGLIN_DATA_DIR or xinglin-data)",
+        help="folder of runs, models and the adapter store (default: $XINGLIN_DATA_DIR or xinglin-data)",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = subparsers.add_parser(
         "run",
         parents=[shared],
-        help="run a job, or a pipeline of them, and publish what it makes",
-        description="Run a job, or a pipeline of them, and publish what it makes. Ctrl-C or SIGTERM stops it at a "
-        "checkpoint, with exit code 75; `resume` goes on from there, and so does a pipeline that is run again.",
+        help="run a job or a pipeline, and publish the result",
+        description="Run a job or a pipeline, and publish the result. Ctrl-C or SIGTERM stops it at a checkpoint, with "
+        "exit code 75. Continue a run with `resume`, and a pipeline by running it again.",
     )
     run.add_argument(
         "config",
         type=Path,
         metavar="CONFIG.yaml",
-        help="one stage's settings, as in training/configs/, or a list of jobs: `pipeline: NAME` and `jobs: [...]`",
+        help="a job, as in training/configs/, or a pipeline: `pipeline: NAME` and `jobs: [...]`",
     )
     run.set_defaults(command=_run)
 
-    resume = subparsers.add_parser(
-        "resume", parents=[shared], help="go on with a run from its last checkpoint"
-    )
-    resume.add_argument("run", metavar="RUN", help="a run id, as `list` gives it")
+    resume = subparsers.add_parser("resume", parents=[shared], help="continue a run from its last checkpoint")
+    resume.add_argument("run", metavar="RUN", help="a run id from `list`")
     resume.add_argument(
         "--accept-changes",
         action="store_true",
-        help="go on although data files, adapters, the base model, reward functions or settings are not what they were "
-        "when the run began; the manifest names what has changed",
+        help="continue even if data files, adapters, the base model, reward functions or settings have changed since "
+        "the run began; the manifest lists the changes",
     )
     resume.set_defaults(command=_resume)
 
     demo = subparsers.add_parser(
-        "demo", parents=[shared], help="make the demo's models; does only what is missing"
+        "demo", parents=[shared], help="train the models of the demo that are missing or outdated"
     )
     demo.set_defaults(command=_demo)
 
     list_ = subparsers.add_parser("list", parents=[shared], help="list all runs")
     list_.set_defaults(command=_list)
 
-    show = subparsers.add_parser("show", parents=[shared], help="show one run, event by event")
-    show.add_argument("run", metavar="RUN", help="a run id, as `list` gives it")
+    show = subparsers.add_parser("show", parents=[shared], help="show the events of one run")
+    show.add_argument("run", metavar="RUN", help="a run id from `list`")
     show.set_defaults(command=_show)
     commands.add_to(subparsers, shared)
     return parser

@@ -1,4 +1,4 @@
-"""The commands about data and products: preview, estimate, merge, ... Heavy imports wait for their use."""
+"""Commands for data and results: preview, estimate, merge, ... Heavy imports happen only when a command needs them."""
 
 import argparse
 import sys
@@ -11,11 +11,9 @@ from training.errors import ConfigError
 from training.templates import NAMES, named
 
 Commands = Any
-"""What argparse's add_subparsers returns."""
+"""The return type of argparse's add_subparsers."""
 
-_TRUST = (
-    "run the Python code that comes with the base model, which then can do whatever you can do (default: off)"
-)
+_TRUST = "run the Python code that comes with the base model, with your permissions (default: off)"
 
 
 def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
@@ -23,9 +21,9 @@ def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
     preview = commands.add_parser(
         "preview",
         parents=[shared],
-        help="show rows as the model will see them, with the tokens that carry loss marked",
-        description="Show what a job would learn from: rendered rows, the tokens that carry loss, what is cut. "
-        "Trains nothing.",
+        help="show rows as the model sees them, with loss tokens marked",
+        description="Show the training data of a job without training: rendered rows, loss tokens, and what max_length "
+        "cuts off.",
     )
     preview.add_argument("config", type=Path, metavar="CONFIG.yaml")
     preview.add_argument(
@@ -36,61 +34,70 @@ def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
     estimate = commands.add_parser(
         "estimate",
         parents=[shared],
-        help="say how much memory a job needs, and what would make it fit",
-        description="Say how much memory a job needs, from the config.json of its base model alone: nothing is loaded "
-        "or trained. Told beside it: what this machine has, and which settings would make the job fit.",
+        help="estimate the memory a job needs, and suggest settings that make it fit",
+        description="Estimate the memory a job needs from the config.json of its base model, without loading or "
+        "training. Also shows the memory of this machine and settings that would make the job fit.",
     )
     estimate.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    estimate.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    estimate.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if available")
     estimate.set_defaults(command=_estimate)
 
     convert = commands.add_parser(
         "convert-adapter",
-        help="make an adapter of another tool, or of 2023 (.bin), one that can be published",
-        description="Make an adapter of another tool, or of 2023, one that can be published. Pickles are read as "
-        "tensors only: no code in them runs. Missing or foreign tensors are errors. SOURCE stays as it is.",
+        help="convert an adapter of another tool, or an old .bin adapter, so that it can be published",
+        description="Convert an adapter of another tool, or an old .bin adapter, so that it can be published. Pickles "
+        "are loaded as tensors only and run no code. Missing or unknown tensors are errors. SOURCE is not changed.",
     )
-    convert.add_argument("source", type=Path, metavar="SOURCE", help="the old adapter's folder")
-    convert.add_argument("target", type=Path, metavar="TARGET", help="a folder that does not exist yet")
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="folder of the adapter to convert")
+    convert.add_argument("target", type=Path, metavar="TARGET", help="output folder; must not exist yet")
     convert.add_argument(
         "--base",
         metavar="FOLDER|ID",
-        help="check every name and shape against this base model, and tie the adapter to it",
+        help="check all tensor names and shapes against this base model, and record it as the adapter's base",
     )
     convert.add_argument(
         "--golden",
         type=Path,
         metavar="FILE",
-        help="chats whose questions become golden prompts, so that servers can prove it; needs --base",
+        help="chats whose questions become golden prompts, so that servers can prove the adapter; needs --base",
     )
     convert.add_argument(
-        "--template", choices=NAMES, metavar="NAME", help=f"what it was trained with: {', '.join(NAMES)}"
+        "--template",
+        choices=NAMES,
+        metavar="NAME",
+        help=f"prompt template of its training: {', '.join(NAMES)}",
     )
     convert.add_argument(
-        "--drop", action="append", default=[], metavar="NAME", help="leave out this tensor or setting"
+        "--drop",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="drop this tensor or setting; may be repeated",
     )
     convert.set_defaults(command=_convert)
 
     merge = commands.add_parser(
         "merge",
         parents=[shared],
-        help="add one or several adapters, in order, into a base model",
-        description="Add one or several adapters, in order, into a base model, and write the full model. Needs about "
-        "6 bytes of memory a parameter (50 GB for 8 billion). Order matters for modules trained in full and for chat "
-        "templates: the last one stays. What was merged is recorded in xinglin_merge.json.",
+        help="merge one or more adapters into a base model",
+        description="Merge one or more adapters, in order, into a base model and write the full model. Needs about 6 "
+        "bytes of memory per parameter (50 GB for 8 billion). Order matters for modules trained in full and for chat "
+        "templates: the last one wins. xinglin_merge.json records the merged adapters.",
     )
     merge.add_argument(
         "adapters", nargs="+", metavar="ADAPTER", help="name, name@alias, name@revision or ./folder"
     )
     merge.add_argument(
-        "--base", required=True, metavar="FOLDER|ID", help="the base model: what the adapters were trained on"
+        "--base", required=True, metavar="FOLDER|ID", help="base model that the adapters were trained on"
     )
     merge.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default: models/<base>-<adapter>... in the data directory"
     )
-    merge.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the base's own")
     merge.add_argument(
-        "--any-base", action="store_true", help="merge adapters that were trained on another base, too"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the base model"
+    )
+    merge.add_argument(
+        "--any-base", action="store_true", help="also merge adapters that were trained on another base"
     )
     merge.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
     merge.set_defaults(command=_merge)
@@ -98,15 +105,17 @@ def add_to(commands: Commands, shared: argparse.ArgumentParser) -> None:
     export = commands.add_parser(
         "export",
         parents=[shared],
-        help="write one adapter as a full model, or as a plain PEFT folder",
-        description="Write one adapter for use elsewhere: merged into its base as a full model, or by itself as a "
-        "plain PEFT folder.",
+        help="export an adapter as a full model or as a plain PEFT folder",
+        description="Export an adapter for other tools: merged into its base as a full model, or alone as a plain PEFT "
+        "folder.",
     )
     export.add_argument("adapter", metavar="ADAPTER", help="name, name@alias, name@revision or ./folder")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     kind = export.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--base", metavar="FOLDER|ID", help="the base model to merge it into")
-    kind.add_argument("--adapter-only", action="store_true", help="adapter_config.json and tensors alone")
+    kind.add_argument("--base", metavar="FOLDER|ID", help="merge the adapter into this base model")
+    kind.add_argument(
+        "--adapter-only", action="store_true", help="write only adapter_config.json and the tensors"
+    )
     export.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
     export.set_defaults(command=_export)
 
@@ -120,7 +129,7 @@ def _preview(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config)
     if not isinstance(config, AdapterJob):
         raise ConfigError(
-            f"{arguments.config}: stage {config.stage} makes its tokenizer itself: nothing to preview"
+            f"{arguments.config}: stage {config.stage} has no tokenizer before training: nothing to preview"
         )
     rows = READERS[config.reads](config.train_files, config.on_error, config.seed)
     reading = config if isinstance(config, PtConfig) else None
@@ -147,7 +156,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config)
     if not isinstance(config, AdapterJob):
         raise ConfigError(
-            f"{arguments.config}: stage {config.stage} builds a small model: it needs little memory"
+            f"{arguments.config}: stage {config.stage} trains a small model: no estimate needed"
         )
     for line in report(config, AdapterStore(arguments.data_dir / "store"), arguments.device):
         print(line)

@@ -1,4 +1,4 @@
-"""The commands about data and products, as they are typed."""
+"""The commands for data and results, called as from the command line."""
 
 from pathlib import Path
 from shutil import copytree
@@ -28,7 +28,7 @@ def adapter(tiny_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
-def test_code_of_the_base_runs_only_if_the_flag_says_so(
+def test_code_of_the_base_runs_only_with_the_flag(
     command: str,
     tiny_dir: Path,
     coded: Path,
@@ -54,7 +54,7 @@ def test_code_of_the_base_runs_only_if_the_flag_says_so(
     assert type(AutoTokenizer.from_pretrained(out, trust_remote_code=True)).__name__ == "Words"
 
 
-def test_a_plain_folder_needs_no_trust(
+def test_a_plain_folder_rejects_the_trust_flag(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("export", "doctor", "--out", tmp_path / "out", "--adapter-only", "--trust-remote-code")
@@ -65,7 +65,7 @@ def test_a_plain_folder_needs_no_trust(
 def test_preview_shows_what_pt_reads(
     tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a base without a chat template, with new words and all."""
+    """On a base without a chat template, with new tokens."""
     mute = copytree(tiny_dir / "models" / "tiny", tmp_path / "mute")
     (mute / "chat_template.jinja").unlink()
     (tmp_path / "texts.txt").write_text(f"{WORD}。\nRest.\n")

@@ -43,7 +43,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """Six runs: one that succeeded, failed, was cancelled, stopped, was killed, and one that nobody began."""
+    """Six runs: succeeded, failed, cancelled, stopped, killed and not started."""
     ends: dict[str, list[Event]] = {
         "1-good": [Published(ref="doctor@0123456789ab", alias="default"), Succeeded()],
         "2-bad": [Failed(error="ValueError: no", traceback="Traceback …")],
@@ -71,7 +71,9 @@ def test_light_modules_load_no_machine_learning(module: str) -> None:
     assert found.stdout.strip() == "set()"
 
 
-def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_commands_and_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
         call(monkeypatch, "--help")
     assert left.value.code == 0
@@ -97,7 +99,7 @@ def test_list_shows_every_run(
     ]
 
 
-def test_list_tells_a_run_under_way_from_one_that_was_killed(
+def test_list_distinguishes_a_running_from_a_killed_run(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (data_dir / "runs" / "5-killed" / ".lock").open("w") as lock:
@@ -114,14 +116,14 @@ def test_list_changes_nothing(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(data_dir.rglob("*")) == before
 
 
-def test_where_nothing_was_run_the_list_is_empty(
+def test_list_is_empty_without_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "list", "--data-dir", tmp_path / "none") == 0
     assert capsys.readouterr().out == ""
 
 
-def test_show_tells_every_event(
+def test_show_prints_every_event(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "show", "1-good", "--data-dir", data_dir) == 0
@@ -141,14 +143,14 @@ def test_show_tells_every_event(
 
 
 @pytest.mark.parametrize("what", ["show", "resume"])
-def test_an_unknown_run_is_an_error_that_says_where_to_look(
+def test_an_unknown_run_is_an_error(
     what: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, what, "5", "--data-dir", data_dir) == 2
-    assert "there is no run 5 in" in capsys.readouterr().err
+    assert "no run 5 in" in capsys.readouterr().err
 
 
-def test_a_bad_config_is_one_line_and_exit_code_2(
+def test_a_bad_config_prints_one_line_and_exits_with_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "job.yaml").write_text("stage: nothing\n")
@@ -156,7 +158,7 @@ def test_a_bad_config_is_one_line_and_exit_code_2(
     assert capsys.readouterr().err == f"{tmp_path / 'job.yaml'}: stage: must be one of {', '.join(STAGES)}\n"
 
 
-def test_a_failed_run_is_one_line_and_exit_code_1(
+def test_a_failed_run_prints_one_line_and_exits_with_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "build_demo", lambda data_dir: 1 / 0)
@@ -165,7 +167,7 @@ def test_a_failed_run_is_one_line_and_exit_code_1(
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_told_to_stop_before_it_trains_is_cancelled(
+def test_a_signal_before_training_cancels_the_run(
     asked: signal.Signals, load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = SimpleNamespace(train=lambda *_: signal.raise_signal(asked))
@@ -183,18 +185,18 @@ def is_training(data_dir: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def job(tiny_dir: Path) -> Any:
-    """Long enough to be stopped at its first step."""
+    """A job long enough to be stopped at its first step."""
     return load_job(tiny_dir, SFT, epochs=2, max_steps=None, lora={"r": 4, "lora_dropout": 0.2})
 
 
 @pytest.fixture(scope="module")
 def whole(job: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What that job makes undisturbed."""
+    """The ref that the job publishes without interruption."""
     return run_job(job, tmp_path_factory.mktemp("whole")).ref
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_told_to_stop_does_so_at_a_checkpoint_and_can_be_resumed(
+def test_a_signal_stops_the_run_at_a_checkpoint_and_it_can_be_resumed(
     asked: signal.Signals,
     job: Any,
     whole: str,
@@ -214,9 +216,7 @@ def test_a_run_that_is_told_to_stop_does_so_at_a_checkpoint_and_can_be_resumed(
     assert not list(tmp_path.glob("store/doctor/revisions/*"))
     run_id = path.parent.name
     told = capsys.readouterr().err.splitlines()[-1]
-    expected = (
-        f"stopped at step {stopped.step} of 12: `python -m training resume {run_id}` goes on from there"
-    )
+    expected = f"stopped at step {stopped.step} of 12: continue with `python -m training resume {run_id}`"
     assert told == expected
 
     assert call(monkeypatch, "resume", run_id, "--data-dir", tmp_path) == 0
@@ -252,8 +252,8 @@ def signals_at_first_progress(monkeypatch: pytest.MonkeyPatch, *asked: signal.Si
     monkeypatch.setattr(EventLog, "write", write)
 
 
-def test_a_process_that_is_told_to_stop_ends_soon_with_code_75(job: Any, tmp_path: Path) -> None:
-    """And cannot be resumed by another before."""
+def test_a_process_exits_with_75_soon_after_sigterm(job: Any, tmp_path: Path) -> None:
+    """Until then, no other process can resume the run."""
     (tmp_path / "job.yaml").write_text(dump_config(job.model_copy(update={"epochs": 10_000})))
     told = tmp_path / "told"
     process = processes.start("run", tmp_path / "job.yaml", "--data-dir", tmp_path, told=told)

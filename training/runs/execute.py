@@ -93,7 +93,7 @@ def carry_out(run_id: str, data_dir: Path, *, join: bool = False, accept_changes
     """
     folder = (data_dir / "runs" / run_id).absolute()
     if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(f"there is no run {run_id} in {data_dir}; see `python -m training list`")
+        raise ConfigError(f"no run {run_id} in {data_dir}; `python -m training list` shows all runs")
     with _at_work(folder, wait=join) as events:
         before = processes.led(lambda: read_events(folder / EVENTS_FILE))
         if any(isinstance(event, Succeeded) for event in before):

@@ -238,7 +238,9 @@ def _make_in_turn(jobs: list[_Job]) -> None:
             try:
                 job.make()
             except Stopped as stopped:
-                raise Stopped(f"{stopped} of {job.path.name}: the same command goes on from there") from None
+                raise Stopped(
+                    f"{stopped} of {job.path.name}: run the same command again to continue"
+                ) from None
             except Exception as error:
                 raise JobFailed(f"{_failure(job)}: {type(error).__name__}: {error}") from error
 
@@ -275,7 +277,7 @@ def _make_side_by_side(jobs: list[_Job], parallel: int) -> None:
         _stop(running)
         if all(process.exitcode in (0, EXIT_CODE) for process in running):
             raise Stopped(
-                "a checkpoint of every job under way: the same command goes on from there"
+                "a checkpoint of every running job: run the same command again to continue"
             ) from None
         raise
     finally:

@@ -1,4 +1,4 @@
-"""Settings that save memory or make a base model: what goes with what."""
+"""Settings that save memory or make a base model, and their valid combinations."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def test_every_chat_stage_can_make_a_base(load: Any, stage: str) -> None:
     "needs_merge",
     [{"lora": {"use_dora": True}}, {"lora": {"modules_to_save": ["embed_tokens"]}}, {"rope_scaling": ROPE}],
 )
-def test_what_no_engine_serves_needs_a_merge(load: Any, needs_merge: dict[str, Any]) -> None:
+def test_a_setting_that_the_engine_cannot_serve_needs_merge(load: Any, needs_merge: dict[str, Any]) -> None:
     load(merge=True, **needs_merge)
     with pytest.raises(
         ConfigError, match="needs `merge: true`: the serving engine cannot load it in an adapter"
@@ -94,7 +94,7 @@ def test_a_setting_without_effect_is_an_error(
         ("dpo", {"merge": True, "policy": "doctor"}),
     ],
 )
-def test_what_was_set_survives_the_dump(
+def test_settings_survive_the_dump(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, changes: dict[str, Any]
 ) -> None:
     config = load(stage, **changes)
@@ -110,5 +110,5 @@ def test_new_tokens_may_be_a_file(load: Any) -> None:
     assert config.new_tokens == ("心肌梗死", "阿司匹林")
 
 
-def test_scaling_is_read_as_it_is(load: Any) -> None:
+def test_rope_scaling_is_read(load: Any) -> None:
     assert load(merge=True, rope_scaling=ROPE).rope_scaling == RopeScaling(type="linear", factor=2.0)

@@ -1,7 +1,7 @@
-"""Every config that is shipped, and every whole job in the documents, is carried out: on a tiny base, for few steps.
+"""Runs every shipped config, and every complete job in the docs, on a tiny base for a few steps.
 
-They are read as they stand. What they name is put where they look for it: the tiny model as the base model, adapters by
-the names they go on with, and some rows of the demo's data. Only how long they take is changed.
+The configs are read unchanged. A fixture provides what they name: the tiny model as the base model, the adapters they
+continue from, and some rows of the demo's data. Only the settings that decide how long a run takes are changed.
 """
 
 import re
@@ -32,7 +32,7 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def jobs_in(document: Path) -> list[dict[str, Any]]:
-    """Those of its YAML blocks that are jobs; others show some settings of one."""
+    """The YAML blocks that are complete jobs; other blocks show only some settings."""
     found = [yaml.safe_load(block) for block in blocks(document, "yaml")]
     return [block for block in found if isinstance(block, dict) and "stage" in block]
 
@@ -46,7 +46,7 @@ JOBS = [pytest.param(yaml.safe_load(path.read_text()), id=path.name) for path in
 
 @pytest.fixture(scope="module")
 def named_there(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the configs name: base model, adapters, data, and functions of the documents."""
+    """A folder with everything the configs name: base model, adapters, data, and functions from the docs."""
     folder = tmp_path_factory.mktemp("shipped") / "here"
     copytree(tiny_dir / "models" / "tiny", folder / "Qwen" / "Qwen3-0.6B")
     data_dir = folder / DATA_DIR
@@ -73,7 +73,7 @@ def named_there(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def here(named_there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as the current directory, which `python -m training` finds functions in."""
+    """A copy of it as the current directory, where `python -m training` looks for functions."""
     folder = copytree(named_there, tmp_path / "here")
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
@@ -87,7 +87,7 @@ def judge() -> Iterator[Judge]:
 
 
 def shortened(job: dict[str, Any]) -> dict[str, Any]:
-    """The job for two steps of little work."""
+    """The job, shortened to two small steps."""
     stage = job["stage"]
     asked = {**job, "threads": 1, "batch_size": 4}
     if stage == "scratch":
@@ -113,7 +113,7 @@ def judged_by(job: dict[str, Any], judge: Judge) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_it_publishes_what_it_promises(job: dict[str, Any], here: Path, judge: Judge) -> None:
+def test_the_job_publishes_its_adapter_or_base(job: dict[str, Any], here: Path, judge: Judge) -> None:
     path = here / "job.yaml"
     path.write_text(yaml.safe_dump(judged_by(shortened(job), judge)))
     published = run_job(load_config(path), DATA_DIR)

@@ -160,7 +160,7 @@ def test_a_run_that_succeeded_cannot_be_resumed_but_joined(
 
 
 def test_an_unknown_run_cannot_be_resumed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no run nowhere in"):
+    with pytest.raises(ConfigError, match="no run nowhere in"):
         carry_out("nowhere", tmp_path)
 
 

@@ -65,7 +65,7 @@ def test_interrupted_side_by_side_all_stop_at_a_checkpoint_and_make_the_same_as_
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(RunStopped, match="a checkpoint of every job under way"):
+    with pytest.raises(RunStopped, match="a checkpoint of every running job"):
         run_pipeline(path, data_dir, root=data_dir)
     stopped = [events(data_dir, name)[-1] for name in ("doctor", "leaflet")]
     assert all(isinstance(event, Stopped) and event.step < STEPS for event in stopped)
