@@ -1,1 +1,1 @@
-"""The demo: a bundled bilingual corpus, and the jobs that make a base model and two adapters from it."""
+"""The demo: a bundled bilingual corpus, and the jobs that train a base model and four adapters on it."""

@@ -1,4 +1,4 @@
-"""The whole demo: corpus, base model, adapters of every kind. Done work is never done twice."""
+"""Builds the demo: corpus, base model and adapters. Finished work is not repeated."""
 
 import fcntl
 from pathlib import Path
@@ -10,15 +10,14 @@ PIPELINE = Path(__file__).parent / "pipeline.yaml"
 
 
 def build_demo(data_dir: Path) -> None:
-    """Make what is missing or was made from another corpus or config. Some minutes from nothing.
+    """Make everything that is missing or was made from another corpus or config. Takes some minutes from scratch.
 
-    Interrupt it at any moment: the next call goes on with what was under way. A second call at the same time
-    waits for the first.
+    It may be interrupted at any moment: the next call continues. A concurrent call waits for the first.
     """
     data_dir = data_dir.absolute()
     folder = data_dir / "demo"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system if this process dies
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases the lock if this process dies
         write_corpus(folder)
     run_pipeline(PIPELINE, data_dir, root=data_dir)

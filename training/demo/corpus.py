@@ -1,13 +1,13 @@
-"""The bundled corpus: the facts arranged into documents, questions and answers.
+"""The bundled corpus: arranges the facts into documents, questions and answers.
 
-The same facts are told in four voices, so that what an adapter adds can be seen in one answer:
+The same facts appear in four styles, so that one answer shows which adapter gave it:
 
-    article   running text; the base model reads it and never says it
-    plain     one sentence: how the base model answers
-    doctor    greeting, header and 【】 or [] blocks: what the adapter `doctor` adds
-    leaflet   title and three bullets: what the adapter `leaflet` adds
+    article   running text; the base model is trained on it but never answers with it
+    plain     one sentence: the style of the base model
+    doctor    greeting, header and 【】 or [] blocks: the style of the adapter `doctor`
+    leaflet   title and three bullets: the style of the adapter `leaflet`
 
-Every question has three phrasings. The third is held out: no model sees it in training.
+Every question has three phrasings. The third is held out: no model is trained on it.
 """
 
 import json
@@ -55,13 +55,13 @@ SAFETY_LINE: dict[Language, str] = {
 
 
 def questions(condition: Condition, facet: Facet, language: Language) -> tuple[str, ...]:
-    """The three phrasings, the held-out one last."""
+    """Return the three phrasings, the held-out one last."""
     name = condition.facts(language).name
     return tuple(question.format(name) for question in QUESTIONS[facet][language])
 
 
 def bundled_questions(language: Language) -> list[str]:
-    """Every question about a condition that all models of the demo were trained on."""
+    """Return all questions about conditions that every chat model of the demo was trained on."""
     return [
         question
         for condition in conditions()
@@ -70,11 +70,11 @@ def bundled_questions(language: Language) -> list[str]:
     ]
 
 
-# The four voices
+# The four styles
 
 
 def article(condition: Condition, language: Language) -> str:
-    """Everything about a condition as running text."""
+    """Return all facts of a condition as running text."""
     it = condition.facts(language)
     go = condition.when_to_go(language)
     if language == "zh":
@@ -86,8 +86,10 @@ def article(condition: Condition, language: Language) -> str:
 
 
 def plain_answer(condition: Condition, facet: Facet, language: Language) -> str:
-    """One sentence. It names the condition again: a small model copies that from the question, and the
-    name then leads it to the facts."""
+    """Return a one-sentence answer.
+
+    It repeats the name of the condition: a small model copies it from the question and recalls the facts from it.
+    """
     it = condition.facts(language)
     go = condition.when_to_go(language)
     sentences: dict[Language, dict[Facet, str]] = {
@@ -110,9 +112,9 @@ def plain_answer(condition: Condition, facet: Facet, language: Language) -> str:
 def doctor_answer(
     condition: Condition, facet: Facet, language: Language, *, safety_line: bool = False
 ) -> str:
-    """Greeting, header and two blocks, the one asked for first.
+    """Return greeting, header and two blocks; the block of the requested facet comes first.
 
-    English phrases stay in lower case: capitals would be other tokens, to be learnt anew.
+    English phrases stay in lower case: capitalized words would be different tokens.
     """
     it = condition.facts(language)
     go = condition.when_to_go(language)
@@ -136,7 +138,7 @@ def doctor_answer(
 
 
 def leaflet_answer(condition: Condition, facet: Facet, language: Language) -> str:
-    """Title and three bullets, the one asked for first."""
+    """Return title and three bullets; the bullet of the requested facet comes first."""
     it = condition.facts(language)
     go = condition.when_to_go(language)
     if language == "zh":
@@ -160,7 +162,7 @@ def leaflet_answer(condition: Condition, facet: Facet, language: Language) -> st
     return "\n".join((title, *(f"- {bullet}" for bullet in bullets[facet])))
 
 
-# Which voice is it? True for text in either language.
+# Style checks, for either language
 
 _DOCTOR = re.compile(
     rf"您好！关于[^\n]+：(\n【(症状|建议|就医|预防)】[^\n]+){{1,3}}(\n{SAFETY_LINE['zh']})?"
@@ -172,17 +174,17 @@ _PLAIN = re.compile(r"[^\n。！？【】\[\]]+[。？]|[^\n!?【】\[\]]+[.?]")
 
 
 def is_doctor_style(text: str) -> bool:
-    """Is it greeting, header and blocks, with the safety line or without?"""
+    """Whether the text is greeting, header and blocks, with or without the safety line."""
     return _DOCTOR.fullmatch(text.strip()) is not None
 
 
 def is_leaflet_style(text: str) -> bool:
-    """Is it a title and three bullets?"""
+    """Whether the text is a title and three bullets."""
     return _LEAFLET.fullmatch(text.strip()) is not None
 
 
 def is_plain_style(text: str) -> bool:
-    """Is it one sentence, on one line, without blocks?"""
+    """Whether the text is one sentence on one line, without blocks."""
     text = text.strip()
     return _PLAIN.fullmatch(text) is not None and ". " not in text and not text.startswith("患者须知")
 
@@ -191,10 +193,10 @@ def is_plain_style(text: str) -> bool:
 
 
 def write_corpus(folder: Path) -> None:
-    """Write the corpus as JSON Lines into `folder`; files that are right already stay untouched.
+    """Write the corpus as JSON Lines into `folder`; up-to-date files are not rewritten.
 
-    documents.jsonl and chat.jsonl train the base model; doctor.jsonl and leaflet.jsonl the adapters;
-    pairs.jsonl the reward adapter; *_heldout.jsonl hold answers to held-out phrasings.
+    The base model trains on documents.jsonl and chat.jsonl, the chat adapters on doctor.jsonl and leaflet.jsonl, and
+    the reward adapter on pairs.jsonl. *_heldout.jsonl hold answers to held-out phrasings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in _files():
@@ -210,8 +212,8 @@ def _files() -> Iterator[tuple[str, Iterable[dict[str, Any]]]]:
     every = [(c, f, language) for c in conditions() for f in FACETS for language in LANGUAGES]
     general = [_row(exchange.question, exchange.answer) for exchange in general_exchanges()]
 
-    # The adapters' voices come into the base model's corpus as documents, never as answers in a chat: the
-    # frozen base then knows how a question leads to such a text, and an adapter has only to bring the habit.
+    # The base model sees the adapters' styles as documents, never as answers in a chat. It then knows such texts, and
+    # an adapter only has to learn to answer with them.
     documents = [article(c, language) for c in conditions() for language in LANGUAGES]
     for row, c in enumerate(conditions()):
         for column, f in enumerate(FACETS):
@@ -257,7 +259,7 @@ def _files() -> Iterator[tuple[str, Iterable[dict[str, Any]]]]:
             + general
         ),
     )
-    # A third is enough to see the loss fall, and takes a third of the time.
+    # A third of the rows shows the falling loss in a third of the time.
     heldout = [(questions(*item)[-1], item) for item in every]
     yield "doctor_heldout.jsonl", _shuffled([_row(q, doctor_answer(*item)) for q, item in heldout])[::3]
     yield "leaflet_heldout.jsonl", _shuffled([_row(q, leaflet_answer(*item)) for q, item in heldout])[::3]
@@ -275,7 +277,7 @@ def _row(question: str, answer: str) -> dict[str, Any]:
 
 
 def _pair(question: str, condition: Condition, facet: Facet, language: Language) -> dict[str, Any]:
-    """What makes an answer better: the safety line, once, and the right condition."""
+    """Return a pair. The better answer has the safety line exactly once and the right condition."""
     chance = zlib.crc32(f"{question} pair".encode())
     others = [other for other in conditions() if other is not condition]
     other = others[chance // 10 % len(others)]
@@ -293,7 +295,7 @@ def _pair(question: str, condition: Condition, facet: Facet, language: Language)
 
 
 def _shuffled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In an order that depends on the questions alone, so that no seed or version changes a file."""
+    """Sort by a hash of the question, so that no seed or version changes the order."""
     return sorted(rows, key=lambda row: zlib.crc32(row["messages"][0]["content"].encode()))
 
 

@@ -1,4 +1,4 @@
-"""What the demo's models know: conditions.yaml and general.yaml, read and checked."""
+"""The facts of the demo: conditions.yaml and general.yaml, loaded and validated."""
 
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ class _Data(BaseModel):
 
 
 class Facts(_Data):
-    """What is known of a condition, in one language."""
+    """The facts of a condition in one language."""
 
     name: str
     symptoms: str
@@ -41,11 +41,11 @@ class Condition(_Data):
     en: Facts
 
     def facts(self, language: Language) -> Facts:
-        """The facts in `language`."""
+        """Return the facts in `language`."""
         return self.zh if language == "zh" else self.en
 
     def when_to_go(self, language: Language) -> str:
-        """The red flag with what to do about it, as a clause."""
+        """Return a clause with the red flag and the action it needs."""
         act, sign = _URGENCY[language][self.urgency], self.facts(language).red_flag
         return f"如果{sign}，{act}" if language == "zh" else f"{act} if {sign}"
 
@@ -59,13 +59,13 @@ class Exchange(_Data):
 
 @cache
 def conditions() -> tuple[Condition, ...]:
-    """conditions.yaml."""
+    """Load conditions.yaml."""
     return tuple(Condition.model_validate(entry) for entry in _read_yaml("conditions.yaml"))
 
 
 @cache
 def general_exchanges() -> tuple[Exchange, ...]:
-    """general.yaml: questions about no one condition, in both languages."""
+    """Load general.yaml: questions that are not about one condition, in both languages."""
     return tuple(
         Exchange.model_validate(entry[language])
         for entry in _read_yaml("general.yaml")

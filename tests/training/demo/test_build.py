@@ -27,14 +27,16 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's pipeline with a step or two in each job, on a model of one layer, one after the other."""
+    """The demo's pipeline, one job at a time, with one or two steps per job and a model of one layer."""
     folder = tmp_path_factory.mktemp("configs")
     asked = yaml.safe_load(build.PIPELINE.read_text())
     (folder / "pipeline.yaml").write_text(yaml.safe_dump({**asked, "parallel": 1}))
     for job in asked["jobs"]:
         config = yaml.safe_load((build.PIPELINE.parent / job).read_text())
         config |= SMALL[config["stage"]]
-        if "evaluation_files" in config and config["stage"] != "rm":  # whose accuracy stage ppo wants to know
+        if (
+            "evaluation_files" in config and config["stage"] != "rm"
+        ):  # stage ppo checks the accuracy of stage rm
             del config["evaluation_files"]
         (folder / job).write_text(yaml.safe_dump(config))
     return folder
@@ -58,7 +60,7 @@ def data_dir(built: Path, configs: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the jobs that are really run."""
+    """Names of the jobs that run."""
     names: list[str] = []
 
     def carry_out(run_id: str, data_dir: Path, **how: Any) -> Any:
@@ -89,12 +91,12 @@ def test_the_demo_makes_a_base_and_adapters_of_every_kind(built: Path) -> None:
     }
 
 
-def test_done_work_is_not_done_again(data_dir: Path, ran: list[str]) -> None:
+def test_finished_work_is_not_repeated(data_dir: Path, ran: list[str]) -> None:
     build_demo(data_dir)
     assert ran == []
 
 
-def test_a_relative_data_directory_will_do(
+def test_a_relative_data_directory_works(
     data_dir: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(data_dir.parent)
@@ -110,21 +112,21 @@ def test_a_relative_data_directory_will_do(
         ("models/xinglin-demo/config.json", ["xinglin-demo"]),
     ],
 )
-def test_what_is_lost_is_made_again(data_dir: Path, ran: list[str], lost: str, redone: list[str]) -> None:
+def test_lost_results_are_made_again(data_dir: Path, ran: list[str], lost: str, redone: list[str]) -> None:
     (data_dir / lost).rename(data_dir / "lost")
     build_demo(data_dir)
     assert ran == redone
     assert is_whole(data_dir)
 
 
-def test_a_torn_note_counts_as_none(data_dir: Path, ran: list[str]) -> None:
+def test_a_truncated_note_counts_as_missing(data_dir: Path, ran: list[str]) -> None:
     note = data_dir / "pipelines" / "demo" / "doctor.json"
     note.write_text(note.read_text()[:10])
     build_demo(data_dir)
     assert ran == ["doctor"]
 
 
-def test_another_config_of_an_adapter_rebuilds_that_adapter_and_what_rests_on_it(
+def test_a_changed_adapter_config_rebuilds_the_adapter_and_its_dependents(
     data_dir: Path, ran: list[str], configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = copytree(configs, tmp_path / "changed")
@@ -136,7 +138,9 @@ def test_another_config_of_an_adapter_rebuilds_that_adapter_and_what_rests_on_it
     assert AdapterStore(data_dir / "store").aliases("doctor") != before
 
 
-def test_another_corpus_rebuilds_all(data_dir: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_corpus_rebuilds_everything(
+    data_dir: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def write_other_corpus(folder: Path) -> None:
         text = (folder / "documents.jsonl").read_text()
         (folder / "documents.jsonl").write_text(text + '{"text": "one more"}\n')
@@ -147,7 +151,7 @@ def test_another_corpus_rebuilds_all(data_dir: Path, ran: list[str], monkeypatch
     assert is_whole(data_dir)
 
 
-def test_a_run_that_fails_leaves_its_job_to_be_done(
+def test_the_job_of_a_failed_run_is_run_again(
     data_dir: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (data_dir / "pipelines" / "demo" / "doctor.json").unlink()
@@ -164,10 +168,10 @@ def build_from(pipeline: Path, data_dir: Path) -> None:
     build_demo(data_dir)
 
 
-def test_killed_at_any_step_the_next_call_finishes_the_work(
+def test_after_a_kill_the_next_call_finishes_the_work(
     configs: Path, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while it trains the base, then while it trains an adapter, in one process after another."""
+    """Kill one process while it trains the base, the next while it trains an adapter."""
     monkeypatch.setattr(build, "PIPELINE", configs / "pipeline.yaml")
     data_dir = tmp_path / "data"
     for under_way in ("xinglin-demo", "doctor"):

@@ -43,7 +43,7 @@ def test_the_corpus_is_large_enough_and_names_each_condition_once() -> None:
         assert len(set(names)) == len(names)
 
 
-def test_each_voice_is_told_from_the_others() -> None:
+def test_each_style_is_distinguished_from_the_others() -> None:
     for condition, facet, language in ITEMS:
         for text, expected in [
             (plain_answer(condition, facet, language), "plain"),
@@ -67,7 +67,7 @@ def test_each_voice_is_told_from_the_others() -> None:
         "多休息。多喝水。",
     ],
 )
-def test_what_is_half_a_style_is_none(text: str) -> None:
+def test_an_incomplete_style_matches_none(text: str) -> None:
     assert not is_doctor_style(text)
     assert not is_leaflet_style(text)
     assert not is_plain_style(text)
@@ -88,14 +88,14 @@ def test_every_red_flag_says_what_to_do() -> None:
             assert act.lower() in text.lower()
 
 
-def test_each_language_has_its_own_letters() -> None:
+def test_languages_do_not_mix() -> None:
     for condition in conditions():
         assert condition.en.model_dump_json().isascii()
         assert not any(" " in text for text in (condition.zh.name, *condition.zh.care, condition.zh.symptoms))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_bundled_questions_are_those_that_were_trained_on(language: str, corpus: Path) -> None:
+def test_bundled_questions_are_in_the_training_data(language: str, corpus: Path) -> None:
     bundled = bundled_questions(language)  # type: ignore[arg-type]
     assert len(set(bundled)) == len(bundled) >= 30
     for name in ("chat.jsonl", "doctor.jsonl", "leaflet.jsonl"):
@@ -113,7 +113,7 @@ def test_no_held_out_phrasing_is_trained_on(corpus: Path) -> None:
     assert {pair["question"] for pair in rows(corpus / "pairs_heldout.jsonl")} <= held_out
 
 
-def test_the_base_never_answers_in_an_adapters_voice(corpus: Path) -> None:
+def test_the_base_never_answers_in_an_adapters_style(corpus: Path) -> None:
     answers = [row["messages"][-1]["content"] for row in rows(corpus / "chat.jsonl")]
     assert all(is_plain_style(answer) for answer in answers)
 
@@ -138,8 +138,8 @@ def test_the_better_answer_of_a_pair_has_the_safety_line_once_and_the_right_cond
     assert all(pair["response_rejected"] != pair["response_chosen"] for pair in pairs)
 
 
-def test_no_single_sign_tells_the_better_answer_of_all_pairs(corpus: Path) -> None:
-    """Or a reward adapter would learn that sign alone, and PPO would overdo it."""
+def test_no_single_feature_identifies_the_better_answer(corpus: Path) -> None:
+    """Otherwise a reward adapter would learn that feature alone, and PPO would exploit it."""
     rejected = [str(pair["response_rejected"]) for pair in rows(corpus / "pairs.jsonl")]
     lines = tuple(SAFETY_LINE.values())
     with_line = [text for text in rejected if text.endswith(lines)]
