@@ -224,7 +224,7 @@ def test_a_signal_stops_the_run_at_a_checkpoint_and_it_can_be_resumed(
     (resumed,) = [event for event in read_events(path) if isinstance(event, Resumed)]
     assert resumed.step == stopped.step
     assert call(monkeypatch, "resume", run_id, "--data-dir", tmp_path) == 2
-    assert f"{run_id} has succeeded: there is nothing left to do" in capsys.readouterr().err
+    assert f"{run_id} has already succeeded: nothing to resume" in capsys.readouterr().err
 
 
 def test_a_second_interrupt_ends_a_run_at_once(
@@ -264,7 +264,7 @@ def test_a_process_exits_with_75_soon_after_sigterm(job: Any, tmp_path: Path) ->
     other = processes.start("resume", folder.name, "--data-dir", tmp_path, told=tmp_path / "other")
     other.join()
     assert other.exitcode == 1
-    assert f"{folder.name} is running: another process is at work on it" in (tmp_path / "other").read_text()
+    assert f"{folder.name} is running: another process is working on it" in (tmp_path / "other").read_text()
     assert process.pid
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)

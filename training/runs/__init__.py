@@ -1,1 +1,1 @@
-"""One run of a job: its folder, its events, its processes, and the pipeline of several."""
+"""Runs of jobs: folder, events, processes, and pipelines of several jobs."""

@@ -1,7 +1,7 @@
-"""What happens in a run, as events: one JSON object a line in the run's events.jsonl.
+"""Events of a run: one JSON object per line in the run's events.jsonl.
 
-The last line says how the run ended; a file without such an end belongs to a run that goes on, or that
-was killed. Light on purpose: no torch here.
+The last event says how the run ended. A file without an end event belongs to a run that is running or was killed. This
+module must not import torch.
 """
 
 from datetime import UTC, datetime
@@ -15,14 +15,14 @@ EVENTS_FILE = "events.jsonl"
 
 
 class _Event(BaseModel):
-    # A loss can be NaN or infinite, which plain JSON cannot say.
+    # A loss can be NaN or infinite, which plain JSON cannot express.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
 
 class Started(_Event):
-    """The run began."""
+    """The run started."""
 
     event: Literal["started"] = "started"
     run_id: str
@@ -31,14 +31,14 @@ class Started(_Event):
 
 
 class Progress(_Event):
-    """Training went on."""
+    """Training progressed."""
 
     event: Literal["progress"] = "progress"
     step: int
     max_steps: int
     eta_seconds: float
     metrics: dict[str, float]
-    """`loss` and whatever else the stage measures, over the steps since the last such event."""
+    """`loss` and the other metrics of the stage, over the steps since the last progress event."""
 
 
 class Evaluation(_Event):
@@ -50,7 +50,7 @@ class Evaluation(_Event):
 
 
 class Checkpoint(_Event):
-    """Trainer state was saved inside the run."""
+    """Trainer state was saved in the run's folder."""
 
     event: Literal["checkpoint"] = "checkpoint"
     step: int
@@ -59,7 +59,7 @@ class Checkpoint(_Event):
 
 
 class Published(_Event):
-    """What was made is where servers find it."""
+    """The result was published."""
 
     event: Literal["published"] = "published"
     ref: str
@@ -68,13 +68,13 @@ class Published(_Event):
 
 
 class Succeeded(_Event):
-    """The run ended well."""
+    """The run succeeded."""
 
     event: Literal["succeeded"] = "succeeded"
 
 
 class Failed(_Event):
-    """The run ended in an error."""
+    """The run failed with an error."""
 
     event: Literal["failed"] = "failed"
     error: str
@@ -82,20 +82,20 @@ class Failed(_Event):
 
 
 class Cancelled(_Event):
-    """The run was interrupted by its user."""
+    """The user interrupted the run."""
 
     event: Literal["cancelled"] = "cancelled"
 
 
 class Stopped(_Event):
-    """The run was told to stop and did so at a checkpoint, from which it can be resumed."""
+    """The run stopped on request, at a checkpoint from which it can be resumed."""
 
     event: Literal["stopped"] = "stopped"
     step: int
 
 
 class Resumed(_Event):
-    """The run goes on: from its last checkpoint, or from the beginning if it had none."""
+    """The run continues from its last checkpoint, or from the start if it had none."""
 
     event: Literal["resumed"] = "resumed"
     step: int
@@ -118,7 +118,7 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
 class EventLog:
-    """Appends events to a file; each is on its way to the disk before `write` returns."""
+    """Appends events to a file; `write` flushes each one before it returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -140,20 +140,20 @@ class EventLog:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """What a kill left half written must not swallow the next event."""
+    """Drop a line that a kill left incomplete; the next event would be appended to it."""
     if path.exists():
         with path.open("r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events in order. A last line torn by a crash, or being written now, is left out.
+    """Return all events in order. Ignores an incomplete last line, from a crash or a write in progress.
 
-    Raises ValueError naming any other line that is not an event.
+    Raises ValueError that names any other line that is not an event.
     """
     events: list[Event] = []
     lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
+    for number, line in enumerate(lines[:-1], start=1):  # after the last newline: empty or incomplete
         try:
             events.append(_EVENT.validate_json(line))
         except ValidationError as error:

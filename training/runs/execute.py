@@ -1,4 +1,4 @@
-"""One execution of a job: a run folder, its events, the stage, and publishing what it made.
+"""Executes a job: creates the run folder, runs the stage, records events and publishes the result.
 
 <data>/runs/<run_id>/   config.yaml  events.jsonl  tensorboard/  checkpoints/  result/
 <data>/models/<name>/   base models (stage scratch, and any with `merge: true`)
@@ -44,10 +44,10 @@ from training.runs.stop import Stopped
 CONFIG_FILE = "config.yaml"
 _LOCK = ".lock"
 _RESULT = "result"
-# Whoever looks whether a run is at work holds its lock for an instant.
+# is_running() of another process holds the lock for an instant.
 _TRIES, _SECONDS_BETWEEN_TRIES = 5, 0.1
 
-# Read by the libraries when they are first imported. What the user has set stays.
+# The libraries read these at their first import. Values set by the user take precedence.
 _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -56,10 +56,10 @@ _ENVIRONMENT = {
 
 
 def begin(config: JobConfig, data_dir: Path) -> str:
-    """Make the folder of a new run; returns its id.
+    """Create the folder of a new run and return the run's id.
 
-    Raises ConfigError if the base model to be made exists, or if a launcher started more than one process for a
-    stage that trains in one.
+    Raises ConfigError if the base model to make exists already, or if a launcher started several processes for a stage
+    that trains in one.
     """
     _check_processes(config)
     return processes.led(lambda: _make_folder(config, data_dir))
@@ -68,7 +68,7 @@ def begin(config: JobConfig, data_dir: Path) -> str:
 def _make_folder(config: JobConfig, data_dir: Path) -> str:
     if config.makes_base:
         _check_free(_model_folder(config, data_dir))
-    # Named so that runs sort by time, and two begun in one second differ.
+    # Names sort by time; the random suffix separates runs that start in the same second.
     folder = (
         data_dir
         / "runs"
@@ -80,16 +80,16 @@ def _make_folder(config: JobConfig, data_dir: Path) -> str:
 
 
 def carry_out(run_id: str, data_dir: Path, *, join: bool = False, accept_changes: bool = False) -> Published:
-    """Do the run, or what is left of it, and publish what it made.
+    """Execute the run, or the rest of it, and publish the result.
 
-    A run that was killed, stopped, interrupted or failed goes on from its last checkpoint, and makes what it
-    would have made undisturbed, bit for bit. What it is made from must be what it was at its first start, unless
-    it may `accept_changes`, which the manifest names then.
+    A run that was killed, stopped, interrupted or failed continues from its last checkpoint. Its result is bit for bit
+    that of an uninterrupted run. Its inputs must not have changed since its first start, unless `accept_changes`; the
+    manifest then lists the changes.
 
-    Whatever ends the run ends its events too: an error as `failed`, KeyboardInterrupt as `cancelled`, a stop
-    at a checkpoint as `stopped`; all are raised on. Nothing is half published, however it ends. Raises
-    ConfigError if there is no such run, nothing left to do, or another input than at its start, and Busy if another
-    process is at work on it; with `join` it waits for that process, and takes what is made already.
+    Every end is recorded as an event and re-raised: an error as `failed`, KeyboardInterrupt as `cancelled`, a stop at a
+    checkpoint as `stopped`. Publishing is atomic. Raises ConfigError if the run does not exist, has already succeeded
+    or has changed inputs, and Busy if another process is working on it. With `join`, waits for that process and returns
+    the result of a run that has succeeded.
     """
     folder = (data_dir / "runs" / run_id).absolute()
     if not (folder / CONFIG_FILE).is_file():
@@ -99,7 +99,7 @@ def carry_out(run_id: str, data_dir: Path, *, join: bool = False, accept_changes
         if any(isinstance(event, Succeeded) for event in before):
             if join:
                 return next(event for event in reversed(before) if isinstance(event, Published))
-            raise ConfigError(f"{run_id} has succeeded: there is nothing left to do")
+            raise ConfigError(f"{run_id} has already succeeded: nothing to resume")
         config = load_config(folder / CONFIG_FILE)
         _check_processes(config)
         run = Run(folder, events, AdapterStore(data_dir / "store"))
@@ -111,7 +111,7 @@ def carry_out(run_id: str, data_dir: Path, *, join: bool = False, accept_changes
 
 
 def is_running(folder: Path) -> bool:
-    """Whether some process is at work on a run."""
+    """Whether a process is working on the run."""
     try:
         with (folder / _LOCK).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -128,7 +128,7 @@ def _train_and_publish(config: JobConfig, run: Run, data_dir: Path, accept_chang
     try:
         published = _made_before(config, run, data_dir)
         if published is None:
-            if processes.leads():  # perhaps half written by a run that was killed
+            if processes.leads():  # may be incomplete, from a killed attempt
                 shutil.rmtree(run.folder / _RESULT, ignore_errors=True)
             stage = _load_stage(config.stage)
             result = stage.train(processes.led(lambda: _with_inputs_fixed(config, run, accept_changes)), run)
@@ -137,7 +137,7 @@ def _train_and_publish(config: JobConfig, run: Run, data_dir: Path, accept_chang
         if run.stop.is_asked or run.last_checkpoint() is None:
             run.events.write(Cancelled())
             raise
-        # Told to stop once, outside the loop that listens for it: while the product is made, most often.
+        # One signal outside the training loop, usually while the result is written.
         run.events.write(StoppedEvent(step=run.steps_done()))
         raise Stopped(f"step {run.steps_done()}, before anything was published") from None
     except Stopped:
@@ -165,7 +165,7 @@ def _with_inputs_fixed(config: JobConfig, run: Run, accept_changes: bool) -> Job
 
 def _load_stage(stage: str) -> Any:
     module = import_module(f"training.stages.{stage}")
-    # Bars for reading and writing files would tear the one that shows how training goes.
+    # Progress bars for file access would break up the bar of the training loop.
     import_module("transformers.utils.logging").disable_progress_bar()
     return module
 
@@ -173,14 +173,14 @@ def _load_stage(stage: str) -> Any:
 def _check_processes(config: JobConfig) -> None:
     if processes.count() > 1 and config.in_one_process:
         raise ConfigError(
-            f"stage {config.stage} trains in one process, and a launcher started {processes.count()}: run it as "
-            "`python -m training run CONFIG`"
+            f"stage {config.stage} trains in one process, but a launcher started {processes.count()}: run it without a "
+            "launcher, as `python -m training run CONFIG`"
         )
 
 
 @contextmanager
 def _at_work(folder: Path, *, wait: bool) -> Iterator[EventLog]:
-    """The leader holds the run and writes its events; the others take its word that it does."""
+    """Lock the run in the leader, which alone writes its events."""
     with ExitStack() as held:
 
         def hold() -> None:
@@ -192,7 +192,7 @@ def _at_work(folder: Path, *, wait: bool) -> Iterator[EventLog]:
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """One process at a time works on a run; the system frees it if that dies. Raises Busy."""
+    """Hold the lock of a run; the system releases it if the process dies. Raises Busy."""
     with (folder / _LOCK).open("a") as lock:
         for tries_left in reversed(range(_TRIES)):
             try:
@@ -200,7 +200,7 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
                 break
             except BlockingIOError as error:
                 if not tries_left:
-                    raise Busy(f"{folder.name} is running: another process is at work on it") from error
+                    raise Busy(f"{folder.name} is running: another process is working on it") from error
                 time.sleep(_SECONDS_BETWEEN_TRIES)
         yield
 
@@ -208,13 +208,16 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
 def _check_free(target: Path) -> None:
     if target.exists():
         raise ConfigError(
-            f"name: there is a base model {target} already, and adapters may rest on it; choose another name or "
+            f"name: there is a base model {target} already, and adapters may depend on it: choose another name or "
             "remove that folder"
         )
 
 
 def _made_before(config: JobConfig, run: Run, data_dir: Path) -> Published | None:
-    """What a run that was killed has published already, where that cannot simply be done again."""
+    """Return the base model that a killed attempt of this run has already published, if any.
+
+    Raises ConfigError if another base model has that name. Publishing an adapter twice is harmless.
+    """
     if not config.makes_base:
         return None
     result, target = run.folder / _RESULT, _model_folder(config, data_dir)
@@ -248,7 +251,7 @@ def _publish_base(result: Path, target: Path) -> Published:
     with flock(target.with_name(".lock")):
         _check_free(target)
         partial = target.with_name(f".{target.name}.partial")
-        if partial.exists():  # of a run that was killed
+        if partial.exists():  # from a killed run
             shutil.rmtree(partial)
         shutil.copytree(result, partial)
         for file in partial.iterdir():

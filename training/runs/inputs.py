@@ -1,7 +1,7 @@
-"""What a run is made from, fixed when it starts: each ref as a revision, each file by its digest.
+"""Inputs of a run, fixed when it starts: a revision for each ref, a digest for each file.
 
-<run>/inputs.json keeps it. Aliases move and files are written anew while a run is stopped, or still under way; a run
-that goes on must go on from the same, or say in the manifest what has changed.
+<run>/inputs.json stores them. Aliases may move and files may change while a run is running or stopped. A resumed run
+must use the same inputs, or list the changes in the manifest.
 """
 
 import importlib.util
@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from."""
+    """Inputs of a run."""
 
     settings: Mapping[str, Any]
-    """Those of the job."""
+    """Settings of the job."""
     files: Mapping[str, str]
     """SHA-256 of each data file, by its path."""
     refs: Mapping[str, str]
     """`name@revision` of each adapter, by the ref in the job."""
     models: Mapping[str, Mapping[str, str]]
-    """SHA-256 of the files of each model that the job reads, by the name in the job: base and reward models."""
+    """SHA-256 of the files of each base and reward model, by the model's name in the job."""
     functions: Mapping[str, str]
-    """SHA-256 of the files that reward functions come from, by `module:function`."""
+    """SHA-256 of the file that defines each reward function, by `module:function`."""
     changed: list[str] = field(default_factory=list)
-    """What has changed since the run began, and was accepted."""
+    """Changes since the run began that were accepted."""
 
 
 def fixed(
@@ -52,11 +52,11 @@ def fixed(
     *,
     accept_changes: bool,
 ) -> JobConfig:
-    """The job with its refs as revisions. `run` keeps what it is made from, from its first start on.
+    """Return the job with refs replaced by revisions, and store its inputs in `run` at the first start.
 
-    `settings` are those of the file that `config` was read from. `model_folder` gives the folder of a model, and
-    whether its code is trusted. Raises ConfigError for an input that cannot be had, and, unless told to accept
-    changes, for one that is not what it was when the run began.
+    `settings` are those of the file that `config` was read from. `model_folder` returns the folder of a model, given
+    its name and whether its code is trusted. Raises ConfigError for an input that is missing and, unless
+    `accept_changes`, for one that has changed since the run began.
     """
     now = _look(config, run, settings, store, model_folder)
     path = run / INPUTS_FILE
@@ -65,20 +65,20 @@ def fixed(
         changes = [*_changes(before, now)]
         if changes and not accept_changes:
             raise ConfigError(
-                f"{run.name} was begun with other inputs:\n  "
+                f"inputs of {run.name} have changed since it began:\n  "
                 + "\n  ".join(f"{what} {how}" for what, how in changes)
-                + f"\nput them back, begin a new run, or go on all the same by `python -m training resume {run.name} "
-                "--accept-changes`, which the manifest will say"
+                + "\nrestore them, start a new run, or accept the changes, which the manifest will list, with "
+                f"`python -m training resume {run.name} --accept-changes`"
             )
         for what, how in changes:
-            log.warning("goes on although %s %s", what, how)
+            log.warning("accepted change: %s %s", what, how)
         now = replace(now, changed=[*before.changed, *(what for what, _ in changes)])
     replace_text(path, json.dumps(asdict(now), indent=2, ensure_ascii=False) + "\n")
     return config.pinned(now.refs)
 
 
 def read_inputs(run: Path) -> Inputs:
-    """What a run was begun with."""
+    """Load the stored inputs of a run."""
     return Inputs(**json.loads((run / INPUTS_FILE).read_text(encoding="utf-8")))
 
 
@@ -118,11 +118,11 @@ def _refs(config: JobConfig) -> Iterator[str]:
 
 
 def _revision(ref: str, store: AdapterStore, run: Path) -> str:
-    """The revision that a ref names; where it names what this very run has published, the one it named before."""
+    """Return the revision of a ref. If this run published that revision itself, return the stored one."""
     try:
         manifest = store.get(AdapterRef.parse(ref))
     except AdapterError as error:
-        raise ConfigError(f"{ref}: {error}; `python -m adapters list` shows what there is") from error
+        raise ConfigError(f"{ref}: {error}; `python -m adapters list` shows all adapters") from error
     found = manifest.ref
     return read_inputs(run).refs.get(ref, found) if manifest.run_id == run.name else found
 
@@ -139,19 +139,19 @@ def _function(path: str) -> str:
     except ImportError as error:
         raise ConfigError(f"reward: there is no {path}: {error}") from error
     if found is None or found.origin is None or not Path(found.origin).is_file():
-        raise ConfigError(f"reward: there is no {path}: no module of that name can be found")
+        raise ConfigError(f"reward: there is no {path}: module not found")
     return sha256(Path(found.origin))
 
 
 def _changes(before: Inputs, now: Inputs) -> Iterator[tuple[str, str]]:
-    """What is different, and how. What: without paths of this machine, as a manifest may tell it."""
+    """Yield each changed input and its change. Inputs are named without local paths, for the manifest."""
     for name in _different(before.settings, now.settings):
         was, is_now = _short(before.settings.get(name)), _short(now.settings.get(name))
-        yield f"setting {name}", f"was {was}, and is {is_now}"
+        yield f"setting {name}", f"changed from {was} to {is_now}"
     for path in _different(before.files, now.files):
         yield f"file {Path(path).name}", _how(before.files, now.files, path)
     for ref in _different(before.refs, now.refs):
-        yield ref, f"was {before.refs.get(ref)}, and is {now.refs.get(ref)}"
+        yield ref, f"changed from {before.refs.get(ref)} to {now.refs.get(ref)}"
     for model in dict.fromkeys([*before.models, *now.models]):
         was_files, is_files = before.models.get(model, {}), now.models.get(model, {})
         for name in _different(was_files, is_files):
@@ -167,8 +167,8 @@ def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _how(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
     if name not in now:
-        return "is gone"
-    return "has other content" if name in before else "is new"
+        return "is missing"
+    return "has changed" if name in before else "is new"
 
 
 def _short(value: Any) -> str:

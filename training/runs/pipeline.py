@@ -1,12 +1,11 @@
-"""Several jobs in one go, each when what it rests on is made; what is made already is not made again.
+"""Pipelines: several jobs, each run as soon as the jobs it depends on are done. Up-to-date results are kept.
 
     pipeline: huatuo
     jobs: [pt.yaml, sft.yaml, rm.yaml, ppo.yaml]     # files beside this one
-    parallel: 1                                      # jobs at once
+    parallel: 1                                      # jobs at the same time
 
-What a job rests on follows from its config: the base model or the adapters that another job of the pipeline
-makes. Interrupt it or kill it at any moment: the next call goes on from the last checkpoint of what was under
-way.
+The dependencies of a job follow from its config: the base model and the adapters that other jobs of the pipeline make.
+A pipeline may be interrupted or killed at any moment: the next call resumes unfinished jobs from their checkpoints.
 """
 
 import fcntl
@@ -51,7 +50,7 @@ class _Asked(BaseModel, extra="forbid"):
 
 
 class _Note(BaseModel):
-    """How far a job is, and from what it is made."""
+    """Progress of a job: its run, the key of its inputs, and the ref of its result when done."""
 
     key: str
     run_id: str
@@ -59,7 +58,7 @@ class _Note(BaseModel):
 
 
 class _Job:
-    """One job, and what stands about it on disk."""
+    """One job and its note on disk."""
 
     def __init__(self, path: Path, config: JobConfig, folder: Path, data_dir: Path) -> None:
         self.path = path
@@ -71,13 +70,13 @@ class _Job:
         self.turn = ""
 
     def makes(self, needed: Path | AdapterRef) -> bool:
-        """Whether this is the job that a base model or an adapter comes from."""
+        """Whether this job makes that base model or adapter."""
         if self.config.makes_base:
             return needed == (self.data_dir / "models" / self.config.name).resolve()
         return isinstance(needed, AdapterRef) and needed.name == self.config.name
 
     def find_key(self) -> None:
-        """Digest of everything the product is made from; after those of the jobs it rests on."""
+        """Compute the digest of everything that determines the result. Call it for dependencies first."""
         digest = hashlib.sha256(self.path.read_bytes())
         for job in self.after:
             digest.update(f"after {job.key}\n".encode())
@@ -110,15 +109,15 @@ class _Job:
         return True
 
     def tell(self, what: str = "") -> None:
-        """Log the job with its turn among all."""
+        """Log the job with its number in the pipeline."""
         log.info("[%s] %s (stage %s)%s", self.turn, self.config.name, self.config.stage, what)
 
     def make(self) -> None:
-        """Begin, or go on with the run that was under way, whoever began it."""
+        """Start a run, or continue the unfinished one."""
         self.tell()
         note = self.note
         if note is None or not self._is_under_way(note):
-            if note is not None and self.config.makes_base:  # of this job, from something else
+            if note is not None and self.config.makes_base:  # made by this job from other inputs
                 shutil.rmtree(self.data_dir / "models" / self.config.name, ignore_errors=True)
             note = _Note(key=self.key, run_id=begin(self.config, self.data_dir))
             replace_text(self.note_path, note.model_dump_json() + "\n")
@@ -130,15 +129,15 @@ class _Job:
 
 
 def is_pipeline(path: Path) -> bool:
-    """Whether a YAML file asks for several jobs. Raises ConfigError."""
+    """Whether a YAML file is a pipeline. Raises ConfigError."""
     return "pipeline" in read_yaml(path)
 
 
 def run_pipeline(path: Path, data_dir: Path, root: Path | None = None) -> list[str]:
-    """Make what is missing or was made from something else; returns the refs of all that is made.
+    """Run all jobs whose results are missing or outdated; return the refs of all results.
 
-    Relative paths in the jobs' configs start from `root`, or else the current directory. A second call at the
-    same time waits for the first. Raises ConfigError before anything is begun, JobFailed, and Stopped.
+    Relative paths in the jobs' configs start from `root` (default: the current directory). A concurrent call waits for
+    the first. Raises ConfigError before any job starts, JobFailed, and Stopped.
     """
     data_dir = data_dir.absolute()
     asked = _read(path)
@@ -150,7 +149,7 @@ def run_pipeline(path: Path, data_dir: Path, root: Path | None = None) -> list[s
             job.find_key()
             job.turn = f"{number} of {len(jobs)}"
             if job.is_made:
-                job.tell(": already made from this data and config")
+                job.tell(": up to date")
         if asked.parallel == 1:
             _make_in_turn(jobs)
         else:
@@ -165,7 +164,7 @@ def _read(path: Path) -> _Asked:
         raise ConfigError("\n".join(f"{path}: {_explain(one)}" for one in error.errors())) from error
     names = [Path(file).stem for file in asked.jobs]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"{path}: jobs: files need different names: {', '.join(sorted(twice))}")
+        raise ConfigError(f"{path}: jobs: files need distinct names: {', '.join(sorted(twice))}")
     return asked
 
 
@@ -176,7 +175,7 @@ def _explain(problem: Any) -> str:
 
 
 def _load_jobs(path: Path, asked: _Asked, folder: Path, data_dir: Path, root: Path | None) -> list[_Job]:
-    """All jobs, each with those it rests on, which stand before it in the list."""
+    """Load all jobs with their dependencies, which must precede them in the list."""
     files = [path.parent / file for file in asked.jobs]
     bases = [job["name"] for job in map(read_yaml, files) if _makes_base(job)]
     to_come = [(data_dir / "models" / str(name)).resolve() for name in bases]
@@ -190,19 +189,19 @@ def _load_jobs(path: Path, asked: _Asked, folder: Path, data_dir: Path, root: Pa
                 _check_alias(job, needed, before[-1])
             elif makers:
                 raise ConfigError(
-                    f"{path}: jobs: {job.path.name} rests on {makers[0].path.name}: list that before it"
+                    f"{path}: jobs: {job.path.name} depends on {makers[0].path.name}: list {makers[0].path.name} first"
                 )
     return jobs
 
 
 def _makes_base(job: dict[str, Any]) -> bool:
-    """Whether settings as they stand in a file ask for a base model."""
+    """Whether a job with these raw settings makes a base model."""
     stage = STAGES.get(str(job.get("stage")))
     return stage is not None and "name" in job and stage.would_make_base(job)
 
 
 def _needs(config: JobConfig) -> list[Path | AdapterRef]:
-    """The base model and the adapters that a job rests on. A revision is what it is, whatever is made."""
+    """Return the base model and the aliases that a job depends on. A fixed revision is not a dependency."""
     if not isinstance(config, AdapterJob):
         return []
     rewards = [reward.adapter for reward in config.rewards]
@@ -211,13 +210,13 @@ def _needs(config: JobConfig) -> list[Path | AdapterRef]:
 
 
 def _check_alias(job: _Job, needed: Path | AdapterRef, maker: _Job) -> None:
-    """What is made must be what is then trained on."""
+    """Check that the dependency moves the alias that the job reads."""
     if isinstance(needed, AdapterRef) and isinstance(maker.config, AdapterJob):
         points = maker.config.publish.alias
         if points != needed.alias:
             raise ConfigError(
-                f"{job.path}: rests on {needed}, but {maker.path.name} points "
-                f"{'no alias' if points is None else points} at what it makes: set its publish.alias to {needed.alias}"
+                f"{job.path}: depends on {needed}, but {maker.path.name} moves "
+                f"{'no alias' if points is None else points}: set its publish.alias to {needed.alias}"
             )
 
 
@@ -227,8 +226,8 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting: another process is at work on pipeline %s", folder.name)
-            fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system if that process dies
+            log.info("waiting: another process is running pipeline %s", folder.name)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases the lock if that process dies
         yield
 
 
@@ -251,7 +250,7 @@ def _failure(job: _Job) -> str:
 
 
 def _make_side_by_side(jobs: list[_Job], parallel: int) -> None:
-    """Each job in a process of its own, as soon as what it rests on is made."""
+    """Run each job in its own process as soon as its dependencies are done."""
     left = [job for job in jobs if not job.is_made]
     running: dict[BaseProcess, _Job] = {}
     try:
@@ -260,7 +259,7 @@ def _make_side_by_side(jobs: list[_Job], parallel: int) -> None:
             ready = [job for job in left if not any(other in under_way for other in job.after)]
             for job in ready[: parallel - len(running)]:
                 place = min(set(range(parallel)) - {int(process.name) for process in running})
-                # A daemon, so that none goes on if this process ends between two lines.
+                # A daemon process ends with this one, even if this one ends before the finally block.
                 process: BaseProcess = _PROCESSES.Process(
                     target=_in_process, args=(job, place), name=str(place), daemon=True
                 )
@@ -285,7 +284,7 @@ def _make_side_by_side(jobs: list[_Job], parallel: int) -> None:
 
 
 def _stop(running: dict[BaseProcess, _Job]) -> None:
-    """At their next checkpoints."""
+    """Stop all running jobs at checkpoints and wait for them."""
     for process in running:
         process.terminate()
     for process in running:
@@ -300,7 +299,7 @@ def _in_process(job: _Job, place: int) -> None:
     progress.stand_at(place)
     try:
         job.make()
-    except Stopped:  # its events say so
+    except Stopped:  # recorded in the run's events
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
@@ -310,7 +309,7 @@ def _in_process(job: _Job, place: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Nobody is left to begin the next job, and who calls again should find this one at a checkpoint."""
+    """Stop at a checkpoint when the parent dies, so that the next call can resume this job."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

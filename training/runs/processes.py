@@ -1,8 +1,8 @@
-"""The processes that train one job together, as a launcher started them. Rank 0 leads: it alone writes and publishes.
+"""The processes of one distributed job. Rank 0, the leader, alone writes and publishes.
 
-A launcher (`accelerate launch`, torchrun) says in the environment who is who. What all must know in the same
-words, the leader tells: every process calls the functions below in the same order. Heavy imports wait until
-there is somebody to talk to.
+A launcher (`accelerate launch`, torchrun) sets rank and world size in the environment. The leader broadcasts values
+that all processes must agree on, so every process must call the functions below in the same order. torch and accelerate
+are imported only when there are several processes.
 """
 
 import os
@@ -15,22 +15,22 @@ T = TypeVar("T")
 
 
 def count() -> int:
-    """How many processes train together."""
+    """Number of processes (WORLD_SIZE)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def number() -> int:
-    """Which one of them this is, from 0."""
+    """Rank of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def leads() -> bool:
-    """Whether this is the process that writes; a process alone leads itself."""
+    """Whether this process is the leader; a single process is."""
     return number() == 0
 
 
 def led(work: Callable[[], T]) -> T:
-    """What `work` returns, or raises, where it is done by the leader alone."""
+    """Run `work` in the leader only; return its result, or raise its exception, in all processes."""
     if count() == 1:
         return work()
     told: list[Any] = [None, None]
@@ -46,12 +46,12 @@ def led(work: Callable[[], T]) -> T:
         raise failure
     if told[1] is not None:
         kind, message = told[1]
-        raise kind.__new__(kind, message)  # not by __init__, whose arguments only the leader knows
+        raise kind.__new__(kind, message)  # bypass __init__, whose arguments only the leader knows
     return told[0]
 
 
 def any_of(is_so: bool) -> bool:
-    """Whether it is so in any of the processes."""
+    """Whether the value is true in any process."""
     if count() == 1:
         return is_so
     told: list[bool] = [False] * count()
@@ -60,22 +60,24 @@ def any_of(is_so: bool) -> bool:
 
 
 def _distributed() -> Any:
-    """torch.distributed, connected."""
+    """Return torch.distributed, connected."""
     import torch  # noqa: PLC0415
     from accelerate import PartialState  # noqa: PLC0415
 
-    PartialState(cpu=not torch.cuda.is_available())  # connects the first time; the trainers take it over
+    PartialState(
+        cpu=not torch.cuda.is_available()
+    )  # the first call connects; the trainers reuse the connection
     return torch.distributed
 
 
 class Unheard(EventLog):
-    """The events of a process that does not lead: the leader's are the run's."""
+    """An event log that discards events, for processes other than the leader."""
 
     def __init__(self) -> None:
-        """Opens no file."""
+        """Open no file."""
 
     def write(self, event: Event) -> None:
-        """Does nothing."""
+        """Discard the event."""
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to close."""
+        """Close nothing."""

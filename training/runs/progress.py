@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a short line every few seconds anywhere else."""
+"""Progress of a run: a bar on a terminal, otherwise a line every few seconds."""
 
 import logging
 import time
@@ -13,21 +13,21 @@ _place = 0
 
 
 def stand_at(place: int) -> None:
-    """Draw on this line of the terminal from now on, where several processes train side by side."""
+    """Draw the bar on this line of the terminal, for parallel jobs."""
     global _place  # noqa: PLW0603 - there is one terminal
     _place = place
 
 
 def show_lines(level: int = logging.INFO) -> None:
-    """Write this package's lines from `level` on to stderr, and of other packages' the warnings."""
+    """Log to stderr: from this package at `level` and above, from other packages only warnings and above."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("training").setLevel(level)
-    # On a CPU with AVX512-BF16 it asks for a package that only answers faster, and that training has no use for.
+    # On CPUs with AVX512-BF16 it recommends a package that only speeds up inference, which training does not need.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class Meter:
-    """Shows steps, speed, loss and time left of one training loop."""
+    """Shows steps, speed, loss and remaining time of a training loop."""
 
     def __init__(self, title: str, max_steps: int, first_step: int = 0) -> None:
         self.max_steps = max_steps
@@ -41,13 +41,13 @@ class Meter:
         self._bar = None if bar.disable else bar  # disabled where stderr is not a terminal
 
     def eta_seconds(self) -> float:
-        """Time left at the speed so far; 0.0 as long as there is none."""
+        """Return the remaining seconds at the average speed so far; 0.0 before the first step."""
         done = self._step - self._first_step
         elapsed = time.monotonic() - self._began
         return elapsed / done * (self.max_steps - self._step) if done else 0.0
 
     def update(self, step: int, loss: float | None = None) -> None:
-        """`step` steps are done; `loss` as last measured, or unchanged."""
+        """Show that `step` steps are done; without `loss`, the last one stays."""
         if loss is not None:
             self._loss = f"{loss:.3f}"
         if self._bar is not None:

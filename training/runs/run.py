@@ -1,4 +1,4 @@
-"""What a stage gets beside its config: where to write, whom to tell, what there is to go on from."""
+"""The run that a stage gets with its config: folder, events, store, stop flag and checkpoints."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ _STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of a job, perhaps resumed."""
+    """One execution of a job, possibly resumed."""
 
     folder: Path
     events: EventLog
@@ -26,17 +26,17 @@ class Run:
 
     @property
     def id(self) -> str:
-        """The name of the run's folder, by which it is listed and resumed."""
+        """Id of the run: the name of its folder."""
         return self.folder.name
 
     def checkpoint(self, step: int) -> Path:
-        """The folder of the checkpoint after so many steps."""
+        """Return the folder of the checkpoint after `step` steps."""
         return self.folder / CHECKPOINTS / f"checkpoint-{step}"
 
     def save_checkpoint(self, step: int, write: Callable[[Path], object], *, kept: int) -> None:
-        """What `write` puts into a folder, whole or not at all: what a kill leaves has another name.
+        """Save a checkpoint atomically: `write` fills a temporary folder, which is then renamed.
 
-        Of all checkpoints the last `kept` stay. A trainer of a library's writes its own.
+        Keeps the last `kept` checkpoints. Trainers of libraries save their own checkpoints instead.
         """
         target = self.checkpoint(step)
         half = target.with_name("half")
@@ -50,11 +50,11 @@ class Run:
             shutil.rmtree(old)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, after removing what a kill left half written."""
+        """Return the newest complete checkpoint; remove incomplete ones that a kill left."""
         return processes.led(self._last_checkpoint)
 
     def _last_checkpoint(self) -> Path | None:
-        """trainer_state.json is what a checkpoint gets last."""
+        """A checkpoint is complete if it has trainer_state.json, which is written last."""
         for folder in self._checkpoints():
             if _is_whole(folder):
                 return folder
@@ -62,17 +62,17 @@ class Run:
         return None
 
     def _checkpoints(self) -> list[Path]:
-        """The newest first."""
+        """Return all checkpoint folders, newest first."""
         folders = (self.folder / CHECKPOINTS).glob("checkpoint-*")
         return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
     def steps_done(self) -> int:
-        """The steps that need not be done again."""
+        """Return the step of the last checkpoint, 0 without one."""
         checkpoint = self.last_checkpoint()
         return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
     def measured_before(self) -> dict[str, float] | None:
-        """What was measured before the first step, if this run was resumed after that."""
+        """Return the metrics of the evaluation before the first step, if this run has recorded it already."""
         return processes.led(self._measured_before)
 
     def _measured_before(self) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""Being told to stop: a training loop ends at its next step, with a checkpoint to go on from."""
+"""Stop requests: on a signal, the training loop stops after its current step with a checkpoint."""
 
 import signal
 from collections.abc import Iterator
@@ -9,25 +9,24 @@ from training.runs import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODE = 75
-"""Of a process that stopped at a checkpoint: EX_TEMPFAIL of sysexits.h, after which schedulers may start the work
-again."""
+"""Exit code of a process that stopped at a checkpoint: EX_TEMPFAIL of sysexits.h, on which schedulers may retry."""
 
 
 class Stopped(Exception):
-    """A run was told to stop, and did so at a checkpoint."""
+    """A run stopped on request, at a checkpoint."""
 
 
 class Stop:
-    """Whether somebody has asked a run to stop."""
+    """Whether a run was requested to stop."""
 
     def __init__(self) -> None:
         self.is_asked = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals wait for the next step; a second Ctrl-C does not, and raises KeyboardInterrupt at once.
+        """Defer signals to the end of the step; a second Ctrl-C raises KeyboardInterrupt at once.
 
-        Under a launcher it waits, too: one Ctrl-C comes twice there, from the terminal and from the launcher.
+        Under a launcher a second Ctrl-C is deferred too: there, one Ctrl-C arrives from both terminal and launcher.
         """
         before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         try:

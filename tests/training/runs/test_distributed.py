@@ -1,4 +1,4 @@
-"""One job in two processes, on CPUs: what they make together is what one process makes of the same batches."""
+"""One job in two processes on CPUs: the result is that of one process with the same batches."""
 
 import json
 import multiprocessing
@@ -35,11 +35,11 @@ from training.runs.execute import begin
 from training.runs.stop import EXIT_CODE
 
 LAUNCHERS = Path(__file__).parents[3] / "deploy/accelerate"
-TOLERANCE = 1e-4  # of the loss, relative: sums in another order, over all steps
+TOLERANCE = 1e-4  # relative, of the loss: sums differ in order, over all steps
 
 
 def write_job(tiny_dir: Path, path: Path, **changes: Any) -> Path:
-    """Eight rows, which are one batch of all processes: however they are shared out, a step sees them all."""
+    """Eight rows, one global batch: every step sees them all, however they are split among processes."""
     rows = (tiny_dir / "doctor.jsonl").read_text().splitlines(keepends=True)[:8]
     path.with_name("eight.jsonl").write_text("".join(rows))
     files = {"train_files": [str(path.with_name("eight.jsonl"))], "base_model": str(tiny_dir / "models/tiny")}
@@ -68,7 +68,7 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def test_two_launched_processes_train_as_one_does(tiny_dir: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(tiny_dir: Path, tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     general = {"general_files": [str(tiny_dir / "plain.jsonl")]}
     run_job(load_config(write_job(tiny_dir, tmp_path / "one.yaml", batch_size=8, **general)), alone)
@@ -92,7 +92,7 @@ def test_two_launched_processes_train_as_one_does(tiny_dir: Path, tmp_path: Path
 
 
 def test_pairs_are_counted_over_all_processes(tiny_dir: Path, tmp_path: Path) -> None:
-    """Of seven pairs, neither process sees all, and one is there twice, to fill the last batch."""
+    """Neither process sees all seven pairs, and one pair is repeated to fill the last batch."""
     lines = pairs(0).splitlines(keepends=True)
     (tmp_path / "pairs.jsonl").write_text("".join(lines[7:]))
     (tmp_path / "seven.jsonl").write_text("".join(lines[:7]))
@@ -116,7 +116,7 @@ def test_pairs_are_counted_over_all_processes(tiny_dir: Path, tmp_path: Path) ->
     assert before(tmp_path / "together") * 7 == pytest.approx(round(before(tmp_path / "together") * 7))
 
 
-def test_a_stop_reaches_all_processes_and_they_go_on_together(tiny_dir: Path, tmp_path: Path) -> None:
+def test_a_stop_reaches_all_processes_and_they_resume_together(tiny_dir: Path, tmp_path: Path) -> None:
     job = write_job(tiny_dir, tmp_path / "job.yaml", batch_size=4, max_steps=400, checkpoint_every=20)
     data_dir = tmp_path / "data"
     ranks = start("run", job, "--data-dir", data_dir, told=tmp_path)
@@ -144,7 +144,7 @@ def test_a_stop_reaches_all_processes_and_they_go_on_together(tiny_dir: Path, tm
     assert isinstance(events[-1], Succeeded)
 
 
-def test_a_stage_of_one_process_says_so_before_it_starts(
+def test_a_single_process_stage_refuses_a_launcher(
     tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -153,13 +153,13 @@ def test_a_stage_of_one_process_says_so_before_it_starts(
     del asked["max_steps"]
     ppo = {"stage": "ppo", "policy": "doctor", "reward": "judge", "steps": 1}
     job.write_text(yaml.safe_dump(asked | ppo))
-    with pytest.raises(ConfigError, match="stage ppo trains in one process, and a launcher started 2"):
+    with pytest.raises(ConfigError, match="stage ppo trains in one process, but a launcher started 2"):
         begin(load_config(job), tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_the_launchers_configs_are_read_by_accelerate(name: str) -> None:
+def test_accelerate_reads_the_launcher_configs(name: str) -> None:
     read = load_config_from_file(str(LAUNCHERS / f"{name}.yaml"))
     kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert read.distributed_type == kinds[name]
@@ -168,7 +168,7 @@ def test_the_launchers_configs_are_read_by_accelerate(name: str) -> None:
 
 
 def start(*arguments: object, told: Path) -> list[Any]:
-    """A command in two processes, which find one another as a launcher would have them do."""
+    """Start a command in two processes, with the environment a launcher would set."""
     port = free_port()
     ranks = []
     for rank in range(2):

@@ -42,17 +42,17 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_events_come_back_as_they_were_written(path: Path) -> None:
+def test_events_round_trip(path: Path) -> None:
     assert read_events(path) == EVERY
 
 
-def test_an_event_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
+def test_an_event_is_readable_at_once(tmp_path: Path) -> None:
     with EventLog(tmp_path / "e.jsonl") as log:
         log.write(EVERY[0])
         assert read_events(tmp_path / "e.jsonl") == EVERY[:1]
 
 
-def test_a_torn_last_line_is_left_out_wherever_it_is_torn(path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored(path: Path) -> None:
     whole = path.read_bytes()
     last = len(whole.splitlines(keepends=True)[-1])
     for lost in range(1, last + 1):
@@ -60,7 +60,7 @@ def test_a_torn_last_line_is_left_out_wherever_it_is_torn(path: Path) -> None:
         assert read_events(path) == EVERY[:-1]
 
 
-def test_any_other_bad_line_is_an_error_that_names_it(path: Path) -> None:
+def test_any_other_bad_line_is_an_error(path: Path) -> None:
     lines = path.read_text().splitlines()
     lines[2] = '{"event": "party"}'
     path.write_text("\n".join(lines) + "\n")
@@ -68,7 +68,7 @@ def test_any_other_bad_line_is_an_error_that_names_it(path: Path) -> None:
         read_events(path)
 
 
-def test_a_loss_that_is_no_number_survives(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_round_trips(tmp_path: Path) -> None:
     with EventLog(tmp_path / "e.jsonl") as log:
         log.write(Progress(step=1, max_steps=2, eta_seconds=0, metrics={"a": math.nan, "b": math.inf}))
     (event,) = read_events(tmp_path / "e.jsonl")
@@ -77,8 +77,8 @@ def test_a_loss_that_is_no_number_survives(tmp_path: Path) -> None:
     assert event.metrics["b"] == math.inf
 
 
-def test_what_is_written_after_a_torn_line_is_read(path: Path) -> None:
-    """A run that is resumed after a kill goes on in the same file."""
+def test_an_event_after_an_incomplete_line_is_read(path: Path) -> None:
+    """A run resumed after a kill appends to the same file."""
     whole = path.read_bytes()
     last = len(whole.splitlines(keepends=True)[-1])
     for lost in range(1, last + 1):

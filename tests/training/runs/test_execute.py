@@ -41,17 +41,17 @@ def stage(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
 
 @pytest.fixture(scope="module")
 def config(tiny_dir: Path) -> Any:
-    """Eight steps over an epoch and a third, with everything that draws random numbers."""
+    """Eight steps over an epoch and a third, with every source of randomness."""
     return load_job(tiny_dir, SFT, max_steps=8, checkpoint_every=3, lora={"r": 4, "lora_dropout": 0.2})
 
 
 @pytest.fixture(scope="module")
 def whole(config: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the job makes undisturbed."""
+    """The ref that the job publishes without interruption."""
     return run_job(config, tmp_path_factory.mktemp("whole")).ref
 
 
-def test_the_config_is_kept_resolved(
+def test_the_resolved_config_is_stored(
     load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_sft()
@@ -82,7 +82,7 @@ def test_an_error_is_recorded_and_raised(
     assert "test_execute.py" in failed.traceback
 
 
-def test_a_result_that_does_not_validate_is_not_published(
+def test_an_invalid_result_is_not_published(
     load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(config: object, run: Any) -> Path:
@@ -96,7 +96,7 @@ def test_a_result_that_does_not_validate_is_not_published(
     assert not list(tmp_path.glob("store/doctor/*"))
 
 
-def test_two_runs_begun_in_one_second_have_two_folders(
+def test_runs_started_in_the_same_second_have_separate_folders(
     load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage(monkeypatch, lambda *_: 1 / 0)
@@ -121,7 +121,7 @@ def test_no_library_telephones_home(
 
 
 @pytest.mark.parametrize("moment", processes.MOMENTS)
-def test_killed_at_any_moment_a_resumed_run_makes_what_it_would_have_made(
+def test_a_run_resumed_after_a_kill_has_the_same_result(
     moment: str, config: Any, whole: str, tmp_path: Path
 ) -> None:
     (tmp_path / "job.yaml").write_text(dump_config(config))
@@ -146,7 +146,7 @@ def test_killed_at_any_moment_a_resumed_run_makes_what_it_would_have_made(
     assert f"doctor@{store.get(AdapterRef.parse('doctor@canary')).revision}" == whole
 
 
-def test_a_run_that_succeeded_cannot_be_resumed_but_joined(
+def test_a_run_that_succeeded_can_be_joined_but_not_resumed(
     load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = begin(load_sft(), tmp_path)
@@ -154,7 +154,7 @@ def test_a_run_that_succeeded_cannot_be_resumed_but_joined(
         events.write(Started(run_id=run_id, stage="sft", name="doctor"))
         events.write(published := Published(ref="doctor@0123456789ab"))
         events.write(Succeeded())
-    with pytest.raises(ConfigError, match=f"{run_id} has succeeded: there is nothing left to do"):
+    with pytest.raises(ConfigError, match=f"{run_id} has already succeeded: nothing to resume"):
         carry_out(run_id, tmp_path)
     assert carry_out(run_id, tmp_path, join=True) == published
 
@@ -164,7 +164,7 @@ def test_an_unknown_run_cannot_be_resumed(tmp_path: Path) -> None:
         carry_out("nowhere", tmp_path)
 
 
-def test_one_process_at_a_time_works_on_a_run_and_others_are_told_or_wait(
+def test_one_process_at_a_time_works_on_a_run_and_others_fail_or_wait(
     load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = threading.Event(), threading.Event()
@@ -191,7 +191,7 @@ def test_one_process_at_a_time_works_on_a_run_and_others_are_told_or_wait(
     first.start()
     assert begun.wait(30)
     assert is_running(folder)
-    with pytest.raises(Busy, match=f"{run_id} is running: another process is at work on it"):
+    with pytest.raises(Busy, match=f"{run_id} is running: another process is working on it"):
         carry_out(run_id, tmp_path)
     second.start()
     time.sleep(0.3)
@@ -203,10 +203,10 @@ def test_one_process_at_a_time_works_on_a_run_and_others_are_told_or_wait(
     assert not is_running(folder)
 
 
-def test_looking_at_runs_disturbs_none(
+def test_is_running_does_not_disturb_a_run(
     load_sft: LoadJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asks whether a run is at work holds its lock for an instant."""
+    """is_running holds the lock of a run for an instant."""
     stage(monkeypatch, lambda *_: 1 / 0)
     run_id = begin(load_sft(), tmp_path)
     with pytest.raises(ZeroDivisionError):
@@ -228,7 +228,7 @@ def test_looking_at_runs_disturbs_none(
         looking.join()
 
 
-def test_an_interrupted_run_says_so_and_can_be_resumed(
+def test_an_interrupted_run_is_cancelled_and_can_be_resumed(
     config: Any, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -243,7 +243,7 @@ def test_an_interrupted_run_says_so_and_can_be_resumed(
     assert carry_out(run_id, tmp_path).ref == whole
 
 
-# Base models, which are published by name
+# Base models
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def base_job(tiny_dir: Path, tmp_path: Path) -> Any:
     return load_job(tiny_dir, BASE, name="new", steps=1)
 
 
-def test_killed_after_its_base_model_is_in_place_a_run_has_succeeded(
+def test_a_run_killed_after_publishing_its_base_model_succeeds_when_resumed(
     base_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException): ...
@@ -274,7 +274,7 @@ def test_killed_after_its_base_model_is_in_place_a_run_has_succeeded(
     assert (tmp_path / "models" / "new").stat().st_ino == made
 
 
-def test_a_resumed_run_does_not_take_anothers_base_model_for_its_own(
+def test_a_resumed_run_does_not_adopt_the_base_model_of_another(
     base_job: Any, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage(monkeypatch, lambda *_: 1 / 0)
@@ -289,7 +289,7 @@ def test_a_resumed_run_does_not_take_anothers_base_model_for_its_own(
     assert (tmp_path / "models" / "new" / "config.json").read_text() == "{}"
 
 
-def test_of_two_runs_for_one_base_model_one_is_told(
+def test_the_second_of_two_runs_for_one_base_model_fails(
     base_job: Any, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(config: object, run: Any) -> Path:

@@ -1,4 +1,4 @@
-"""A run goes on from what it was begun with, or says what has changed."""
+"""A resumed run uses the inputs it started with, or reports what has changed."""
 
 import json
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from training.runs.inputs import INPUTS_FILE, read_inputs
 
 
 class Interrupted(Exception):
-    """Stands for whatever ends a run."""
+    """Ends a run."""
 
 
 class Stage:
-    """Learns nothing, and keeps the job that it was given."""
+    """A stage that trains nothing and records the jobs it gets."""
 
     def __init__(self) -> None:
         self.given: list[JobConfig] = []
@@ -43,7 +43,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
 
 class Begun:
-    """A GRPO job of every kind of input, once begun and interrupted."""
+    """A GRPO job with every kind of input; the fixture starts and interrupts it once."""
 
     def __init__(self, tiny: Path, folder: Path) -> None:
         self.folder = folder
@@ -89,7 +89,7 @@ def begun(stage: Stage, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.Monk
     return found
 
 
-def test_refs_are_revisions_from_the_start(begun: Begun, stage: Stage) -> None:
+def test_refs_are_fixed_as_revisions_at_the_start(begun: Begun, stage: Stage) -> None:
     (given,) = stage.given
     assert given.policy == begun.first  # type: ignore[union-attr]
     assert given.starts_from == begun.first  # type: ignore[union-attr]
@@ -101,7 +101,7 @@ def test_refs_are_revisions_from_the_start(begun: Begun, stage: Stage) -> None:
     assert {"model.safetensors", "chat_template.jinja", "tokenizer.json"} <= set(files)
 
 
-def test_what_has_not_changed_goes_on(begun: Begun) -> None:
+def test_unchanged_inputs_are_accepted(begun: Begun) -> None:
     begun.go()
     begun.data.touch()  # written anew with the same content
     begun.go()
@@ -138,17 +138,17 @@ def _function(begun: Begun) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Begun], None], str]] = {
-    "a data file": (_file, r"file train\.jsonl has other content"),
-    "an alias": (_alias, r"doctor@default was doctor@\w{12}, and is doctor@\w{12}"),
-    "the base model": (_base, r"model tiny: model\.safetensors has other content"),
-    "its chat template": (_template, r"model tiny: chat_template\.jinja has other content"),
-    "the settings": (_settings, r"setting learning_rate was 0\.0001, and is 0\.0002"),
-    "a reward function": (_function, r"reward function our_rewards:length has other content"),
+    "a data file": (_file, r"file train\.jsonl has changed"),
+    "an alias": (_alias, r"doctor@default changed from doctor@\w{12} to doctor@\w{12}"),
+    "the base model": (_base, r"model tiny: model\.safetensors has changed"),
+    "its chat template": (_template, r"model tiny: chat_template\.jinja has changed"),
+    "the settings": (_settings, r"setting learning_rate changed from 0\.0001 to 0\.0002"),
+    "a reward function": (_function, r"reward function our_rewards:length has changed"),
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_has_changed_is_refused_by_name_and_told_where_it_is_accepted(
+def test_a_change_is_refused_by_name_and_recorded_when_accepted(
     begun: Begun, stage: Stage, what: str
 ) -> None:
     change, words = CHANGES[what]
@@ -156,21 +156,21 @@ def test_what_has_changed_is_refused_by_name_and_told_where_it_is_accepted(
     with pytest.raises(ConfigError, match=words) as refused:
         carry_out(begun.run_id, begun.folder)
     assert "--accept-changes" in str(refused.value)
-    assert str(refused.value).count("\n  ") == 1, "one thing has changed, and more is told"
+    assert str(refused.value).count("\n  ") == 1, "one input changed, but several are reported"
     assert len(stage.given) == 1
     begun.go(accept_changes=True)
     (told,) = read_inputs(begun.run).changed
     begun.go()
-    assert read_inputs(begun.run).changed == [told], "it is asked for once, and stays told"
+    assert read_inputs(begun.run).changed == [told], "an accepted change stays recorded"
 
 
-def test_a_file_that_is_gone_and_one_that_is_new(begun: Begun) -> None:
+def test_a_missing_file_and_a_new_one(begun: Begun) -> None:
     begun.data.rename(begun.data.with_name("other.jsonl"))
     with pytest.raises(ConfigError, match=r"train\.jsonl"):
         carry_out(begun.run_id, begun.folder)
 
 
-def test_an_alias_that_the_run_itself_has_moved_is_no_change(begun: Begun, stage: Stage) -> None:
+def test_an_alias_moved_by_the_run_itself_is_not_a_change(begun: Begun, stage: Stage) -> None:
     folder = make_folder(begun.folder / "own", seed=5)
     assert folder.provenance is not None
     folder.provenance["run_id"] = begun.run_id
@@ -180,7 +180,7 @@ def test_an_alias_that_the_run_itself_has_moved_is_no_change(begun: Begun, stage
     assert stage.given[-1].policy == begun.first  # type: ignore[union-attr]
 
 
-def test_a_manifest_names_parent_digests_and_what_was_accepted(tiny_dir: Path, tmp_path: Path) -> None:
+def test_the_manifest_has_parent_digests_and_accepted_changes(tiny_dir: Path, tmp_path: Path) -> None:
     copytree(tiny_dir, tmp_path, dirs_exist_ok=True)
     config = load_job(tmp_path, SFT, max_steps=2)
     run_id = begin(config, tmp_path)

@@ -28,12 +28,12 @@ Ask = Callable[..., list[str]]
 
 
 class Killed(BaseException):
-    """What a kill is to those who cannot hear of it: no clean-up on the way."""
+    """Stands for a kill: nothing catches it, so nothing cleans up."""
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result folder of a real run; its weights may be changed."""
+    """The result folder of a real run, without the digest of its weights, so that tests may change them."""
     data_dir = tmp_path_factory.mktemp("adapter")
     run_job(load_job(tiny_dir, SFT, max_steps=1, evaluation_files=[]), data_dir)
     (result,) = data_dir.glob("runs/*/result")
@@ -49,7 +49,7 @@ def data_dir(tiny_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trained(tiny_dir: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the jobs whose stage was run, by a stage that takes no time and depends on the data."""
+    """Names of the jobs that ran, with a fake stage that is fast and whose result depends on the data."""
     names: list[str] = []
 
     def run(config: Any, run: Any) -> Path:
@@ -70,7 +70,7 @@ def trained(tiny_dir: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> l
 
 @pytest.fixture
 def ask(data_dir: Path, trained: list[str]) -> Ask:
-    """Run the pipeline; only the names of what it trained are returned."""
+    """Run the pipeline; return the names of the jobs that trained."""
 
     def ask() -> list[str]:
         trained.clear()
@@ -80,7 +80,7 @@ def ask(data_dir: Path, trained: list[str]) -> Ask:
     return ask
 
 
-def test_jobs_are_made_in_order_and_published(data_dir: Path, trained: list[str]) -> None:
+def test_jobs_run_in_order_and_are_published(data_dir: Path, trained: list[str]) -> None:
     base, doctor, leaflet, better = run_pipeline(data_dir / "pipeline.yaml", data_dir, root=data_dir)
     assert trained == ["new", "doctor", "leaflet", "better"]
     assert base == "models/new"
@@ -95,12 +95,12 @@ def test_jobs_are_made_in_order_and_published(data_dir: Path, trained: list[str]
     }  # fmt: skip
 
 
-def test_what_is_made_is_not_made_again(ask: Ask) -> None:
+def test_up_to_date_results_are_kept(ask: Ask) -> None:
     assert ask() == ["new", "doctor", "leaflet", "better"]
     assert ask() == []
 
 
-def test_each_job_is_told_when_its_turn_comes(
+def test_each_job_is_logged_when_it_starts(
     data_dir: Path, ask: Ask, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "training")
@@ -108,7 +108,7 @@ def test_each_job_is_told_when_its_turn_comes(
     change(data_dir / "leaflet.yaml", seed=5)
     caplog.clear()
     ask()
-    made = ": already made from this data and config"
+    made = ": up to date"
     assert [told for told in caplog.messages if told.startswith("[")] == [
         f"[1 of 4] new (stage scratch){made}",
         f"[2 of 4] doctor (stage sft){made}",
@@ -139,7 +139,7 @@ def test_paths_may_be_relative(data_dir: Path, trained: list[str], monkeypatch: 
         ("pipeline.yaml", []),
     ],
 )
-def test_what_changes_is_made_again_and_what_rests_on_it_and_nothing_else(
+def test_a_change_reruns_the_job_and_its_dependents_only(
     what: str, redone: list[str], data_dir: Path, ask: Ask
 ) -> None:
     ask()
@@ -151,7 +151,7 @@ def test_what_changes_is_made_again_and_what_rests_on_it_and_nothing_else(
 
 
 @pytest.mark.parametrize("held", ["evaluation_files", "general_files"])
-def test_a_row_that_moves_from_one_role_to_another_is_a_change(held: str, data_dir: Path, ask: Ask) -> None:
+def test_a_file_that_moves_to_another_role_is_a_change(held: str, data_dir: Path, ask: Ask) -> None:
     for role, names in (("train", "ab"), ("held", "c")):
         (data_dir / role).mkdir()
         for name in names:
@@ -170,14 +170,14 @@ def test_a_row_that_moves_from_one_role_to_another_is_a_change(held: str, data_d
         ("models/new/config.json", ["new"]),
     ],
 )
-def test_what_is_lost_is_made_again(data_dir: Path, ask: Ask, lost: str, redone: list[str]) -> None:
+def test_lost_results_are_made_again(data_dir: Path, ask: Ask, lost: str, redone: list[str]) -> None:
     ask()
     (data_dir / lost).rename(data_dir / "lost")
     assert ask() == redone
     assert ask() == []
 
 
-def test_a_base_model_of_somebody_else_is_not_touched(tiny_dir: Path, data_dir: Path, ask: Ask) -> None:
+def test_a_foreign_base_model_is_not_touched(tiny_dir: Path, data_dir: Path, ask: Ask) -> None:
     theirs = shutil.copytree(tiny_dir / "models" / "tiny", data_dir / "models" / "new")
     (theirs / "theirs").touch()
     with pytest.raises(JobFailed, match=r"base\.yaml did not succeed: .*there is a base model"):
@@ -185,7 +185,7 @@ def test_a_base_model_of_somebody_else_is_not_touched(tiny_dir: Path, data_dir: 
     assert (theirs / "theirs").exists()
 
 
-def test_an_adapter_of_a_fixed_revision_rests_on_no_job(data_dir: Path, ask: Ask) -> None:
+def test_a_fixed_revision_is_not_a_dependency(data_dir: Path, ask: Ask) -> None:
     ask()
     store = AdapterStore(data_dir / "store")
     change(data_dir / "better.yaml", policy=f"doctor@{store.aliases('doctor')['default']}")
@@ -194,7 +194,7 @@ def test_an_adapter_of_a_fixed_revision_rests_on_no_job(data_dir: Path, ask: Ask
     assert ask() == ["doctor"]
 
 
-def test_a_reward_adapter_is_rested_on_too(data_dir: Path, adapter: Path, ask: Ask) -> None:
+def test_a_reward_adapter_is_a_dependency(data_dir: Path, adapter: Path, ask: Ask) -> None:
     store = AdapterStore(data_dir / "store")
     for name in ("elsewhere", "a-third"):
         revision = store.publish(adapter, name, actor="test").revision
@@ -215,7 +215,7 @@ def test_a_reward_adapter_is_rested_on_too(data_dir: Path, adapter: Path, ask: A
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, name: str, kind: type[Any], *, after: bool) -> None:
-    """Killed just before or after the run of job `name` writes an event."""
+    """Raise Killed just before or after the run of job `name` writes an event."""
 
     def write(self: EventLog, event: Any) -> None:
         is_time = isinstance(event, kind) and f"-{name}-" in str(self.path)
@@ -239,7 +239,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, name: str, kind: type[Any], *, afte
     ],
     ids=["published", "told", "succeeded"],
 )
-def test_killed_at_any_step_the_next_call_goes_on_with_the_run_under_way(
+def test_after_a_kill_the_next_call_continues_the_unfinished_run(
     name: str,
     kind: type[Any],
     after: bool,
@@ -255,14 +255,14 @@ def test_killed_at_any_step_the_next_call_goes_on_with_the_run_under_way(
             ask()
     order = ["new", "doctor", "leaflet", "better"]
     assert trained == order[: order.index(name) + 1]
-    # A base model in its place is whole; adapters that are published twice are one revision.
+    # A published base model is complete; publishing an adapter twice gives one revision.
     begun_again = [name] if again and name != "new" else []
     assert ask() == begun_again + order[order.index(name) + 1 :]
     assert runs(data_dir) == 4
     assert ask() == []
 
 
-def test_killed_before_the_note_is_written_the_run_is_begun_again(
+def test_a_kill_before_the_note_is_written_starts_a_new_run(
     data_dir: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: object) -> None:
@@ -275,7 +275,7 @@ def test_killed_before_the_note_is_written_the_run_is_begun_again(
     assert ask() == ["new", "doctor", "leaflet", "better"]
 
 
-def test_what_was_resumed_by_hand_is_taken(data_dir: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumed_by_hand_is_used(data_dir: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         kill_at(patch, "doctor", Published, after=False)
         with pytest.raises(Killed):
@@ -285,7 +285,7 @@ def test_what_was_resumed_by_hand_is_taken(data_dir: Path, ask: Ask, monkeypatch
     assert ask() == ["leaflet", "better"]
 
 
-def test_what_changed_since_the_kill_is_begun_anew(
+def test_a_job_that_changed_since_the_kill_starts_a_new_run(
     data_dir: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -298,13 +298,13 @@ def test_what_changed_since_the_kill_is_begun_anew(
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_a_job_that_fails_is_named_with_its_run_and_tried_again(
+def test_a_failed_job_is_named_with_its_run_and_retried(
     parallel: int,
     data_dir: Path,
     tiny_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By real stages, which cannot read the data."""
+    """With real stages, which cannot read the data."""
     monkeypatch.setattr(pipeline, "_PROCESSES", processes.FORKED)
     shutil.copytree(tiny_dir / "models", data_dir / "models")
     (data_dir / "plain.jsonl").write_text('{"text": 5}\n')
@@ -331,14 +331,14 @@ def test_a_second_call_waits_for_the_first(
     with pipeline._locked(data_dir / "pipelines" / "all"):
         second = threading.Thread(target=ask)
         second.start()
-        while "waiting: another process is at work on pipeline all" not in caplog.messages:
+        while "waiting: another process is running pipeline all" not in caplog.messages:
             time.sleep(0.01)
         change(data_dir / "better.yaml", seed=1)
         assert trained == []
     second.join()
 
 
-# Pipelines that cannot be run
+# Invalid pipelines
 
 
 @pytest.mark.parametrize(
@@ -349,21 +349,21 @@ def test_a_second_call_waits_for_the_first(
         ({"parallel": 0}, "pipeline.yaml: parallel: must be at least 1"),
         ({"serial": 1}, "pipeline.yaml: serial: no such setting"),
         ({"jobs": ["none.yaml"]}, "none.yaml: cannot be read: No such file"),
-        ({"jobs": ["base.yaml", "x/base.yaml"]}, "pipeline.yaml: jobs: files need different names: base"),
-        ({"jobs": ["doctor.yaml", "base.yaml"]}, "doctor.yaml rests on base.yaml: list that before it"),
+        ({"jobs": ["base.yaml", "x/base.yaml"]}, "pipeline.yaml: jobs: files need distinct names: base"),
+        ({"jobs": ["doctor.yaml", "base.yaml"]}, "doctor.yaml depends on base.yaml: list base.yaml first"),
         (
             {"jobs": ["base.yaml", "better.yaml", "doctor.yaml"]},
-            "better.yaml rests on doctor.yaml: list that before it",
+            "better.yaml depends on doctor.yaml: list doctor.yaml first",
         ),
         ({"jobs": ["bad.yaml"]}, "bad.yaml: steps: is missing"),
         (
             {"jobs": ["base.yaml", "leaflet.yaml", "stale.yaml"]},
-            "stale.yaml: rests on leaflet@default, but leaflet.yaml points canary at what it makes: "
+            "stale.yaml: depends on leaflet@default, but leaflet.yaml moves canary: "
             "set its publish.alias to default",
         ),
     ],
 )
-def test_a_pipeline_that_cannot_be_run_is_refused_before_anything_is_begun(
+def test_an_invalid_pipeline_is_refused_before_any_job_starts(
     changes: dict[str, Any], complaint: str, data_dir: Path, trained: list[str]
 ) -> None:
     (data_dir / "bad.yaml").write_text("stage: scratch\nname: bad\ntrain_files: [plain.jsonl]\n")
@@ -375,6 +375,6 @@ def test_a_pipeline_that_cannot_be_run_is_refused_before_anything_is_begun(
     assert not (data_dir / "runs").exists()
 
 
-def test_a_job_is_no_pipeline(data_dir: Path) -> None:
+def test_a_job_is_not_a_pipeline(data_dir: Path) -> None:
     assert is_pipeline(data_dir / "pipeline.yaml")
     assert not is_pipeline(data_dir / "base.yaml")

@@ -21,7 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_without_a_terminal_a_short_line_comes_every_few_seconds(
+def test_without_a_terminal_a_line_is_logged_every_few_seconds(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "training")
@@ -44,7 +44,7 @@ def test_time_left_counts_only_the_steps_of_this_run(clock: Clock) -> None:
     assert meter.eta_seconds() == 80.0
 
 
-def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(
+def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -59,7 +59,7 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(
     assert "step/s" in bar or "s/step" in bar
 
 
-def test_side_by_side_each_process_draws_on_a_line_of_its_own(
+def test_parallel_processes_draw_on_separate_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

@@ -30,23 +30,23 @@ def whole(step: int) -> str:
     return json.dumps({"global_step": step})
 
 
-def test_a_run_is_known_by_its_folder(run: Run) -> None:
+def test_the_id_is_the_name_of_the_folder(run: Run) -> None:
     assert run.id == "one"
 
 
-def test_there_may_be_nothing_to_go_on_from(run: Run) -> None:
+def test_a_new_run_has_no_checkpoint(run: Run) -> None:
     assert run.last_checkpoint() is None
     assert run.steps_done() == 0
 
 
-def test_the_last_checkpoint_is_the_one_of_most_steps(run: Run) -> None:
+def test_the_last_checkpoint_has_the_most_steps(run: Run) -> None:
     for step in (9, 10, 100, 99):
         write_checkpoint(run, step, whole(step))
     assert run.last_checkpoint() == run.checkpoint(100)
     assert run.steps_done() == 100
 
 
-def test_what_a_kill_left_of_one_checkpoint_makes_way_for_the_next(run: Run) -> None:
+def test_the_next_checkpoint_replaces_an_incomplete_one(run: Run) -> None:
     def killed(folder: Path) -> None:
         (folder / "state.pt").touch()
         raise KeyboardInterrupt
@@ -60,7 +60,7 @@ def test_what_a_kill_left_of_one_checkpoint_makes_way_for_the_next(run: Run) -> 
 
 
 @pytest.mark.parametrize("state", [None, "", whole(6)[:5]])
-def test_what_a_kill_left_half_written_is_passed_over_and_removed(run: Run, state: str | None) -> None:
+def test_an_incomplete_checkpoint_is_skipped_and_removed(run: Run, state: str | None) -> None:
     good, older = write_checkpoint(run, 4, whole(4)), write_checkpoint(run, 2, whole(2))
     half = write_checkpoint(run, 6, state)
     assert run.last_checkpoint() == good
@@ -68,13 +68,13 @@ def test_what_a_kill_left_half_written_is_passed_over_and_removed(run: Run, stat
     assert older.exists()
 
 
-def test_half_a_checkpoint_alone_is_none(run: Run) -> None:
+def test_a_single_incomplete_checkpoint_counts_as_none(run: Run) -> None:
     half = write_checkpoint(run, 6)
     assert run.last_checkpoint() is None
     assert not half.exists()
 
 
-def test_what_was_measured_before_training_is_not_measured_again(run: Run) -> None:
+def test_metrics_from_before_training_are_reused(run: Run) -> None:
     assert run.measured_before() is None
     run.events.write(Started(run_id="one", stage="sft", name="doctor"))
     run.events.write(Evaluation(step=0, metrics={"eval_loss": 3.0}))

@@ -1,4 +1,4 @@
-"""Pipelines whose jobs train side by side, in processes of their own."""
+"""Pipelines whose jobs run in parallel, each in its own process."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ from training.runs.stop import Stopped as RunStopped
 
 @pytest.fixture
 def data_dir(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(pipeline, "_PROCESSES", processes.FORKED)  # they begin within a second, not ten
+    monkeypatch.setattr(pipeline, "_PROCESSES", processes.FORKED)  # they start within a second instead of ten
     return lay_out(tmp_path / "data", tiny_dir)
 
 
@@ -32,7 +32,7 @@ JOBS = ["base.yaml", "doctor.yaml", "leaflet.yaml"]
 
 
 def ask_for(data_dir: Path, **changes: Any) -> Path:
-    """A pipeline of a base and two adapters, whose training takes a few seconds each."""
+    """A pipeline of a base and two adapters that train for a few seconds each."""
     for name in ("doctor", "leaflet"):
         change(data_dir / f"{name}.yaml", max_steps=STEPS, checkpoint_every=2 * STEPS)
     return write(data_dir, **{"jobs": JOBS, "parallel": 2, **changes})
@@ -40,7 +40,7 @@ def ask_for(data_dir: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def in_turn(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What that pipeline makes undisturbed, one job after the other."""
+    """The refs of that pipeline, run without interruption and one job at a time."""
     data_dir = lay_out(tmp_path_factory.mktemp("in-turn") / "data", tiny_dir)
     return run_pipeline(ask_for(data_dir, parallel=1), data_dir, root=data_dir)
 
@@ -53,7 +53,7 @@ def are_training(data_dir: Path, *names: str) -> bool:
     return all(any(isinstance(event, Progress) for event in events(data_dir, name)) for name in names)
 
 
-def test_interrupted_side_by_side_all_stop_at_a_checkpoint_and_make_the_same_as_in_turn(
+def test_interrupted_parallel_jobs_stop_at_checkpoints_and_have_the_same_results(
     data_dir: Path, in_turn: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = ask_for(data_dir)
@@ -76,10 +76,10 @@ def test_interrupted_side_by_side_all_stop_at_a_checkpoint_and_make_the_same_as_
     assert runs(data_dir) == 3
 
 
-def test_when_the_pipeline_is_killed_its_jobs_stop_and_the_next_call_waits_and_goes_on_with_them(
+def test_jobs_of_a_killed_pipeline_stop_and_the_next_call_resumes_them(
     data_dir: Path, in_turn: list[str]
 ) -> None:
-    """This time in processes as they really are, which import everything."""
+    """In real processes, which import everything."""
     run_pipeline(ask_for(data_dir, jobs=JOBS[:1], parallel=1), data_dir, root=data_dir)
     path = ask_for(data_dir)
     told = data_dir / "told"

@@ -6,7 +6,7 @@ from training.runs.stop import SIGNALS, Stop
 
 
 @pytest.mark.parametrize("asked", SIGNALS)
-def test_a_signal_is_heard_and_nothing_else_happens(asked: signal.Signals) -> None:
+def test_a_signal_only_sets_the_flag(asked: signal.Signals) -> None:
     stop = Stop()
     assert not stop.is_asked
     with stop.listening():
@@ -14,7 +14,7 @@ def test_a_signal_is_heard_and_nothing_else_happens(asked: signal.Signals) -> No
         assert stop.is_asked
 
 
-def test_a_second_interrupt_does_not_wait() -> None:
+def test_a_second_interrupt_raises_at_once() -> None:
     stop = Stop()
     with stop.listening():
         signal.raise_signal(signal.SIGINT)
@@ -23,8 +23,8 @@ def test_a_second_interrupt_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize("first", SIGNALS)
-def test_a_second_request_to_terminate_waits_as_the_first(first: signal.Signals) -> None:
-    """A terminal's Ctrl-C reaches a pipeline's processes, and then the pipeline tells them too."""
+def test_a_second_sigterm_is_deferred(first: signal.Signals) -> None:
+    """Ctrl-C in a terminal reaches the processes of a pipeline, which then also get SIGTERM from the pipeline."""
     stop = Stop()
     with stop.listening():
         signal.raise_signal(first)
@@ -32,7 +32,7 @@ def test_a_second_request_to_terminate_waits_as_the_first(first: signal.Signals)
     assert stop.is_asked
 
 
-def test_afterwards_signals_mean_what_they_meant() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(ZeroDivisionError), Stop().listening():
         raise ZeroDivisionError
