@@ -1,17 +1,17 @@
-"""Data files of any accepted format in, canonical rows out; every bad row is named by file, line and reason.
+"""Reads data files of all accepted formats into canonical rows, and reports bad rows by file, line and reason.
 
-`files` reads the containers, `chats` and `preferences` recognise the formats row by row, `reading` puts them
-together for each kind of stage, `overlap` compares what is trained on with what is evaluated on.
+`files` reads the file formats, `chats` and `preferences` detect the format of each row, `reading` combines them for
+each kind of stage, and `overlap` compares training rows with evaluation rows.
 
 Canonical rows, as plain dictionaries:
 
-    chat        {"messages": [...]}: perhaps a system message, then user and assistant in turns; `weight` 0 on
-                an answer means that it is context and not learnt
+    chat        {"messages": [...]}: an optional system message, then user and assistant in turns; an answer with
+                `weight` 0 is context without loss
     document    {"text": "…"}
-    preference  {"prompt": [...], "chosen": [...], "rejected": [...]}: messages up to the user's last, and one
-                message of the assistant each
+    preference  {"prompt": [...], "chosen": [...], "rejected": [...]}: messages up to the last user message, and one
+                assistant message each
     feedback    {"prompt": [...], "completion": [...], "label": true}
-    prompt      {"prompt": [...], "reference": "…"}: the reference only where the data has an answer
+    prompt      {"prompt": [...], "reference": "…"}: the reference only if the data has an answer
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ READERS: dict[Rows, Callable[[Sequence[Source], OnError, int], list[Row]]] = {
     "feedback": read_feedback,
     "prompts": read_prompts,
 }
-"""How data files are read, by the kind of rows that a stage asks for."""
+"""Reader of data files for each kind of rows."""
 
 __all__ = [
     "READERS",

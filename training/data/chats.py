@@ -1,4 +1,4 @@
-"""Conversations of every format, as OpenAI's messages.
+"""Converts conversations of all formats to OpenAI messages.
 
     OpenAI      {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     ShareGPT    {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}, or "items"
@@ -7,7 +7,7 @@
     HuatuoGPT   {"data": ["问：…", "答：…"]}
     pairs       {"prompt", "completion"}, {"question", "answer"}, {"query", "response"}, {"问", "答"}
 
-Any of them may have a "system" (or "system_prompt"), the last two kinds and Alpaca a "history": [["…", "…"]].
+Every format may have a "system" (or "system_prompt"); Alpaca, literature and pairs may have a "history": [["…", "…"]].
 """
 
 import json
@@ -18,7 +18,7 @@ from training.data.errors import BadRow, shown
 
 Row = dict[str, Any]
 Message = dict[str, Any]
-"""`role`, `content`, and perhaps `weight` 0: an answer that is context, and not to be learnt."""
+"""`role`, `content` and optionally `weight` 0: an answer that is context without loss."""
 
 _ROLES = {
     "system": "system", "developer": "system",
@@ -26,7 +26,7 @@ _ROLES = {
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
 }  # fmt: skip
 _TOOL_ROLES = {"tool", "function", "function_call", "observation"}
-_NO_TOOLS = "tool calls cannot be trained on; leave such rows out"
+_NO_TOOLS = "tool calls are not supported: remove such rows"
 _LISTS = ("messages", "conversations", "items")
 _ANSWERS = {
     "instruction": "output", "prompt": "completion", "question": "answer", "query": "response", "问": "答",
@@ -35,33 +35,33 @@ _LITERATURE = re.compile(r"\s*<(user|bot)>\s*[:：]\s*")
 _HUATUO = re.compile(r"\s*([问答])\s*[:：]\s*")
 _UNUSABLE = {
     "\0": "a NUL character",
-    "\ufffd": "U+FFFD, left by a wrong conversion: convert the original again",
+    "\ufffd": "U+FFFD from a wrong conversion: convert the original file again",
 }
 _UNUSABLE_OR_HALF = re.compile("[\0\ufffd\ud800-\udfff]")
 
 
 def to_chat(found: Row) -> Row:
-    """`{"messages": [...]}`, ending with the assistant. Raises BadRow."""
+    """Return `{"messages": [...]}`, which ends with the assistant. Raises BadRow."""
     messages = conversation(found)
     if messages[-1]["role"] != "assistant":
-        raise BadRow("there is no answer to learn: the last message must be the assistant's")
+        raise BadRow("no answer to learn: the last message must be from the assistant")
     if not any(message.get("weight", 1) for message in messages if message["role"] == "assistant"):
-        raise BadRow("there is no answer to learn: each has weight 0")
+        raise BadRow("no answer to learn: all answers have weight 0")
     return {"messages": messages}
 
 
 def to_document(found: Row) -> Row:
-    """`{"text": "…"}`, or a chat. Raises BadRow."""
+    """Return `{"text": "…"}` or a chat. Raises BadRow."""
     return {"text": text(found["text"], "text")} if "text" in found else to_chat(found)
 
 
 def has_conversation(found: Row) -> bool:
-    """Whether the row says by any of its keys what was asked."""
+    """Whether the row has a key of a conversation or question."""
     return any(key in found for key in (*_LISTS, "data", *_ANSWERS))
 
 
 def conversation(found: Row) -> list[Message]:
-    """The messages of a row: perhaps a system message, then user and assistant in turns.
+    """Return the messages of a row: an optional system message, then user and assistant in turns.
 
     The last answer may be missing. Raises BadRow.
     """
@@ -78,51 +78,51 @@ def conversation(found: Row) -> list[Message]:
 
 
 def _in_turns(messages: list[Message]) -> list[Message]:
-    """The messages, without a greeting of the assistant before the first question.
+    """Return the messages without an assistant greeting before the first question.
 
-    Raises BadRow if it is not user and assistant in turns, after perhaps a system.
+    Raises BadRow unless user and assistant alternate after an optional system message.
     """
     system, turns = (
         (messages[:1], messages[1:]) if messages and messages[0]["role"] == "system" else ([], messages)
     )
-    if len(turns) > 1 and turns[0]["role"] == "assistant":  # a greeting, which answers nothing
+    if len(turns) > 1 and turns[0]["role"] == "assistant":  # a greeting
         turns = turns[1:]
     if not turns:
-        raise BadRow("there is no message of the user")
+        raise BadRow("there is no user message")
     for number, message in enumerate(turns, 1):
         if message["role"] != ("user" if number % 2 else "assistant"):
             raise BadRow(
-                f"turn {number} is by {message['role']!r}; user and assistant must alternate, user first"
+                f"turn {number} is from {message['role']!r}: user and assistant must alternate, user first"
             )
     return [*system, *turns]
 
 
 def answer_in(value: Any, name: str) -> list[Message]:
-    """An answer given as text, as one message, or as a list of messages."""
+    """Return an answer given as text, one message or a list of messages. Raises BadRow."""
     if isinstance(value, dict | list):
         return messages_in(value if isinstance(value, list) else [value], name)
     return [{"role": "assistant", "content": text(value, name)}]
 
 
 def messages_in(value: Any, name: str) -> list[Message]:
-    """The messages of a list in OpenAI's or ShareGPT's words. Raises BadRow."""
+    """Return the messages of a list in OpenAI or ShareGPT format. Raises BadRow."""
     return [_message(item, f"{name}[{number}]") for number, item in enumerate(items_in(value, name))]
 
 
 def items_in(value: Any, name: str) -> list[Any]:
-    """A list; in a cell of CSV it stands as JSON. Raises BadRow."""
+    """Return a list; a CSV cell holds it as JSON. Raises BadRow."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise BadRow(f"{name} must be a list, and is not JSON") from error
+            raise BadRow(f"{name} must be a list, but is not valid JSON") from error
     if not isinstance(value, list):
         raise BadRow(f"{name} must be a list")
     return value
 
 
 def text(value: Any, name: str) -> str:
-    """Text that a tokenizer can take. Raises BadRow."""
+    """Return text that a tokenizer accepts. Raises BadRow."""
     if value is None:
         raise BadRow(f"{name} is missing")
     if not isinstance(value, str):
@@ -130,7 +130,7 @@ def text(value: Any, name: str) -> str:
     if not value.strip():
         raise BadRow(f"{name} is empty")
     if unusable := _UNUSABLE_OR_HALF.search(value):
-        raise BadRow(f"{name} holds {_UNUSABLE.get(unusable[0], 'half of a surrogate pair')}")
+        raise BadRow(f"{name} contains {_UNUSABLE.get(unusable[0], 'half of a surrogate pair')}")
     return value
 
 
@@ -142,40 +142,38 @@ def _message(item: Any, name: str) -> Message:
     if role in _TOOL_ROLES or item.get("tool_calls") or item.get("function_call"):
         raise BadRow(_NO_TOOLS)
     if role not in _ROLES:
-        raise BadRow(f"{name} is by {shown(role)}; expected system, user or assistant")
+        raise BadRow(f"{name} is from {shown(role)}; expected system, user or assistant")
     content = item["content"] if item.get("content") is not None else item.get("value")
     message: Message = {"role": _ROLES[role], "content": text(_joined(content, name), f"{name}: content")}
     weight = item.get("weight")
     if weight is not None:
         if message["role"] != "assistant" or weight not in (0, 1):
-            raise BadRow(f"{name}: weight must be 0 or 1, and on the assistant's messages alone")
+            raise BadRow(f"{name}: weight must be 0 or 1, and only on assistant messages")
         if not weight:
             message["weight"] = 0
     return message
 
 
 def _joined(content: Any, name: str) -> Any:
-    """Content in parts, as OpenAI's clients write it, as one text. Raises BadRow for parts of another kind."""
+    """Join content parts, as OpenAI clients write them, into one text. Raises BadRow for parts that are not text."""
     if not isinstance(content, list):
         return content
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind not in ("text", "input_text", "output_text"):
-            raise BadRow(
-                f"{name}: content has a part of kind {shown(str(kind))}; only text can be trained on"
-            )
+            raise BadRow(f"{name}: content has a part of type {shown(str(kind))}; only text is supported")
     return "".join(text(part.get("text"), f"{name}: content") for part in content)
 
 
 def _system(found: Row, messages: list[Message]) -> list[Message]:
-    """The system message that a row holds beside its messages."""
+    """Return the system message that a row has outside its messages."""
     given = found.get("system") or found.get("system_prompt")
     if not given:
         return []
     content = text(given, "system")
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] != content:
-            raise BadRow("there are two system messages")
+            raise BadRow("there are two different system messages")
         return []
     return [{"role": "system", "content": content}]
 
@@ -187,15 +185,15 @@ def _from_huatuogpt(items: list[Any]) -> list[Message]:
         prefix = _HUATUO.match(said)
         mark, role = ("答", "assistant") if number % 2 else ("问", "user")
         if prefix and prefix[1] != mark:
-            raise BadRow(f"data[{number}] must be the {role}'s, and opens with {prefix[1]}")
+            raise BadRow(f"data[{number}] must be from the {role}, but starts with {prefix[1]}")
         content = said[prefix.end() :] if prefix else said
         messages.append({"role": role, "content": text(content, f"data[{number}]")})
-    # Published conversations often end with a question that nobody answered.
+    # Published conversations often end with an unanswered question.
     return messages[:-1] if len(messages) % 2 and len(messages) > 1 else messages
 
 
 def _from_question(found: Row) -> list[Message]:
-    """From a row with a question under one key and its answer under another, and perhaps history."""
+    """Return the messages of a row with a question key, an answer key and an optional history."""
     key = next((key for key in _ANSWERS if key in found), None)
     if key is None:
         keys = ", ".join(sorted({shown(name) for name in list(found)[:8]})) or "nothing"
@@ -218,7 +216,7 @@ def _from_question(found: Row) -> list[Message]:
 
 def _asked(found: Row, key: str) -> list[Message]:
     if isinstance(found[key], list):
-        # Of a prompt and its completion, only the completion is learnt.
+        # Only the completion has loss, not the answers in the prompt.
         given = messages_in(found[key], key)
         return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in given]
     question = text(found[key], key)

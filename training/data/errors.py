@@ -1,4 +1,4 @@
-"""What can be wrong with data. No message holds anything that a row says: rows may speak of patients."""
+"""Errors in data. Messages never contain the content of rows, which may be about patients."""
 
 import re
 
@@ -6,9 +6,9 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,23}")
 
 
 class BadRow(Exception):
-    """Why one row cannot be used."""
+    """The reason why a row cannot be used."""
 
 
 def shown(name: str) -> str:
-    """A key or role as a message may tell it: what is not plainly a name may be a patient's words."""
+    """Return a key or role for a message; anything that is not plainly a name could be patient data."""
     return name if _NAME.fullmatch(name) else "something else"

@@ -1,6 +1,6 @@
-"""Values out of files: JSON, JSON Lines, CSV, TSV, Parquet and plain text, each perhaps gzipped.
+"""Reads values from files: JSON, JSON Lines, CSV, TSV, Parquet and plain text, optionally gzipped.
 
-The content tells what a file is. Only CSV, TSV and plain text carry no mark, and are told by their name.
+The format is detected from the content; only CSV, TSV and plain text are recognized by their file name.
 """
 
 import csv
@@ -23,23 +23,23 @@ _JSON_BEGINS = re.compile(r'\s*(\[\s*)?\{\s*["}]')
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 
 _WRAPPERS = ("data", "train", "validation", "test", "rows", "examples", "instances", "samples")
-"""Names under which a file may hold all its rows."""
+"""Keys under which a file may hold its list of rows."""
 
-csv.field_size_limit(1 << 30)  # a cell may hold a whole conversation, and the default is 128 KiB
+csv.field_size_limit(1 << 30)  # a cell may hold a whole conversation; the default is 128 KiB
 
 
 def read_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every row's place in the file (`12`, or `row 12` of a Parquet file) and its value.
+    """Yield the place (`12`, or `row 12` in a Parquet file) and value of every row.
 
-    The value of a row that is broken by itself is a BadRow. Raises DataError for a file that cannot be read
-    on. A line of plain text is a `text` row; cells of CSV are text, and empty ones are left out.
+    The value of a broken row is a BadRow. Raises DataError if the file cannot be read any further. A line of plain text
+    is a `text` row. CSV cells are text; empty cells are skipped.
     """
     try:
         with path.open("rb") as file:
             is_gzip = file.peek(2)[:2] == _GZIP
             yield from _read(path.name, gzip.GzipFile(fileobj=file) if is_gzip else file)
     except (OSError, EOFError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the file is damaged"
         raise DataError(f"{path.name}: cannot be read: {reason}") from error
 
 
@@ -49,7 +49,7 @@ def _read(name: str, file: Any) -> Iterator[tuple[str, Any]]:
         return _read_parquet(name, file)
     begin = head.decode("utf-8-sig", errors="replace")
     lines = _decode(name, file)
-    if "\r" in begin and "\n" not in begin:  # as old Macs, and Excel on them, end lines
+    if "\r" in begin and "\n" not in begin:  # line ends of old Macs, and of Excel on them
         lines = (f"{line}\n" for line in "".join(lines).split("\r"))
     ending = Path(name.lower().removesuffix(".gz")).suffix
     if ending in _JSON_ENDINGS or _JSON_BEGINS.match(begin):
@@ -59,13 +59,13 @@ def _read(name: str, file: Any) -> Iterator[tuple[str, Any]]:
     if ending == ".txt":
         return ((str(at), {"text": line.strip()}) for at, line in enumerate(lines, 1) if line.strip())
     raise DataError(
-        f"{name}: is no data file: expected JSON, JSON Lines or Parquet, or a name that ends in .csv, .tsv or .txt; "
-        "to leave it out of a folder, name the others by a pattern, such as `data/*.jsonl`"
+        f"{name}: not a data file: expected JSON, JSON Lines or Parquet, or a name that ends in .csv, .tsv or .txt; "
+        "to exclude it from a folder, use a pattern such as `data/*.jsonl`"
     )
 
 
 def _decode(name: str, file: BinaryIO) -> Iterator[str]:
-    """Lines with their line ends."""
+    """Yield decoded lines, including line ends."""
     at = 0
     for raw in file:
         try:
@@ -76,12 +76,12 @@ def _decode(name: str, file: BinaryIO) -> Iterator[str]:
                 f"{name}: byte {at + error.start} is not UTF-8; convert the file first, for example "
                 f"`iconv -f {encoding} -t utf-8`"
             ) from error
-        yield line.removeprefix("\ufeff")  # of each: files are put one behind the other
+        yield line.removeprefix("\ufeff")  # on any line, since files may be concatenated
         at += len(raw)
 
 
 def _read_objects(name: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    """JSON Lines, or one object for the whole file: a row, or rows in a list under a name such as `data`."""
+    """Read JSON Lines, or a file with one object: a row, or a list of rows under a key such as `data`."""
     head: list[str] = []
     for line in lines:
         head.append(line)
@@ -104,7 +104,7 @@ def _json_or_none(text: str) -> Any:
 
 
 def _lists_of_rows(value: Any) -> list[str]:
-    """The names of lists of objects in it; not of those that hold the messages of one row."""
+    """Return the keys of lists of rows; a key of a single row, such as `messages`, is not one."""
     if not isinstance(value, dict):
         return []
     return [
@@ -121,8 +121,8 @@ def _unwrapped(name: str, whole: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     lists = _lists_of_rows(whole)
     if len(lists) > 1:
         raise DataError(
-            f"{name}: holds several lists of rows, {' and '.join(lists)}: write those to train on to a file of their "
-            "own"
+            f"{name}: contains several lists of rows, {' and '.join(lists)}: move the rows to train on to a separate "
+            "file"
         )
     if not lists:
         yield "1", whole
@@ -141,7 +141,7 @@ def _read_json_lines(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _read_array(name: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    """The elements of one JSON array, each with the line it begins on."""
+    """Yield the elements of one JSON array, each with its first line."""
     text = "".join(lines)
     decoder = json.JSONDecoder()
     at, line, counted = text.index("[") + 1, 1, 0
@@ -158,7 +158,7 @@ def _read_array(name: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{name}:{line}: {_not_json(error)}") from error
         yield str(line), value
     if text[at + 1 :].strip():
-        raise DataError(f"{name}:{line}: something follows the end of the array; put all rows into one array")
+        raise DataError(f"{name}:{line}: unexpected text after the array: put all rows into one array")
 
 
 def _next_element(text: str, at: int) -> int:
@@ -169,12 +169,12 @@ def _next_element(text: str, at: int) -> int:
 def _not_json(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg} at column {error.colno}"
-    return f"not JSON: {'nested too deep' if isinstance(error, RecursionError) else 'a number of too many digits'}"
+    return f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else 'a number has too many digits'}"
 
 
 def _read_csv(name: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     first = next(lines, "")
-    # Where a comma is the decimal sign, Excel puts semicolons between cells.
+    # Excel separates cells with semicolons where the comma is the decimal separator.
     delimiter = next((mark for mark in "\t,;" if mark in first), ",")
     reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     begin = 1
@@ -190,27 +190,27 @@ def _read_csv(name: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
             begin = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{name}:{begin}: not CSV: {error}; a cell with quotes in it is quoted, and they are doubled"
+            f"{name}:{begin}: not CSV: {error}; quote cells that contain quotes, and double the quotes in them"
         ) from error
 
 
 def _by_column(columns: list[str], cells: list[str]) -> dict[str, str] | BadRow:
     if len(cells) != len(columns):
-        return BadRow(f"cells in this row: {len(cells)}; columns named in the first line: {len(columns)}")
+        return BadRow(f"the row has {len(cells)} cells, but the first line names {len(columns)} columns")
     return {column: cell for column, cell in zip(columns, cells, strict=True) if column and cell.strip()}
 
 
 def _read_parquet(name: str, file: Any) -> Iterator[tuple[str, Any]]:
-    import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415 - most data needs none of it
+    import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415 - needed for Parquet files only
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]  # noqa: PLC0415
 
     number = 0
     try:
-        # A gzip stream cannot be read from its end, where a Parquet file's index is.
+        # The index of a Parquet file is at its end, to which a gzip stream cannot seek.
         table = ParquetFile(io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file)
         for batch in table.iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
                 yield f"row {number}", value
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{name}: is damaged, or no Parquet file, after row {number}") from error
+        raise DataError(f"{name}: damaged, or not a Parquet file, after row {number}") from error

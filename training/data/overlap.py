@@ -1,4 +1,4 @@
-"""What is there twice, and what is both trained on and measured on; rows are named by number, never by content."""
+"""Finds duplicates, and rows that are both trained and evaluated on. Reports row numbers, never content."""
 
 import hashlib
 import json
@@ -14,47 +14,47 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Report:
-    """Counts of rows. An example is a pair of row numbers from 1, in the order the rows were read."""
+    """Counts of rows, and examples as pairs of row numbers, from 1 in reading order."""
 
     train: int
     evaluation: int
     duplicates: int
-    """Training rows that are exactly like an earlier one. They are kept."""
+    """Training rows that are identical to an earlier one. They are kept."""
     duplicate: tuple[int, int] | None
-    """Example: a training row, and the earlier one it is like."""
+    """Example: a training row and the earlier row."""
     leaks: int
-    """Evaluation rows whose prompt is learnt in training too."""
+    """Evaluation rows whose prompt is also in the training rows."""
     leak: tuple[int, int] | None
-    """Example: an evaluation row, and the training row that asks the same."""
+    """Example: an evaluation row and the training row with the same prompt."""
     general: int
     general_leaks: int
-    """Rows of general ability whose prompt is learnt in training too."""
+    """Rows of general_files whose prompt is also in the training rows."""
     general_leak: tuple[int, int] | None
-    """Example: such a row, and the training row that asks the same."""
+    """Example: such a row and the training row with the same prompt."""
 
     def log(self) -> None:
-        """Tell of what is wrong, if anything is."""
+        """Log duplicates and leaks, if there are any."""
         if self.duplicate:
             log.warning(
-                "%d of %d training rows are exactly like an earlier one, such as row %d like row %d; all are kept",
+                "%d of %d training rows are duplicates, such as row %d of row %d; all are kept",
                 self.duplicates, self.train, *self.duplicate,
             )  # fmt: skip
         if self.leak:
             log.warning(
-                "%d of %d evaluation rows ask what a training row asks, such as row %d what training row %d asks: "
-                "the evaluation says less about new questions than it seems to",
+                "%d of %d evaluation rows have the prompt of a training row, such as row %d that of training row %d: "
+                "the evaluation overestimates the quality on new prompts",
                 self.leaks, self.evaluation, *self.leak,
             )  # fmt: skip
         if self.general_leak:
             log.warning(
-                "%d of %d rows of general_files ask what a training row asks, such as row %d what training row %d: "
-                "what is learnt cannot say what is forgotten",
+                "%d of %d rows of general_files have the prompt of a training row, such as row %d that of training "
+                "row %d: such rows do not measure forgetting",
                 self.general_leaks, self.general, *self.general_leak,
             )  # fmt: skip
 
 
 def report(train: Sequence[Row], evaluation: Sequence[Row], general: Sequence[Row] = ()) -> Report:
-    """Compare rows of any of the canonical kinds. A row that its source's weight repeats counts once."""
+    """Compare canonical rows of any kind. A row repeated by the weight of its source counts once."""
     first: dict[bytes, int] = {}
     asked: dict[bytes, int] = {}
     duplicates = []
@@ -79,7 +79,7 @@ def report(train: Sequence[Row], evaluation: Sequence[Row], general: Sequence[Ro
 
 
 def _leaks(rows: Sequence[Row], asked: dict[bytes, int]) -> list[tuple[int, int]]:
-    """The rows whose prompt is one of those asked, each with the row that asks it."""
+    """Return the rows whose prompt is in `asked`, each with its training row."""
     found = []
     for number, row in _distinct(rows):
         *_, prompt = _prompts(row)
@@ -89,7 +89,7 @@ def _leaks(rows: Sequence[Row], asked: dict[bytes, int]) -> list[tuple[int, int]
 
 
 def _distinct(rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
-    """Rows with their numbers, but for those that are the same object as an earlier one: repeated by weight."""
+    """Yield rows with their numbers, without repetitions by weight, which are the same object."""
     seen: set[int] = set()
     for number, row in enumerate(rows, 1):
         if id(row) not in seen:
@@ -98,13 +98,13 @@ def _distinct(rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
 
 
 def _prompts(row: Row) -> Iterator[list[str]]:
-    """What is said before each answer, without the system message: another one makes no new question."""
+    """Yield the messages before each answer, without the system message, which does not make a question new."""
     if "text" in row:
         yield [row["text"].strip()]
         return
     messages: list[Message] = row["messages"] if "messages" in row else row["prompt"]
     said = [message["content"].strip() for message in messages if message["role"] != "system"]
-    # A conversation has an answer, and so a prompt, in every second place; a prompt is only the whole.
+    # In a conversation every second message is an answer; a row of another kind is one prompt.
     for end in range(1, len(said), 2) if "messages" in row else [len(said)]:
         yield said[:end]
 

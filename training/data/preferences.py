@@ -1,14 +1,14 @@
-"""Pairs of a better and a worse answer, answers with a label, and prompts.
+"""Converts pairs of a better and a worse answer, answers with a label, and prompts.
 
     MedicalGPT  {"question": "…", "response_chosen": "…", "response_rejected": "…"}
-    TRL         {"prompt", "chosen", "rejected"}, each of them text or messages; without a prompt, chosen and
-                rejected are whole conversations that share their beginning
+    TRL         {"prompt", "chosen", "rejected"}, each text or messages; without a prompt, chosen and rejected are
+                whole conversations with a common beginning
     ShareGPT    {"conversations": [...], "chosen": {"from": "gpt", "value": "…"}, "rejected": {...}}
     OpenAI      {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
     CareGPT     {"instruction": "…", "input": "…", "output": ["better", "worse"]}
     feedback    any chat row, with "label" (or LLaMA-Factory's "kto_tag"): true or false
 
-What was asked may stand in any format of `chats`, with any of the first two pairs of keys.
+The prompt may have any format of `chats`, with the answer keys of either of the first two formats.
 """
 
 from typing import Any
@@ -28,13 +28,13 @@ _LABELS = {
 
 
 def to_preference(found: Row) -> Row:
-    """`prompt`, `chosen` and `rejected`, as messages. Raises BadRow."""
+    """Return `prompt`, `chosen` and `rejected` as messages. Raises BadRow."""
     pair = _pair(found)
     if pair is None:
-        raise BadRow("there is no pair of answers; expected chosen and rejected")
+        raise BadRow("no pair of answers; expected chosen and rejected")
     chosen, rejected = (answer_in(answer, name) for name, answer in pair.items())
     if _plain(chosen) == _plain(rejected):
-        raise BadRow(f"{' and '.join(pair)} are the same")
+        raise BadRow(f"{' and '.join(pair)} are identical")
     if len(chosen) == len(rejected) == 1:
         prompt = _asked(found)
     else:
@@ -42,15 +42,15 @@ def to_preference(found: Row) -> Row:
         prompt = conversation({**found, "messages": chosen[:shared]})
         chosen, rejected = chosen[shared:], rejected[shared:]
     if prompt[-1]["role"] != "user":
-        raise BadRow("the prompt must end with the user's message")
+        raise BadRow("the prompt must end with a user message")
     for name, answer in zip(pair, (chosen, rejected), strict=True):
         if [message["role"] for message in answer] != ["assistant"]:
-            raise BadRow(f"{name} must be one answer of the assistant to the prompt")
+            raise BadRow(f"{name} must be one assistant message that answers the prompt")
     return {"prompt": _plain(prompt), "chosen": _plain(chosen), "rejected": _plain(rejected)}
 
 
 def to_feedback(found: Row) -> list[Row]:
-    """`prompt`, `completion` and `label`; a pair makes two of them. Raises BadRow."""
+    """Return rows of `prompt`, `completion` and `label`; a pair makes two rows. Raises BadRow."""
     if _pair(found):
         row = to_preference(found)
         return [
@@ -59,7 +59,7 @@ def to_feedback(found: Row) -> list[Row]:
         ]
     messages = _plain(conversation(found))
     if messages[-1]["role"] != "assistant":
-        raise BadRow("there is no answer for the label to judge")
+        raise BadRow("there is no answer for the label")
     label = _label(found)
     if label is None:
         raise BadRow("label must be true or false")
@@ -67,7 +67,7 @@ def to_feedback(found: Row) -> list[Row]:
 
 
 def to_prompt(found: Row) -> Row:
-    """`prompt`, and the answer that the data gives to it, if any, as `reference`. Raises BadRow."""
+    """Return `prompt`, with the answer in the data, if any, as `reference`. Raises BadRow."""
     if _pair(found):
         row = to_preference(found)
         return {"prompt": row["prompt"], "reference": row["chosen"][0]["content"]}
@@ -80,7 +80,7 @@ def to_prompt(found: Row) -> Row:
 
 
 def has_pair(found: Row) -> bool:
-    """Whether the row gives a better and a worse answer. Raises BadRow."""
+    """Whether the row has a better and a worse answer. Raises BadRow."""
     return _pair(found) is not None
 
 
@@ -90,18 +90,18 @@ def _label(found: Row) -> bool | None:
 
 
 def _pair(found: Row) -> dict[str, Any] | None:
-    """The better and the worse answer by their names, if the row has such."""
+    """Return the better and the worse answer by key, or None."""
     output = found.get("output")
     if isinstance(output, list):
         if len(output) != 2:
-            raise BadRow("output must be one answer, or a better and a worse one")
+            raise BadRow("output must be one answer, or a list of a better and a worse one")
         return {"output[0]": output[0], "output[1]": output[1]}
     pair = next((pair for pair in _PAIRS if pair[0] in found or pair[1] in found), None)
     return {name: found.get(name) for name in pair} if pair else None
 
 
 def _asked(found: Row) -> list[Message]:
-    """What was asked, which has keys of its own."""
+    """Return the prompt, which has keys of its own."""
     asked = found["input"] if isinstance(found.get("input"), dict) else found
     if not has_conversation(asked):
         raise BadRow("there is no prompt")
@@ -111,15 +111,15 @@ def _asked(found: Row) -> list[Message]:
 
 
 def _shared(chosen: list[Message], rejected: list[Message]) -> int:
-    """How many messages two conversations begin with alike."""
+    """Return the length of the common beginning of two conversations. Raises BadRow if there is none."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if not shared:
-        raise BadRow("there is no prompt: chosen and rejected do not begin alike")
+        raise BadRow("there is no prompt: chosen and rejected have no common beginning")
     return shared
 
 
 def _plain(messages: list[Message]) -> list[Message]:
-    """Without weights, which are for `read_chats`."""
+    """Return the messages without weights, which only `read_chats` uses."""
     return [{"role": message["role"], "content": message["content"]} for message in messages]

@@ -1,4 +1,4 @@
-"""Data sources in, canonical rows out; every bad row is named by file, line and reason."""
+"""Reads data sources into canonical rows, and reports bad rows by file, line and reason."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ _STOP = OnError()
 
 
 class _Placed(dict[str, Any]):
-    """A row that knows where it was read, for errors that only its chat template brings to light."""
+    """A row with its file and line, for errors that only appear when the chat template is applied."""
 
     def __init__(self, row: Row, place: str) -> None:
         super().__init__(row)
@@ -28,36 +28,36 @@ class _Placed(dict[str, Any]):
 
 
 def place(row: Row) -> str:
-    """File and line that a row was read at."""
+    """Return the file and line of a row."""
     return row.place if isinstance(row, _Placed) else "a row"
 
 
 def read_chats(sources: Sequence[Source], on_error: OnError = _STOP, seed: int = 0) -> list[Row]:
-    """Rows of `messages`, ending with the assistant's; an answer of `weight` 0 is not to be learnt.
+    """Read rows of `messages` that end with the assistant; answers with `weight` 0 have no loss.
 
-    Rows come in the order of the sources and files; `seed` chooses those that a weight below 1 leaves.
-    Raises DataError naming every bad row, unless told to skip so many.
+    Rows keep the order of sources and files; `seed` selects rows of sources whose weight is not a whole number. Raises
+    DataError that names every bad row, unless `on_error` allows to skip that many.
     """
     return _read(sources, on_error, seed, lambda found: [_chat(found)])
 
 
 def read_documents(sources: Sequence[Source], on_error: OnError = _STOP, seed: int = 0) -> list[Row]:
-    """Rows of `text` or `messages`, for pre-training. Otherwise as `read_chats`."""
+    """Read rows of `text` or `messages`, for pre-training. Otherwise like `read_chats`."""
     return _read(sources, on_error, seed, lambda found: [to_document(found)])
 
 
 def read_preferences(sources: Sequence[Source], on_error: OnError = _STOP, seed: int = 0) -> list[Row]:
-    """Rows of `prompt`, `chosen` and `rejected`, each a list of messages. Otherwise as `read_chats`."""
+    """Read rows of `prompt`, `chosen` and `rejected`, each a list of messages. Otherwise like `read_chats`."""
     return _read(sources, on_error, seed, lambda found: [to_preference(found)])
 
 
 def read_feedback(sources: Sequence[Source], on_error: OnError = _STOP, seed: int = 0) -> list[Row]:
-    """Rows of `prompt`, `completion` and `label`: whether the completion is good. Otherwise as `read_chats`."""
+    """Read rows of `prompt`, `completion` and `label` (true for good). Otherwise like `read_chats`."""
     return _read(sources, on_error, seed, to_feedback)
 
 
 def read_prompts(sources: Sequence[Source], on_error: OnError = _STOP, seed: int = 0) -> list[Row]:
-    """Rows of `prompt` and, where the data answers it, `reference`. Otherwise as `read_chats`."""
+    """Read rows of `prompt` and, if the data has an answer, `reference`. Otherwise like `read_chats`."""
     return _read(sources, on_error, seed, lambda found: [to_prompt(found)])
 
 
@@ -89,15 +89,15 @@ def _chat(found: Row) -> Row:
     except BadRow as reason:
         if has_pair(found):
             raise BadRow(
-                "a better and a worse answer: stages rm, dpo, kto and orpo learn from such"
+                "a pair of a better and a worse answer: use it with stage rm, dpo, kto or orpo"
             ) from reason
         raise
 
 
 def _fields(value: object) -> Row:
-    """The keys of a row that have a value; Parquet gives every row the keys of all, and pandas writes NaN for none.
+    """Return the keys of a row that have a value, in lower case unless two keys would collide.
 
-    Spreadsheets begin them with a capital: here they are of lower case, unless two would be one then.
+    Parquet gives every row all keys, pandas writes missing values as NaN, and spreadsheets capitalize keys.
     """
     if isinstance(value, BadRow):
         raise value
@@ -112,7 +112,7 @@ def _fields(value: object) -> Row:
 
 
 def judge(problems: list[str], on_error: OnError) -> None:
-    """Raises DataError if there are more bad rows than may be skipped, or else tells of those that are."""
+    """Raise DataError if there are more bad rows than may be skipped; otherwise log the skipped rows."""
     if not problems:
         return
     told = problems[:_SHOWN]
@@ -120,14 +120,14 @@ def judge(problems: list[str], on_error: OnError) -> None:
         told.append(f"... and {len(problems) - _SHOWN} more")
     if on_error.action == "skip" and len(problems) <= on_error.limit:
         for problem in told:
-            log.warning("left out: %s", problem)
+            log.warning("skipped: %s", problem)
         return
     many = f"{len(problems)} bad row{'s' * (len(problems) > 1)}"
     if on_error.action == "skip":
-        many += f", and at most {on_error.limit} may be skipped"
+        many += f", but on_error allows to skip only {on_error.limit}"
     raise DataError(
         "\n".join([
-            f"{many}: correct them, or set `on_error: {{action: skip, limit: {len(problems)}}}` "
+            f"{many}: fix them, or set `on_error: {{action: skip, limit: {len(problems)}}}` "
             "to train without them",
             *told,
         ])
@@ -135,7 +135,7 @@ def judge(problems: list[str], on_error: OnError) -> None:
 
 
 def _weigh(rows: list[Row], weight: float, seed: str) -> list[Row]:
-    """The rows `weight` times: all of them so often as it is whole, and by chance what is left."""
+    """Return the rows repeated by `weight`; the fractional part selects rows at random."""
     times, left = divmod(max(1, round(len(rows) * weight)), len(rows))
-    chosen = random.Random(seed).sample(range(len(rows)), left)  # noqa: S311 - chance, and no secret
+    chosen = random.Random(seed).sample(range(len(rows)), left)  # noqa: S311 - sampling, not a secret
     return rows * times + [rows[at] for at in sorted(chosen)]

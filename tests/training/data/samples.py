@@ -1,4 +1,4 @@
-"""One conversation and one pair, and what writes rows into files."""
+"""Sample conversations and pairs, and functions that write rows to files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files as spreadsheets, pandas and other projects write them: read as what is plainly meant, or refused once."""
+"""Files as spreadsheets, pandas and other projects write them: read as clearly intended, or refused with one error."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_csv_of_spreadsheets(tmp_path: Path, content: str) -> None:
     assert chats(tmp_path, "d.csv", content) == [CHAT]
 
 
-def test_nan_is_no_value(tmp_path: Path) -> None:
+def test_nan_is_a_missing_value(tmp_path: Path) -> None:
     row = {"instruction": Q, "input": math.nan, "system": math.nan, "output": A}
     assert chats(tmp_path, "d.jsonl", json.dumps(row)) == [CHAT]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "d.parquet")
@@ -46,14 +46,14 @@ def test_nan_is_no_value(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["data", "train", "rows", "examples"])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_rows_under_a_name(tmp_path: Path, name: str, indent: int | None) -> None:
+def test_rows_under_a_key(tmp_path: Path, name: str, indent: int | None) -> None:
     content = json.dumps({"version": 1, name: ROWS}, indent=indent, ensure_ascii=False)
     assert chats(tmp_path, "d.json", content) == ROWS
 
 
-def test_several_lists_of_rows_are_refused_once(tmp_path: Path) -> None:
+def test_several_lists_of_rows_are_refused_with_one_error(tmp_path: Path) -> None:
     content = json.dumps({"train": ROWS, "test": ROWS}, indent=1)
-    with pytest.raises(DataError, match=r"d\.json: holds several lists of rows, train and test") as caught:
+    with pytest.raises(DataError, match=r"d\.json: contains several lists of rows, train and test") as caught:
         chats(tmp_path, "d.json", content)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -62,22 +62,22 @@ def test_one_row_over_many_lines(tmp_path: Path) -> None:
     assert chats(tmp_path, "d.json", json.dumps(CHAT, indent=2)) == [CHAT]
 
 
-def test_a_bad_row_under_a_name_is_named_by_its_place(tmp_path: Path) -> None:
+def test_a_bad_row_under_a_key_is_reported_by_its_index(tmp_path: Path) -> None:
     content = json.dumps({"data": [CHAT, {"messages": []}]})
-    with pytest.raises(DataError, match=r"d\.json:data\[2\]: there is no message of the user"):
+    with pytest.raises(DataError, match=r"d\.json:data\[2\]: there is no user message"):
         chats(tmp_path, "d.json", content)
 
 
-def test_huatuogpts_rows_have_a_list_of_that_name_too(tmp_path: Path) -> None:
+def test_the_data_list_of_a_huatuogpt_row_is_not_a_list_of_rows(tmp_path: Path) -> None:
     assert chats(tmp_path, "d.jsonl", json.dumps({"data": [f"问：{Q}", f"答：{A}"]})) == [CHAT]
 
 
-def test_files_put_one_behind_the_other(tmp_path: Path) -> None:
+def test_concatenated_files(tmp_path: Path) -> None:
     content = "".join(f"\ufeff{json.dumps(row)}\n" for row in ROWS)
     assert chats(tmp_path, "d.jsonl", content) == ROWS
 
 
-def test_lines_are_counted_with_the_empty_ones_before_them(tmp_path: Path) -> None:
+def test_line_numbers_count_empty_lines(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"d\.jsonl:4: "):
         chats(tmp_path, "d.jsonl", f"\n\n{json.dumps(CHAT)}\n{{}}\n")
 
@@ -88,11 +88,11 @@ def test_content_in_parts(tmp_path: Path) -> None:
     assert chats(tmp_path, "d.jsonl", json.dumps(row)) == [CHAT]
     image = {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}
     row["messages"][0] = {"role": "user", "content": [*parts, image]}
-    with pytest.raises(DataError, match=r"a part of kind image_url; only text can be trained on"):
+    with pytest.raises(DataError, match=r"a part of type image_url; only text is supported"):
         chats(tmp_path, "d.jsonl", json.dumps(row))
 
 
-def test_a_greeting_before_the_first_question_is_left_out(tmp_path: Path) -> None:
+def test_a_greeting_before_the_first_question_is_dropped(tmp_path: Path) -> None:
     row = {
         "conversations": [
             {"from": "gpt", "value": "Hello"},
@@ -112,6 +112,6 @@ def test_a_greeting_before_the_first_question_is_left_out(tmp_path: Path) -> Non
         ({"kto_tag": "false"}, False),
     ],
 )
-def test_labels_of_other_names_and_words(tmp_path: Path, label: dict[str, Any], meant: bool) -> None:
+def test_other_label_keys_and_values(tmp_path: Path, label: dict[str, Any], meant: bool) -> None:
     (row,) = read_feedback([written(tmp_path / "d.jsonl", json.dumps({**CHAT, **label}))])
     assert row["label"] is meant

@@ -36,7 +36,7 @@ TOOL_CALL = {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}
         {"问": Q, "答": A},
     ],
 )
-def test_every_format_becomes_messages(tmp_path: Path, row: object) -> None:
+def test_every_format_converts_to_messages(tmp_path: Path, row: object) -> None:
     assert read_chats([write(tmp_path / "d.jsonl", row)]) == [CHAT]
 
 
@@ -62,7 +62,7 @@ def test_every_format_becomes_messages(tmp_path: Path, row: object) -> None:
         {"system": S, "history": [[Q, A]], "prompt": Q2, "completion": A2},
     ],
 )
-def test_every_format_carries_many_turns_and_a_system_message(tmp_path: Path, row: object) -> None:
+def test_every_format_supports_many_turns_and_a_system_message(tmp_path: Path, row: object) -> None:
     assert read_chats([write(tmp_path / "d.jsonl", row)]) == [LONG_CHAT]
 
 
@@ -71,13 +71,13 @@ def test_alpacas_input_follows_its_instruction_on_a_new_line(tmp_path: Path) -> 
     assert found["messages"][0]["content"] == "a\nb"
 
 
-def test_an_answer_of_weight_0_is_kept_as_such(tmp_path: Path) -> None:
+def test_an_answer_with_weight_0_is_kept(tmp_path: Path) -> None:
     row = {"messages": [USER, {**ASSISTANT, "weight": 0}, USER_2, {**ASSISTANT_2, "weight": 1}]}
     (found,) = read_chats([write(tmp_path / "d.jsonl", row)])
     assert found == {"messages": [USER, {**ASSISTANT, "weight": 0}, USER_2, ASSISTANT_2]}
 
 
-def test_the_answers_within_a_prompt_are_not_learnt(tmp_path: Path) -> None:
+def test_answers_in_a_prompt_have_no_loss(tmp_path: Path) -> None:
     row = {"prompt": [USER, ASSISTANT, USER_2], "completion": [ASSISTANT_2]}
     (found,) = read_chats([write(tmp_path / "d.jsonl", row)])
     assert found == {"messages": [USER, {**ASSISTANT, "weight": 0}, USER_2, ASSISTANT_2]}
@@ -89,17 +89,17 @@ def test_documents_may_be_text_or_chats(tmp_path: Path) -> None:
 
 
 BAD: list[tuple[Any, str]] = [
-    ({"messages": [USER]}, "there is no answer to learn: the last message must be the assistant's"),
-    ({"messages": []}, "there is no message of the user"),
-    ({"messages": [SYSTEM]}, "there is no message of the user"),
+    ({"messages": [USER]}, "no answer to learn: the last message must be from the assistant"),
+    ({"messages": []}, "there is no user message"),
+    ({"messages": [SYSTEM]}, "there is no user message"),
     (
         {"messages": [ASSISTANT, USER]},
-        "there is no answer to learn: the last message must be the assistant's",
+        "no answer to learn: the last message must be from the assistant",
     ),
-    ({"messages": [ASSISTANT, ASSISTANT]}, "turn 1 is by 'assistant'"),
-    ({"messages": [USER, USER, ASSISTANT]}, "turn 2 is by 'user'"),
-    ({"messages": [USER, SYSTEM, ASSISTANT]}, "turn 2 is by 'system'"),
-    ({"messages": [SYSTEM, USER, ASSISTANT], "system": "another"}, "there are two system messages"),
+    ({"messages": [ASSISTANT, ASSISTANT]}, "turn 1 is from 'assistant'"),
+    ({"messages": [USER, USER, ASSISTANT]}, "turn 2 is from 'user'"),
+    ({"messages": [USER, SYSTEM, ASSISTANT]}, "turn 2 is from 'system'"),
+    ({"messages": [SYSTEM, USER, ASSISTANT], "system": "another"}, "there are two different system messages"),
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1]: content is empty"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1]: content is missing"),
     ({"messages": [USER, {"role": "assistant", "content": 4}]}, "messages[1]: content must be text, not int"),
@@ -107,32 +107,35 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [USER, {"content": "a"}]}, "messages[1]: role is missing"),
     ({"messages": [USER, "a"]}, "messages[1] must be an object with role and content"),
     ({"messages": "hello"}, "messages must be a list"),
-    ({"messages": "[{"}, "messages must be a list, and is not JSON"),
-    ({"messages": [USER, TOOL_CALL]}, "tool calls cannot be trained on"),
-    ({"messages": [USER, {"role": "tool", "content": "a"}]}, "tool calls cannot be trained on"),
-    ({"conversations": [{"from": "observation", "value": "a"}]}, "tool calls cannot be trained on"),
-    ({**CHAT, "tools": '[{"name": "search"}]'}, "tool calls cannot be trained on"),
-    ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "there is no answer to learn: each has weight 0"),
+    ({"messages": "[{"}, "messages must be a list, but is not valid JSON"),
+    ({"messages": [USER, TOOL_CALL]}, "tool calls are not supported"),
+    ({"messages": [USER, {"role": "tool", "content": "a"}]}, "tool calls are not supported"),
+    ({"conversations": [{"from": "observation", "value": "a"}]}, "tool calls are not supported"),
+    ({**CHAT, "tools": '[{"name": "search"}]'}, "tool calls are not supported"),
+    ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "no answer to learn: all answers have weight 0"),
     ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "messages[1]: weight must be 0 or 1"),
     ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, "messages[0]: weight must be 0 or 1"),
-    ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0] is by alien; expected system"),
-    ({"conversations": [{"from": "张三", "value": "x"}]}, "conversations[0] is by something else; expected"),
-    ({"data": ["答：x", "问：y"]}, "data[0] must be the user's, and opens with 答"),
-    ({"data": ["问：x", "问：y"]}, "data[1] must be the assistant's, and opens with 问"),
+    ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0] is from alien; expected system"),
+    (
+        {"conversations": [{"from": "张三", "value": "x"}]},
+        "conversations[0] is from something else; expected",
+    ),
+    ({"data": ["答：x", "问：y"]}, "data[0] must be from the user, but starts with 答"),
+    ({"data": ["问：x", "问：y"]}, "data[1] must be from the assistant, but starts with 问"),
     ({"data": ["问：x", "答："]}, "data[1] is empty"),
-    ({"data": ["问：x"]}, "there is no answer to learn"),
+    ({"data": ["问：x"]}, "no answer to learn"),
     ({"data": "x"}, "data must be a list"),
-    ({"instruction": "<user>: x <bot>: y", "output": "z"}, "turn 3 is by 'assistant'"),
+    ({"instruction": "<user>: x <bot>: y", "output": "z"}, "turn 3 is from 'assistant'"),
     ({"instruction": "<user>: x <bot>:  <user>: y", "output": "z"}, "instruction is empty"),
-    ({"instruction": "a", "output": ""}, "there is no answer to learn"),
+    ({"instruction": "a", "output": ""}, "no answer to learn"),
     ({"instruction": "a", "output": "  "}, "output is empty"),
-    ({"instruction": "a"}, "there is no answer to learn"),
+    ({"instruction": "a"}, "no answer to learn"),
     ({"instruction": "", "output": "a"}, "instruction is empty"),
     ({"instruction": "a", "output": 4.5}, "output must be text, not float"),
     ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0] must be a pair"),
     ({"instruction": "a", "output": "b", "history": [["q", ""]]}, "history[0] is empty"),
-    ({"question": "a\0", "answer": "b"}, "question holds a NUL character"),
-    ({"question": "a", "answer": "肝\ufffd炎"}, "answer holds U+FFFD"),
+    ({"question": "a\0", "answer": "b"}, "question contains a NUL character"),
+    ({"question": "a", "answer": "肝\ufffd炎"}, "answer contains U+FFFD"),
     ({"text": "a"}, "found text; expected messages, conversations"),
     ({}, "found nothing; expected messages"),
     ({"张三，男，45岁": "x"}, "found something else; expected"),
@@ -141,7 +144,7 @@ BAD: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD)
-def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path: Path, row: object, reason: str) -> None:
+def test_a_bad_row_is_reported_by_file_line_and_reason(tmp_path: Path, row: object, reason: str) -> None:
     source = write(tmp_path / "d.jsonl", CHAT, row)
     with pytest.raises(DataError) as caught:
         read_chats([source])
@@ -150,11 +153,11 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path: Path, row: object,
 
 def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"question": "a", "answer": "\\ud83d"}')
-    with pytest.raises(DataError, match=r"d\.jsonl:1: answer holds half of a surrogate pair"):
+    with pytest.raises(DataError, match=r"d\.jsonl:1: answer contains half of a surrogate pair"):
         read_chats([write(tmp_path / "e.jsonl", CHAT).model_copy(update={"files": (tmp_path / "d.jsonl",)})])
 
 
 @pytest.mark.parametrize(("row", "reason"), [({"text": " "}, "text is empty"), ({"text": 1}, "must be text")])
-def test_a_bad_document_is_named(tmp_path: Path, row: object, reason: str) -> None:
+def test_a_bad_document_is_reported(tmp_path: Path, row: object, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         read_documents([write(tmp_path / "d.jsonl", row)])

@@ -56,7 +56,7 @@ JSON_FORMS = {
 
 @pytest.mark.parametrize("name", ["d.json", "d.jsonl", "d.txt", "d.csv", "d.data", "d", "d.jsonl.gz"])
 @pytest.mark.parametrize("form", JSON_FORMS)
-def test_json_is_told_by_its_content_and_not_by_its_name(tmp_path: Path, name: str, form: str) -> None:
+def test_json_is_detected_by_content_not_by_name(tmp_path: Path, name: str, form: str) -> None:
     content = JSON_FORMS[form].encode()
     for zipped in (content, gzip.compress(content)):
         assert read_chats([written(tmp_path / name, zipped)]) == [CHAT, CHAT]
@@ -65,7 +65,7 @@ def test_json_is_told_by_its_content_and_not_by_its_name(tmp_path: Path, name: s
 @pytest.mark.parametrize("name", ["d.csv", "d.csv.gz", "d.tsv", "D.CSV"])
 @pytest.mark.parametrize("delimiter", [",", "\t"])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-def test_csv_has_the_names_of_its_columns_in_the_first_line(
+def test_the_first_line_of_csv_names_the_columns(
     tmp_path: Path, name: str, delimiter: str, quoting: Any
 ) -> None:
     content = "\ufeff" + table(
@@ -81,7 +81,7 @@ def test_csv_has_the_names_of_its_columns_in_the_first_line(
         assert read_chats([written(tmp_path / name, zipped)]) == [CHAT]
 
 
-def test_cells_of_csv_are_text_whatever_they_look_like(tmp_path: Path) -> None:
+def test_csv_cells_are_always_text(tmp_path: Path) -> None:
     content = 'question,answer\n1+1,2\n"a ""b""\n\nc, d",true\n'
     found = read_chats([written(tmp_path / "d.csv", content)])
     assert [[message["content"] for message in row["messages"]] for row in found] == [
@@ -90,7 +90,7 @@ def test_cells_of_csv_are_text_whatever_they_look_like(tmp_path: Path) -> None:
     ]
 
 
-def test_lists_stand_in_csv_as_json(tmp_path: Path) -> None:
+def test_csv_cells_hold_lists_as_json(tmp_path: Path) -> None:
     messages, history = json.dumps(CHAT["messages"]), json.dumps([["感冒怎么办？", "多休息。"]])
     rows = [
         ["messages", "history", "question", "answer", "system"],
@@ -100,7 +100,7 @@ def test_lists_stand_in_csv_as_json(tmp_path: Path) -> None:
     assert read_chats([written(tmp_path / "d.csv", table(rows))]) == [CHAT, LONG_CHAT]
 
 
-def test_a_cell_of_csv_may_be_longer_than_most(tmp_path: Path) -> None:
+def test_a_csv_cell_may_be_very_long(tmp_path: Path) -> None:
     (found,) = read_chats([written(tmp_path / "d.csv", table([["问", "答"], ["a", "b" * 200_000]]))])
     assert len(found["messages"][1]["content"]) == 200_000
 
@@ -111,14 +111,14 @@ def test_labels_in_csv_are_words_or_numbers(tmp_path: Path) -> None:
     assert [row["label"] for row in found] == [True, False]
 
 
-def test_rows_of_csv_are_named_by_the_line_they_begin_on(tmp_path: Path) -> None:
+def test_csv_rows_are_reported_by_their_first_line(tmp_path: Path) -> None:
     content = 'question,answer\r\n"a\r\nb","c\r\nd"\r\n\r\nx\r\n"e\r\nf",\r\ng,h,i\r\n'
     with pytest.raises(DataError) as caught:
         read_chats([written(tmp_path / "d.csv", content)])
     assert str(caught.value).splitlines()[1:] == [
-        "d.csv:6: cells in this row: 1; columns named in the first line: 2",
-        "d.csv:7: there is no answer to learn: the last message must be the assistant's",
-        "d.csv:9: cells in this row: 3; columns named in the first line: 2",
+        "d.csv:6: the row has 1 cells, but the first line names 2 columns",
+        "d.csv:7: no answer to learn: the last message must be from the assistant",
+        "d.csv:9: the row has 3 cells, but the first line names 2 columns",
     ]
 
 
@@ -126,7 +126,7 @@ def test_rows_of_csv_are_named_by_the_line_they_begin_on(tmp_path: Path) -> None
     ("content", "reason"),
     [
         ('question,answer\na,b\n"c,d\ne,f\n', r"d\.csv:3: not CSV: unexpected end of data"),
-        ('question,answer\n"发烧"怎么办,b\n', r"d\.csv:2: not CSV: .* a cell with quotes in it is quoted"),
+        ('question,answer\n"发烧"怎么办,b\n', r"d\.csv:2: not CSV: .* quote cells that contain quotes"),
         ('"question', r"d\.csv:1: not CSV"),
         ("answer,answer\na,b\n", r"d\.csv:1: two columns have the same name"),
         ("我头痛三天了,多休息\na,b\n", r"d\.csv:2: found something else; expected"),
@@ -134,7 +134,7 @@ def test_rows_of_csv_are_named_by_the_line_they_begin_on(tmp_path: Path) -> None
         ("", r"no rows in d\.csv"),
     ],
 )
-def test_what_is_no_csv_is_refused(tmp_path: Path, content: str, reason: str) -> None:
+def test_invalid_csv_is_refused(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         read_chats([written(tmp_path / "d.csv", content)])
 
@@ -158,13 +158,13 @@ def test_parquet_of_preferences(tmp_path: Path) -> None:
     assert read_preferences([written(tmp_path / "d", both)]) == [PREFERENCE, LONG_PREFERENCE, PREFERENCE]
 
 
-def test_rows_of_parquet_are_named_by_number(tmp_path: Path) -> None:
+def test_parquet_rows_are_reported_by_number(tmp_path: Path) -> None:
     rows = [{"question": "a", "answer": "b"}] * 1500 + [{"question": "a"}]
-    with pytest.raises(DataError, match=r"d\.parquet:row 1501: there is no answer"):
+    with pytest.raises(DataError, match=r"d\.parquet:row 1501: no answer"):
         read_chats([written(tmp_path / "d.parquet", parquet(rows))])
 
 
-def test_numbers_in_parquet_are_no_text(tmp_path: Path) -> None:
+def test_numbers_in_parquet_are_not_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"d:row 1: answer must be text, not int"):
         read_chats([written(tmp_path / "d", parquet([{"question": "a", "answer": 4}]))])
 
@@ -172,18 +172,18 @@ def test_numbers_in_parquet_are_no_text(tmp_path: Path) -> None:
 def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
     content = parquet([PAIR] * 10)
     for damaged in (content[:-9], content[:4], content[:60] + b"\xff" * 40 + content[100:]):
-        with pytest.raises(DataError, match=r"d: is damaged, or no Parquet file"):
+        with pytest.raises(DataError, match=r"d: damaged, or not a Parquet file"):
             read_chats([written(tmp_path / "d", damaged)])
 
 
-def test_plain_text_is_one_document_a_line(tmp_path: Path) -> None:
+def test_plain_text_has_one_document_per_line(tmp_path: Path) -> None:
     source = written(tmp_path / "d.txt", "\ufeff第一章\r\n\r\n　　传染病。\n[1] 参考文献\n{甲}\n")
     texts = [row["text"] for row in read_documents([source])]
     assert texts == ["第一章", "传染病。", "[1] 参考文献", "{甲}"]
 
 
-def test_bad_plain_text_is_named_by_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"d\.txt:3: text holds a NUL character"):
+def test_bad_plain_text_is_reported_by_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"d\.txt:3: text contains a NUL character"):
         read_documents([written(tmp_path / "d.txt", "a\n\nb\0\n")])
 
 
@@ -191,23 +191,23 @@ def test_bad_plain_text_is_named_by_line(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         ('{"question": \n', "1: not JSON: Expecting value at column 13"),
-        ("[" * 100_000, r"1: not JSON: nested too deep"),
-        (json.dumps(PAIR) + "\n" + '{"a":' * 100_000, "2: not JSON: nested too deep"),
-        ('{"id": ' + "9" * 5000 + "}", "1: not JSON: a number of too many digits"),
-        ('[\n{"a": ' + "9" * 5000 + "}]", "2: not JSON: a number of too many digits"),
+        ("[" * 100_000, r"1: not JSON: nested too deeply"),
+        (json.dumps(PAIR) + "\n" + '{"a":' * 100_000, "2: not JSON: nested too deeply"),
+        ('{"id": ' + "9" * 5000 + "}", "1: not JSON: a number has too many digits"),
+        ('[\n{"a": ' + "9" * 5000 + "}]", "2: not JSON: a number has too many digits"),
         ('[\n{"text": "a"},\n{"text": \n', r"\d: not JSON"),
         ('[{"text": "a"},', "1: not JSON"),
         ("[", "1: not JSON"),
-        ("[]\n[]", "1: something follows the end of the array"),
+        ("[]\n[]", "1: unexpected text after the array"),
         ("[1, [2]]", "1: a row must be a JSON object"),
     ],
 )
-def test_broken_json_is_named_by_line(tmp_path: Path, content: str, reason: str) -> None:
+def test_broken_json_is_reported_by_line(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(DataError, match=rf"d\.json:{reason}"):
         read_documents([written(tmp_path / "d.json", content)])
 
 
-def test_rows_of_an_indented_array_are_named_by_the_line_they_begin_on(tmp_path: Path) -> None:
+def test_rows_of_an_indented_array_are_reported_by_their_first_line(tmp_path: Path) -> None:
     text = json.dumps([CHAT, {"x": 1}], indent=1)
     line = text.splitlines().index(" {", 2) + 1
     with pytest.raises(DataError, match=rf"d\.json:{line}: found x"):
@@ -222,9 +222,7 @@ def test_rows_of_an_indented_array_are_named_by_the_line_they_begin_on(tmp_path:
         ("d.txt", "gb18030", "byte 27 is not UTF-8"),
     ],
 )
-def test_other_encodings_are_refused_with_the_cure(
-    tmp_path: Path, name: str, encoding: str, cure: str
-) -> None:
+def test_other_encodings_are_refused_with_a_fix(tmp_path: Path, name: str, encoding: str, cure: str) -> None:
     content = '{"text": "a"}\n{"text": "b感冒"}'.encode(encoding)
     if encoding == "gb18030":
         content = content.replace(b'"b', b'"bcd')
@@ -233,18 +231,18 @@ def test_other_encodings_are_refused_with_the_cure(
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"README\.md: is no data file: .* such as `data/\*\.jsonl`"):
+    with pytest.raises(DataError, match=r"README\.md: not a data file: .* such as `data/\*\.jsonl`"):
         read_documents([written(tmp_path / "README.md", "# Data")])
 
 
 def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
     content = gzip.compress(b'{"text": "a"}\n' * 100_000)
     for damaged in (content[:-20], content[:3], content[:200] + b"\0" * 100 + content[300:]):
-        with pytest.raises(DataError, match=r"d\.gz: cannot be read: it is damaged"):
+        with pytest.raises(DataError, match=r"d\.gz: cannot be read: the file is damaged"):
             read_documents([written(tmp_path / "d.gz", damaged)])
 
 
-def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     source = written(tmp_path / "d.jsonl", "{}")
     (tmp_path / "d.jsonl").unlink()
     with pytest.raises(DataError, match=r"^d\.jsonl: cannot be read: No such file or directory"):

@@ -1,4 +1,4 @@
-"""Whatever is in a file, rows come out of it, or DataError."""
+"""Reading any file gives rows or raises DataError."""
 
 import gzip
 import json
@@ -64,7 +64,7 @@ def some_file(chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_but_rows_or_data_error_comes_out(tmp_path: Path, seed: int) -> None:
+def test_reading_gives_rows_or_data_error(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(150):
         name = chance.choice(["d.json", "d.csv", "d.tsv", "d.txt", "d.parquet", "d.jsonl.gz"])

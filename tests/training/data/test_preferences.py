@@ -73,17 +73,17 @@ LONG_PAIRS: list[Any] = [
 
 
 @pytest.mark.parametrize("row", PAIRS)
-def test_every_format_becomes_a_preference(tmp_path: Path, row: object) -> None:
+def test_every_format_converts_to_a_preference(tmp_path: Path, row: object) -> None:
     assert read_preferences([write(tmp_path / "d.jsonl", row)]) == [PREFERENCE]
 
 
 @pytest.mark.parametrize("row", LONG_PAIRS)
-def test_every_format_carries_many_turns_and_a_system_message(tmp_path: Path, row: object) -> None:
+def test_every_format_supports_many_turns_and_a_system_message(tmp_path: Path, row: object) -> None:
     assert read_preferences([write(tmp_path / "d.jsonl", row)]) == [LONG_PREFERENCE]
 
 
 @pytest.mark.parametrize("row", PAIRS)
-def test_a_preference_is_two_rows_of_feedback(tmp_path: Path, row: object) -> None:
+def test_a_preference_becomes_two_rows_of_feedback(tmp_path: Path, row: object) -> None:
     assert read_feedback([write(tmp_path / "d.jsonl", row)]) == [
         {"prompt": [USER], "completion": [ASSISTANT], "label": True},
         {"prompt": [USER], "completion": [WORSE], "label": False},
@@ -108,7 +108,7 @@ def test_a_chat_with_a_label_is_feedback(tmp_path: Path, row: dict[str, Any], la
         {"data": [f"问：{Q}", f"答：{A}"]},
     ],
 )
-def test_a_prompt_has_the_answer_of_the_data_as_its_reference(tmp_path: Path, row: object) -> None:
+def test_the_reference_of_a_prompt_is_the_answer_in_the_data(tmp_path: Path, row: object) -> None:
     assert read_prompts([write(tmp_path / "d.jsonl", row)]) == [{"prompt": [USER], "reference": A}]
 
 
@@ -128,23 +128,26 @@ def test_a_prompt_without_a_good_answer_has_no_reference(tmp_path: Path, row: ob
     assert read_prompts([write(tmp_path / "d.jsonl", row)]) == [{"prompt": [USER]}]
 
 
-def test_a_prompt_keeps_the_turns_before_it(tmp_path: Path) -> None:
+def test_a_prompt_keeps_earlier_turns(tmp_path: Path) -> None:
     (found,) = read_prompts([write(tmp_path / "d.jsonl", LONG_CHAT)])
     assert found == {"prompt": LONG_PREFERENCE["prompt"], "reference": A2}
 
 
-def test_weights_have_no_place_in_a_pair(tmp_path: Path) -> None:
+def test_weights_are_dropped_from_pairs(tmp_path: Path) -> None:
     first = {**ASSISTANT, "weight": 0}
     row = {"prompt": [SYSTEM, USER, first, USER_2], "chosen": {**ASSISTANT_2, "weight": 1}, "rejected": W}
     assert read_preferences([write(tmp_path / "d.jsonl", row)]) == [LONG_PREFERENCE]
 
 
 BAD: list[tuple[Any, str]] = [
-    (CHAT, "there is no pair of answers; expected chosen and rejected"),
-    ({"prompt": Q, "chosen": A, "rejected": A}, "chosen and rejected are the same"),
-    ({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}, "chosen and rejected are the same"),
-    ({"instruction": Q, "output": [A, A]}, "output[0] and output[1] are the same"),
-    ({"instruction": Q, "output": [A, W, "c"]}, "output must be one answer, or a better and a worse one"),
+    (CHAT, "no pair of answers; expected chosen and rejected"),
+    ({"prompt": Q, "chosen": A, "rejected": A}, "chosen and rejected are identical"),
+    ({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}, "chosen and rejected are identical"),
+    ({"instruction": Q, "output": [A, A]}, "output[0] and output[1] are identical"),
+    (
+        {"instruction": Q, "output": [A, W, "c"]},
+        "output must be one answer, or a list of a better and a worse one",
+    ),
     ({"prompt": Q, "chosen": A, "rejected": ""}, "rejected is empty"),
     ({"prompt": Q, "chosen": A}, "rejected is missing"),
     ({"question": Q, "response_rejected": W}, "response_chosen is missing"),
@@ -153,24 +156,24 @@ BAD: list[tuple[Any, str]] = [
     ({"chosen": A, "rejected": W}, "there is no prompt"),
     (
         {"chosen": [USER, ASSISTANT], "rejected": [USER_2, WORSE]},
-        "there is no prompt: chosen and rejected do",
+        "there is no prompt: chosen and rejected have",
     ),
-    ({"prompt": Q, "chosen": [USER], "rejected": [WORSE]}, "chosen must be one answer of the assistant"),
+    ({"prompt": Q, "chosen": [USER], "rejected": [WORSE]}, "chosen must be one assistant message"),
     (
         {"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT, USER_2, WORSE]},
-        "the prompt must end with the user's message",
+        "the prompt must end with a user message",
     ),
     (
         {"chosen": [USER, ASSISTANT, USER_2, ASSISTANT_2], "rejected": [USER, WORSE, USER_2, ASSISTANT_2]},
-        "chosen must be one answer of the assistant",
+        "chosen must be one assistant message",
     ),
-    ({**CHAT, "chosen": A, "rejected": W}, "the prompt must end with the user's message"),
-    ({"input": {"messages": [USER], "tools": [{}]}, "chosen": A, "rejected": W}, "tool calls cannot be"),
+    ({**CHAT, "chosen": A, "rejected": W}, "the prompt must end with a user message"),
+    ({"input": {"messages": [USER], "tools": [{}]}, "chosen": A, "rejected": W}, "tool calls are not"),
 ]
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD)
-def test_a_bad_pair_is_named_by_file_line_and_reason(tmp_path: Path, row: object, reason: str) -> None:
+def test_a_bad_pair_is_reported_by_file_line_and_reason(tmp_path: Path, row: object, reason: str) -> None:
     with pytest.raises(DataError) as caught:
         read_preferences([write(tmp_path / "d.jsonl", PREFERENCE, row)])
     assert f"\nd.jsonl:2: {reason}" in str(caught.value)
@@ -182,10 +185,10 @@ def test_a_bad_pair_is_named_by_file_line_and_reason(tmp_path: Path, row: object
         (CHAT, "label must be true or false"),
         ({**CHAT, "label": "perhaps"}, "label must be true or false"),
         ({**CHAT, "label": [True]}, "label must be true or false"),
-        ({"prompt": Q, "label": True}, "there is no answer for the label to judge"),
-        ({"prompt": Q, "chosen": A, "rejected": A}, "chosen and rejected are the same"),
+        ({"prompt": Q, "label": True}, "there is no answer for the label"),
+        ({"prompt": Q, "chosen": A, "rejected": A}, "chosen and rejected are identical"),
     ],
 )
-def test_bad_feedback_is_named(tmp_path: Path, row: object, reason: str) -> None:
+def test_bad_feedback_is_reported(tmp_path: Path, row: object, reason: str) -> None:
     with pytest.raises(DataError, match=rf"d\.jsonl:1: {reason}"):
         read_feedback([write(tmp_path / "d.jsonl", row)])

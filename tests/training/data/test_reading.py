@@ -12,14 +12,14 @@ from training.errors import DataError
 DOCUMENTS = [{"text": str(number)} for number in range(10)]
 
 
-def test_all_bad_rows_of_all_files_are_named_and_then_counted(tmp_path: Path) -> None:
+def test_bad_rows_of_all_files_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", *[{}] * 15)
     second = written(tmp_path / "b.jsonl", '{"messages": \n' + '{"instruction": 1}\n' * 14)
     with pytest.raises(DataError) as caught:
         read_chats([first, second])
     told = str(caught.value)
     assert told.startswith(
-        "30 bad rows: correct them, or set `on_error: {action: skip, limit: 30}` to train without them\n"
+        "30 bad rows: fix them, or set `on_error: {action: skip, limit: 30}` to train without them\n"
     )
     assert "\na.jsonl:15: found nothing" in told
     assert "\nb.jsonl:1: not JSON: Expecting value" in told
@@ -34,27 +34,27 @@ def test_all_bad_rows_of_all_files_are_named_and_then_counted(tmp_path: Path) ->
         {"instruction": "Ask", "output": ["good", "bad"]},
     ],
 )
-def test_pairs_where_one_answer_is_to_be_learnt_are_told_as_such(tmp_path: Path, row: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"d\.jsonl:1: a better and a worse answer: stages rm, dpo"):
+def test_pairs_for_a_chat_stage_are_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:1: a pair of a better and a worse answer: use it with stage rm, dpo"
+    ):
         read_chats([write(tmp_path / "d.jsonl", row)])
 
 
-def test_bad_rows_are_left_out_when_asked_and_still_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_skipped_bad_rows_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write(tmp_path / "d.jsonl", *[{}] * 21, CHAT)
     assert read_chats([source], OnError(action="skip", limit=21)) == [CHAT]
-    assert caplog.messages[0].startswith("left out: d.jsonl:1: found nothing")
-    assert caplog.messages[20:] == ["left out: ... and 1 more"]
+    assert caplog.messages[0].startswith("skipped: d.jsonl:1: found nothing")
+    assert caplog.messages[20:] == ["skipped: ... and 1 more"]
 
 
 def test_more_bad_rows_than_the_limit_are_an_error(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", {}, CHAT, {})
-    with pytest.raises(DataError, match=r"^2 bad rows, and at most 1 may be skipped: .*limit: 2"):
+    with pytest.raises(DataError, match=r"^2 bad rows, but on_error allows to skip only 1: .*limit: 2"):
         read_chats([source], OnError(action="skip", limit=1))
 
 
-def test_a_file_that_cannot_be_read_is_an_error_even_when_rows_may_be_skipped(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error_even_with_skip(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not UTF-8"):
         read_chats([written(tmp_path / "d.jsonl", b"\xff")], OnError(action="skip"))
 
@@ -66,9 +66,7 @@ def test_no_rows_at_all_is_an_error(tmp_path: Path, on_error: OnError) -> None:
         read_chats(sources, on_error)
 
 
-def test_messages_and_logs_hold_nothing_of_what_rows_say(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_messages_and_logs_contain_no_row_content(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     secret = "张三患艾滋病"
     rows = [
         {"messages": [{"role": secret, "content": secret}]},
@@ -112,18 +110,18 @@ def test_a_source_is_repeated_by_its_weight(tmp_path: Path) -> None:
     assert len(part) == 23
 
 
-def test_a_weight_below_1_leaves_rows_that_the_seed_chooses(tmp_path: Path) -> None:
+def test_a_weight_below_1_keeps_rows_selected_by_the_seed(tmp_path: Path) -> None:
     half = weighed(tmp_path, 0.5)
     assert len(set(half)) == 5
     assert half == sorted(half) == weighed(tmp_path, 0.5)
     assert len({tuple(weighed(tmp_path, 0.5, seed)) for seed in range(10)}) > 5
 
 
-def test_a_tiny_weight_leaves_one_row(tmp_path: Path) -> None:
+def test_a_tiny_weight_keeps_one_row(tmp_path: Path) -> None:
     assert len(weighed(tmp_path, 0.001)) == 1
 
 
-def test_two_sources_of_one_seed_are_chosen_from_apart(tmp_path: Path) -> None:
+def test_sources_are_sampled_independently(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{name}.jsonl", *DOCUMENTS) for name in "ab"]
     sources = [Source(path=source.path, weight=0.5) for source in files]
     found = [row["text"] for row in read_documents(sources, seed=1)]

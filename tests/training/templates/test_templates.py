@@ -1,4 +1,4 @@
-"""The text of every named template, word for word: what was trained on must not change under an adapter."""
+"""Golden text of every named template. It must never change, since published adapters were trained with it."""
 
 from typing import Any
 
@@ -127,13 +127,13 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return request.param(special=SPECIAL + _TURN_TOKENS)
 
 
-def test_every_template_has_its_text_here() -> None:
+def test_every_template_has_a_golden_text() -> None:
     assert list(GOLDEN) == list(NAMES)
     assert named("chatml").jinja == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_text(name: str, tokenizer: Any) -> None:
+def test_rendered_text(name: str, tokenizer: Any) -> None:
     tokenizer.chat_template = named(name).jinja
     whole, prompt = GOLDEN[name]
     assert tokenizer.apply_chat_template([SYSTEM, *TURNS], tokenize=False) == whole
@@ -141,7 +141,7 @@ def test_the_text(name: str, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_is_on_the_answers_and_what_ends_them(name: str, tokenizer: Any) -> None:
+def test_loss_is_on_answers_and_stop_tokens(name: str, tokenizer: Any) -> None:
     tokenizer.chat_template = named(name).jinja
     encoded = encode(tokenizer, [SYSTEM, *TURNS])
     assert encoded.input_ids == tokenizer.apply_chat_template([SYSTEM, *TURNS], return_dict=False)
@@ -155,9 +155,7 @@ def test_loss_is_on_the_answers_and_what_ends_them(name: str, tokenizer: Any) ->
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("answer", ["多休息。", "Rest.", "“多休息”", "1. 休息\n2. 喝水", "### x"])
-def test_a_server_gives_the_model_the_tokens_it_was_trained_behind(
-    name: str, answer: str, tokenizer: Any
-) -> None:
+def test_served_prompts_have_the_tokens_of_training(name: str, answer: str, tokenizer: Any) -> None:
     tokenizer.chat_template = named(name).jinja
     for chat in (TURNS[:2], TURNS, [SYSTEM, *TURNS]):
         if not is_served_alike(tokenizer, [*chat[:-1], {"role": "assistant", "content": answer}]):
@@ -165,21 +163,21 @@ def test_a_server_gives_the_model_the_tokens_it_was_trained_behind(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_answer_is_followed_by_the_stop_token_without_a_space(name: str) -> None:
+def test_no_space_before_the_stop_token(name: str) -> None:
     whole, _ = GOLDEN[name]
     assert whole.rstrip("\n").endswith(
         ("Drink water.</s>", "Drink water.<|im_end|>", "Drink water.<|eot_id|>")
     )
 
 
-def test_a_stop_string_never_stands_in_an_answer_but_behind_it() -> None:
+def test_every_template_has_a_stop_string_that_it_renders() -> None:
     for name in NAMES:
         assert named(name).stop
         assert named(name).about
         assert any(stop in GOLDEN[name][0] for stop in named(name).stop)
 
 
-def test_an_unknown_name_is_told_the_nearest_and_all() -> None:
+def test_an_unknown_name_suggests_the_closest_and_lists_all() -> None:
     with pytest.raises(
         ValueError, match=r"no prompt template 'bentsao_med'; did you mean 'bentsao-med'\?"
     ) as told:
