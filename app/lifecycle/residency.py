@@ -150,7 +150,7 @@ class Residency:
                 raise
             except Exception as error:  # `failure` keeps the cause
                 raise AdapterUnavailable(
-                    f"{ref} could not be loaded: GET /v1/adapters says why", param="model"
+                    f"{ref} could not be loaded: GET /v1/adapters shows why", param="model"
                 ) from error.with_traceback(None)
             async with self._bounded(ref):
                 await self._slots.enter(ref)

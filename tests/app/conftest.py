@@ -1,4 +1,4 @@
-"""Where adapters are fetched from: a hub and a bucket that tests may spoil."""
+"""Sources that adapters are fetched from: a hub and a bucket that tests may damage."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -19,7 +19,7 @@ _REFUSED = "refuse-to-load"
 
 
 class FakeEngine:
-    """Answers with the name of the adapter that answered, after `seconds` of work."""
+    """Answers with the name of the adapter, after `seconds` of work."""
 
     def __init__(self, facts: BaseModelFacts = BASE, *, seconds: float = 0.0) -> None:
         self.facts = facts
@@ -30,7 +30,7 @@ class FakeEngine:
         self.stalled_seconds = 0.0
         self.stats = EngineStats()
         self.drift = 0.0
-        """Added to the scores of prompts that are nobody's golden ones: as another engine would score."""
+        """Added to the scores of prompts that are not golden, as another engine would score them."""
         self.held: dict[int, LoadedAdapter] = {}
         self.most_held = 0
         self.loads: Counter[str] = Counter()
@@ -151,7 +151,7 @@ class FakeEngine:
 
 
 class _Request:
-    """Like the real one, the engine dies of a request that names an adapter it does not hold."""
+    """Die of a request for an adapter that is not held, as the real engine does."""
 
     def __init__(self, engine: FakeEngine, adapter: LoadedAdapter | None) -> None:
         self._engine = engine

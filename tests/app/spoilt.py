@@ -1,4 +1,4 @@
-"""The demo's adapters as folders to change and publish, and what a service shows when nothing happened to it."""
+"""The demo's adapters as folders to change and publish, and the state of an unharmed service."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ QUESTION = "感冒有什么症状？"
 
 
 def demo_folder(path: Path, store: AdapterStore, name: str = "doctor", *, without_golden: int = 0) -> Folder:
-    """A folder of what `name` points at; without some of its golden prompts it is another revision.
+    """Return a folder of the revision that `name` points at; fewer golden prompts make it another revision.
 
     It does not say which weights training wrote, so that changed ones come as far as the proof.
     """
@@ -38,21 +38,21 @@ def publish(service: Service, folder: Path, name: str = "doctor", **options: Any
 
 
 def publish_one(service: Service, folder: Path, name: str = "doctor", **options: Any) -> str:
-    """Publish what must be accepted; its revision."""
+    """Publish an adapter that must be accepted, and return its revision."""
     status, reply = publish(service, folder, name, **options)
     assert status == 200, reply
     return str(reply["revision"])
 
 
 def engine_starts(service: Service) -> float:
-    """How often an engine was started, as /metrics says."""
+    """Return the number of engine starts in /metrics."""
     _, text = service.call("GET", "/metrics")
     [line] = [line for line in text.splitlines() if line.startswith("xinglin_engine_starts_total ")]
     return float(line.split()[1])
 
 
 def listing(data_dir: Path, *but: str) -> set[tuple[str, int]]:
-    """Every file below a data directory with its size, except below `but`."""
+    """Return every file below a data directory with its size, except below `but`."""
     found = set()
     for path in data_dir.rglob("*"):
         name = str(path.relative_to(data_dir))
@@ -63,7 +63,7 @@ def listing(data_dir: Path, *but: str) -> set[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Unharmed:
-    """What must not change, whatever is published: the engine, and what the models say."""
+    """The state that no publication may change: the engine, and the answers of the models."""
 
     engine_pids: list[int]
     engine_starts: float
@@ -79,7 +79,7 @@ class Unharmed:
 
 
 def begun(service: Service, model: str, tokens: int = 900, **options: Any) -> Iterator[str]:
-    """A stream of so many tokens that has begun; iterate to read it to its end, which must be a good one."""
+    """Return a started stream of so many tokens; iterate to read it and check that it ends well."""
     events = service.client().chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": QUESTION}],
@@ -101,7 +101,7 @@ def begun(service: Service, model: str, tokens: int = 900, **options: Any) -> It
 
 
 def asked(service: Service, model: str, **options: Any) -> tuple[int, Any]:
-    """Status and body of one chat request."""
+    """Send one chat request and return its status and body."""
     messages = [{"role": "user", "content": QUESTION}]
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 24, **options}
     return service.call("POST", "/v1/chat/completions", body)

@@ -26,7 +26,7 @@ MESSAGES = [{"role": "user", "content": QUESTION}]
 
 @pytest.fixture(scope="module")
 def data_dir(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's products, and a Llama of random weights with the demo's tokenizer."""
+    """The demo's models, and a Llama of random weights with the demo's tokenizer."""
     folder = copy_products(demo_dir, tmp_path_factory.mktemp("bases") / "data")
     demo, llama = folder / "models" / "xinglin-demo", folder / "models" / "tiny-llama"
     config = LlamaConfig(
@@ -76,7 +76,7 @@ def service(data_dir: Path) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize("logprobs", [False, True])
-def test_the_usage_ends_every_stream_if_the_service_is_set_so(service: Service, logprobs: bool) -> None:
+def test_always_usage_ends_every_stream_with_usage(service: Service, logprobs: bool) -> None:
     more = {"logprobs": True, "top_logprobs": 30} if logprobs else {}
     with service.client() as client:
         *chunks, last = client.chat.completions.create(
@@ -107,7 +107,7 @@ def answer(service: Service, model: str) -> str:
     return str(reply.choices[0].message.content)
 
 
-def test_a_wrong_path_stops_nobody_else(service: Service) -> None:
+def test_a_base_model_with_a_wrong_path_stops_no_other(service: Service) -> None:
     status, reply = service.call("GET", "/readyz")
     assert status == 200
     assert {name: one["status"] for name, one in reply["models"].items()} == {
@@ -119,7 +119,7 @@ def test_a_wrong_path_stops_nobody_else(service: Service) -> None:
     assert "could not be started" in reply["error"]["message"]
 
 
-def test_each_answers_by_its_name_and_lists_its_own(service: Service) -> None:
+def test_each_base_model_answers_to_its_name_and_is_listed(service: Service) -> None:
     assert answer(service, "xinglin-demo") != answer(service, "tiny-llama")
     assert answer(service, "doctor") != answer(service, "xinglin-demo")
     _, models = service.call("GET", "/v1/models")
@@ -130,7 +130,7 @@ def test_each_answers_by_its_name_and_lists_its_own(service: Service) -> None:
     assert cards["lost"] == (None, None)
 
 
-def test_adapters_go_to_the_base_they_were_trained_on(service: Service, data_dir: Path) -> None:
+def test_adapters_load_on_their_own_base_model(service: Service, data_dir: Path) -> None:
     body = {"name": "nurse", "path": str(data_dir / "incoming" / "nurse")}
     status, reply = service.call("POST", "/v1/adapters", body)
     assert status == 200, reply
@@ -143,7 +143,7 @@ def test_adapters_go_to_the_base_they_were_trained_on(service: Service, data_dir
     assert models["parent"] == "tiny-llama"
 
 
-def test_an_engine_that_is_killed_leaves_the_other_alone(service: Service) -> None:
+def test_a_killed_engine_does_not_affect_the_other(service: Service) -> None:
     names = ("xinglin-demo", "doctor", "tiny-llama", "nurse")
     before = {model: answer(service, model) for model in names}
     demo, llama = _engines(service)
@@ -164,7 +164,7 @@ def test_an_engine_that_is_killed_leaves_the_other_alone(service: Service) -> No
     assert {model: answer(service, model) for model in names} == before
 
 
-def test_an_engine_that_makes_no_progress_is_replaced(service: Service) -> None:
+def test_a_stalled_engine_is_restarted(service: Service) -> None:
     before = {model: answer(service, model) for model in ("doctor", "tiny-llama")}
     demo, llama = _engines(service)
     stream = _begun(service, "tiny-llama", 16)
@@ -180,7 +180,7 @@ def test_an_engine_that_makes_no_progress_is_replaced(service: Service) -> None:
 
 
 def _begun(service: Service, model: str, n: int = 1) -> openai.Stream[Any]:
-    """A stream of `n` answers of 400 tokens that has begun; the more answers, the longer it takes."""
+    """Return a started stream of `n` answers of 400 tokens; more answers take longer."""
     stream = service.client().chat.completions.create(
         model=model, messages=MESSAGES, temperature=1, max_tokens=400, n=n, stream=True,  # type: ignore[arg-type]
         stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
@@ -190,12 +190,12 @@ def _begun(service: Service, model: str, n: int = 1) -> openai.Stream[Any]:
 
 
 def _engines(service: Service) -> list[int]:
-    """Of the demo's base and of the Llama: the first was built first."""
+    """Engines of the demo's base model and of the Llama; the former was built first."""
     return sorted(service.engine_pids(), key=lambda pid: psutil.Process(pid).create_time())
 
 
 def _comes_back(service: Service, gone: int) -> None:
-    """Wait until another engine answers in place of the one that is `gone`."""
+    """Wait until another engine has replaced the one that is `gone`."""
 
     def stands() -> str:
         return str(service.call("GET", "/readyz")[1]["models"]["tiny-llama"]["status"])
@@ -204,7 +204,7 @@ def _comes_back(service: Service, gone: int) -> None:
     service.wait_for(lambda: stands() == "ready", 120)
 
 
-def test_vllms_metrics_tell_the_base_models_apart(service: Service) -> None:
+def test_vllm_metrics_are_labeled_by_base_model(service: Service) -> None:
     def tokens() -> dict[str, float]:
         lines = service.call("GET", "/metrics", key=None)[1].splitlines()
         found = (
@@ -218,7 +218,7 @@ def test_vllms_metrics_tell_the_base_models_apart(service: Service) -> None:
     assert grown == {"xinglin-demo": 0, "tiny-llama": 7}
 
 
-def test_the_tokenizer_of_each_is_told_without_paths(service: Service) -> None:
+def test_tokenizer_info_shows_no_paths(service: Service) -> None:
     for query in ("", "?model=tiny-llama", "?model=doctor"):
         status, info = service.call("GET", f"/tokenizer_info{query}")
         assert status == 200
@@ -228,7 +228,7 @@ def test_the_tokenizer_of_each_is_told_without_paths(service: Service) -> None:
     assert service.call("GET", "/tokenizer_info?model=nobody")[0] == 404
 
 
-def test_answers_under_the_path_of_a_proxy(service: Service) -> None:
+def test_answers_below_the_root_path(service: Service) -> None:
     body = {"model": "tiny-llama", "messages": MESSAGES, "max_tokens": 2}
     for path in ("/v1/chat/completions", "/llm/v1/chat/completions"):
         assert service.call("POST", path, body)[0] == 200
@@ -237,7 +237,7 @@ def test_answers_under_the_path_of_a_proxy(service: Service) -> None:
     assert service.call("GET", "/llm/openapi.json", key=None)[1]["servers"] == [{"url": "/llm"}]
 
 
-def test_what_a_request_says_of_its_logprobs_comes_first(service: Service) -> None:
+def test_a_request_overrides_the_logprobs_settings(service: Service) -> None:
     body = {"model": "tiny-llama", "messages": MESSAGES, "max_tokens": 1, "logprobs": True}
 
     def asked(**more: object) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""`python -m app`: help that teaches, and wrong settings that say how to mend them."""
+"""`python -m app`: help texts, and messages for wrong settings."""
 
 import socket
 import subprocess
@@ -47,13 +47,13 @@ def test_ranks_are_read_from_text(rank: int) -> None:
     assert Settings(max_lora_rank=str(rank)).max_lora_rank == rank  # type: ignore[arg-type]
 
 
-def test_no_demo_base_yet_says_how_to_make_one(tmp_path: Path) -> None:
+def test_a_missing_demo_base_model_says_how_to_make_one(tmp_path: Path) -> None:
     result = _run("serve", "--data-dir", str(tmp_path))
     assert result.returncode == 2
     assert "python -m training demo" in result.stderr
 
 
-def test_a_taken_port_is_said_at_once(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported(tmp_path: Path) -> None:
     (tmp_path / "models" / "xinglin-demo").mkdir(parents=True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

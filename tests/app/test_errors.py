@@ -1,4 +1,4 @@
-"""Every error has a code, every code a way to be answered, and each body is one that OpenAI's clients understand."""
+"""Every error has a code, every code a response, and OpenAI's clients understand each body."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_every_code_is_used() -> None:
     assert {Code[name] for name in named} | {*errors.TABLE.values()} == {*Code}
 
 
-def test_no_code_is_written_out() -> None:
+def test_no_code_is_a_string_literal() -> None:
     written = re.compile(r"""code=["']""")
     assert not [
         str(path) for path in Path(app.__file__).parent.rglob("*.py") if written.search(path.read_text())
@@ -47,7 +47,7 @@ def test_all_problems_of_an_adapter_reach_the_client() -> None:
 
 
 @pytest.mark.parametrize("code", Code)
-def test_clients_retry_only_what_can_help(code: Code) -> None:
+def test_clients_retry_only_if_a_retry_can_help(code: Code) -> None:
     headers = errors.headers(errors.ApiError("", code=code))
     assert ("retry-after" in headers) == (code.answer.status in (409, 429, 503))
     assert ("retry-after" in headers) != (headers.get("x-should-retry") == "false")

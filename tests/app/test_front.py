@@ -1,4 +1,4 @@
-"""What settings make of the front of the service: pages of other origins, and a proxy that adds a path."""
+"""Settings of the HTTP front: CORS origins, and the root path behind a proxy."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,7 +31,7 @@ def preflight(front: TestClient, origin: str) -> Any:
 
 
 @pytest.mark.parametrize("allowed", [PAGE, f"http://localhost:3000 {PAGE}", "*"])
-def test_pages_that_may_ask(allowed: str) -> None:
+def test_allowed_origins(allowed: str) -> None:
     with client(cors_origins=allowed) as front:
         reply = preflight(front, PAGE)
         assert reply.status_code == 200
@@ -41,7 +41,7 @@ def test_pages_that_may_ask(allowed: str) -> None:
         assert "x-request-id" in shown
 
 
-def test_others_may_not() -> None:
+def test_other_origins_are_refused() -> None:
     with client(cors_origins=PAGE) as front:
         assert preflight(front, "https://evil.example.org").status_code == 400
     with client() as front:
@@ -49,13 +49,13 @@ def test_others_may_not() -> None:
 
 
 @pytest.mark.parametrize("path", ["/livez", "/llm/livez"])
-def test_a_proxy_may_pass_its_path_on_or_take_it_off(path: str) -> None:
+def test_a_proxy_may_keep_or_strip_its_path(path: str) -> None:
     with client(root_path="/llm") as front:
         assert front.get(path).json() == {"status": "alive"}
         assert front.get(path.replace("livez", "openapi.json")).json()["servers"] == [{"url": "/llm"}]
 
 
-def test_an_error_has_its_endpoints_shape_behind_a_proxy_too() -> None:
+def test_errors_keep_their_endpoints_shape_behind_a_proxy() -> None:
     with client(root_path="/llm") as front:
         for path in ("/v1/messages", "/llm/v1/messages"):
             assert front.get(path).status_code == 405
@@ -64,12 +64,12 @@ def test_an_error_has_its_endpoints_shape_behind_a_proxy_too() -> None:
 
 
 @pytest.mark.parametrize("path", ["llm", "/llm/", "/a b", "/?x"])
-def test_a_path_that_is_none(path: str) -> None:
+def test_an_invalid_root_path_is_rejected(path: str) -> None:
     with pytest.raises(ValidationError):
         Settings(root_path=path)
 
 
-def test_every_response_names_its_request() -> None:
+def test_every_response_has_a_request_id() -> None:
     with client(cors_origins=PAGE) as front:
         for method, path, status in (
             ("GET", "/livez", 200),
@@ -82,7 +82,7 @@ def test_every_response_names_its_request() -> None:
         assert "x-request-id" in preflight(front, PAGE).headers
 
 
-def test_the_tokenizer_is_told_by_setting_alone() -> None:
+def test_tokenizer_info_is_off_by_default() -> None:
     with client() as front:
         assert front.get("/tokenizer_info").status_code == 404
     with client(tokenizer_info=True) as front:

@@ -1,4 +1,4 @@
-"""Everybody at once: publishers, operators, other processes, and kill -9 at any moment."""
+"""Concurrent publishers, operators and other processes, with kill -9 at any moment."""
 
 import gc
 import http.client
@@ -31,7 +31,7 @@ KILLS = int(os.environ.get("XINGLIN_TEST_KILLS", "1"))
 
 @pytest.fixture(scope="module")
 def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service of this module, which one of the tests kills."""
+    """A service for this module alone, since one of the tests kills it."""
     service = Service(copy_products(demo_dir, tmp_path_factory.mktemp("races") / "data"), free_port())
     service.start()
     yield service
@@ -50,14 +50,14 @@ def folders(service: Service, store: AdapterStore) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def answers(service: Service, store: AdapterStore) -> Iterator[dict[str, str]]:
-    """What the demo's models say, before and after each test."""
+    """The answers of the demo's models, before and after each test."""
     before = {model: service.answer(model, QUESTION) for model in ("xinglin-demo", "doctor", "leaflet")}
     yield before
     assert {model: service.answer(model, QUESTION) for model in before} == before
 
 
 def content(service: Service, store: AdapterStore, number: int) -> Path:
-    """A folder whose revision is its own, and which answers like the demo's doctor."""
+    """A folder with a revision of its own that answers like the demo's doctor."""
     folder = demo_folder(service.data_dir / "incoming" / f"content-{number}", store)
     folder.path.parent.mkdir(exist_ok=True)
     folder.config["lora_dropout"] = number / 1000
@@ -67,7 +67,7 @@ def content(service: Service, store: AdapterStore, number: int) -> Path:
 
 @contextmanager
 def asking(service: Service, *models: str) -> Iterator[Counter[tuple[str, int]]]:
-    """Ask these models one request after another meanwhile; the statuses are complete afterwards."""
+    """Send these models one request after another meanwhile; the statuses are complete afterwards."""
     found = Counter[tuple[str, int]]()
     done = threading.Event()
 
@@ -87,12 +87,12 @@ def asking(service: Service, *models: str) -> Iterator[Counter[tuple[str, int]]]
 
 
 def chats(store: AdapterStore) -> dict[tuple[str, str], str]:
-    """What is pointed at, but for reward adapters, which are never served."""
+    """The aliases, but for reward adapters, which are never served."""
     return {key: revision for key, revision in store.pointed().items() if key[0] != "doctor-rm"}
 
 
 def assert_of_one_mind(service: Service, store: AdapterStore, answer: str) -> None:
-    """The store is whole, the service shows what it says, that is what answers, and nothing else is held."""
+    """Check that the store is intact, that the service shows and serves its state, and holds nothing else."""
 
     def disagreements() -> list[Any]:
         shown = service.adapters()
@@ -120,7 +120,7 @@ def assert_of_one_mind(service: Service, store: AdapterStore, answer: str) -> No
             assert service.answer(f"{name}@{alias}", QUESTION) == answer
 
 
-def test_fifty_publishers_of_one_name(
+def test_fifty_concurrent_publishers_of_one_name(
     service: Service, store: AdapterStore, folders: list[Path], answers: dict[str, str]
 ) -> None:
     def publish_one(number: int) -> int:
@@ -143,7 +143,7 @@ def test_fifty_publishers_of_one_name(
     assert engine_starts(service) == 1
 
 
-def test_operators_move_everything_at_once(
+def test_concurrent_operators(
     service: Service, store: AdapterStore, folders: list[Path], answers: dict[str, str]
 ) -> None:
     revisions = [publish(service, folder, "moved", alias="default")[1]["revision"] for folder in folders]
@@ -192,7 +192,7 @@ def test_operators_move_everything_at_once(
     assert not [told for told in operated if told.startswith("5") and not told.startswith("503")], operated
     assert {status for model, status in asked_for if model.startswith("moved")} <= {200, 404, 503}
     assert {status for model, status in asked_for if not model.startswith("moved")} == {200}
-    for alias in ("canary", "shadow"):  # whether they are left is chance
+    for alias in ("canary", "shadow"):  # they may or may not be left
         service.call("DELETE", f"/v1/adapters/moved/{alias}")
     assert_of_one_mind(service, store, answers["doctor"])
     assert engine_starts(service) == 1
@@ -245,7 +245,9 @@ def wait_for_the_end(pids: list[int]) -> None:
 
 
 @pytest.mark.timeout(120 + 90 * KILLS)
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # http.client leaves a socket that was cut off
+@pytest.mark.filterwarnings(
+    "ignore:unclosed:ResourceWarning"
+)  # http.client leaves an interrupted socket open
 def test_the_service_killed_while_it_publishes_and_moves(
     service: Service, store: AdapterStore, folders: list[Path], answers: dict[str, str]
 ) -> None:

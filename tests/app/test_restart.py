@@ -1,4 +1,4 @@
-"""What survives: a restart, a killed engine, and a killed service."""
+"""State survives a restart, a killed engine and a killed service."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def test_restart_engine_death_and_kill(data_dir: Path, trainer: Trainer) -> None
 def _go_through(service: Service, store: AdapterStore, trainer: Trainer, canary: str) -> None:
     service.start()
 
-    # An alias moved in the store to what cannot prove itself: the one before goes on answering.
+    # An alias moves in the store to a revision that fails its proof: the previous one keeps answering.
     spoilt = trainer.variant(service.data_dir / "spoilt", seed=9)
     golden = read_golden(spoilt / "golden.jsonl")
     write_golden(
@@ -59,8 +59,8 @@ def _go_through(service: Service, store: AdapterStore, trainer: Trainer, canary:
     service.start()
     assert _state(service) == before
 
-    # An engine killed in the middle of a stream and of a publication: the stream ends in an error, and
-    # another engine comes, with all it held.
+    # An engine is killed during a stream and a publication: the stream ends in an error, and another engine
+    # starts with the same revisions.
     (engine,) = service.engine_pids()
     (fork_server,) = service.started("forkserver")
     stream = service.client().chat.completions.create(
@@ -69,7 +69,7 @@ def _go_through(service: Service, store: AdapterStore, trainer: Trainer, canary:
     )  # fmt: skip
     next(iter(stream))
     with ThreadPoolExecutor() as pool:
-        path = {"revision": bad}  # refused by its proof, if it comes so far
+        path = {"revision": bad}  # refused by its proof, if it gets that far
         publication = pool.submit(service.call, "PUT", "/v1/adapters/doctor/aliases/canary", path)
         time.sleep(0.1)
         os.kill(engine, signal.SIGKILL)
@@ -82,12 +82,12 @@ def _go_through(service: Service, store: AdapterStore, trainer: Trainer, canary:
     status, reply = service.call("POST", "/v1/chat/completions", {"model": "doctor", "messages": []})
     assert (status, reply["error"]["code"]) == (503, "engine_unavailable")
     service.wait_until_ready()
-    assert service.started("forkserver") == [fork_server]  # which did not import vLLM again
+    assert service.started("forkserver") == [fork_server]  # it did not import vLLM again
     assert service.engine_pids() != [engine]
     assert _state(service) == before
     assert "xinglin_engine_starts_total 2.0" in str(service.call("GET", "/metrics")[1])
 
-    # A killed service leaves nothing behind: no engine, and not what engines are forked from.
+    # A killed service leaves no engine and no fork server behind.
     started = service.started()
     assert {*service.engine_pids(), fork_server} < {*started}
     service.process.kill()

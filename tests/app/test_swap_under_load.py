@@ -1,4 +1,4 @@
-"""Revisions come and go under 32 running streams, and nobody notices but by the better answer."""
+"""Revisions are swapped under 32 running streams without disturbing any of them."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ from tests.trainer import Trainer
 STREAMS = 32
 SECONDS = float(os.environ.get("XINGLIN_TEST_SWAP_SECONDS", "15"))
 REVISIONS = 6
-MAX_TOKENS = 64  # some of the revisions go on and on
+MAX_TOKENS = 64  # some of the revisions never stop by themselves
 ROLLBACKS_AFTER = (3, 6)
 QUESTIONS = (
     "感冒有什么症状？",
@@ -38,7 +38,7 @@ class Report:
     """(revision or base, question, text)"""
     failures: list[str] = field(default_factory=list)
     lives: dict[str, list[str]] = field(default_factory=dict)
-    """By revision, the statuses that GET /v1/adapters showed, one after the other."""
+    """By revision, the sequence of statuses in GET /v1/adapters."""
 
 
 async def _stream(client: openai.AsyncOpenAI, report: Report, until: float, seed: int) -> None:
@@ -81,7 +81,7 @@ async def _operate(service: Service, folders: list[str]) -> None:
 
 
 async def _watch(service: Service, report: Report) -> None:
-    """Note every change of a revision's status, until cancelled."""
+    """Record every change of a revision's status, until cancelled."""
     while True:
         shown = await asyncio.to_thread(service.adapters)
         statuses = shown["engine"]["revisions"]
@@ -117,7 +117,7 @@ def folders(service: Service, trainer: Trainer) -> list[str]:
 
 @pytest.fixture
 def first(service: Service) -> Iterator[str]:
-    """The revision at doctor@default, which is there again however the test ends: others share the service."""
+    """The revision at doctor@default, restored after the test because other tests share the service."""
     revision: str = service.adapters()["doctor@default"]["actual"]
     yield revision
     assert service.call("PUT", "/v1/adapters/doctor/aliases/default", {"revision": revision})[0] == 200
@@ -125,12 +125,14 @@ def first(service: Service) -> Iterator[str]:
 
 def test_swap_under_load(service: Service, folders: list[str], first: str) -> None:
     for alias in service.adapters().keys() - {"engine"}:
-        service.answer(alias, QUESTIONS[0])  # it is loaded again if an earlier test crowded it out
+        service.answer(alias, QUESTIONS[0])  # loads it again if an earlier test evicted it
     report = asyncio.run(_run(service, folders))
 
     assert not report.failures, Counter(report.failures).most_common(3)
     for ref, seen in report.lives.items():
-        life = seen[: seen.index("draining") + 1] if "draining" in seen else seen  # a rollback begins another
+        life = (
+            seen[: seen.index("draining") + 1] if "draining" in seen else seen
+        )  # a rollback begins a new life
         steps = [LIFE.index(status) for status in life if status != GONE]
         assert steps == sorted(steps), (ref, seen)
     assert {status for seen in report.lives.values() for status in seen} >= {*LIFE}, report.lives
@@ -138,7 +140,7 @@ def test_swap_under_load(service: Service, folders: list[str], first: str) -> No
     answered_by = Counter(who for who, _, _ in report.answers)
     assert len([who for who in answered_by if who.startswith("doctor@")]) >= REVISIONS // 2, answered_by
 
-    # The engine, asked itself, holds what is pointed at, what a rollback needs, and nothing else.
+    # The engine itself reports only revisions that aliases or rollbacks need.
     def is_tidy() -> bool:
         shown = service.adapters()
         held = set(shown.pop("engine")["held"])
@@ -155,7 +157,7 @@ def test_swap_under_load(service: Service, folders: list[str], first: str) -> No
     except AssertionError as error:
         raise AssertionError(f"not tidied up: {seen}") from error
 
-    # Every answer is the one its revision gives when nobody else asks anything.
+    # Every answer equals the one its revision gives without other requests.
     store = AdapterStore(service.data_dir / "store")
     for who in answered_by:
         asked = {question for name, question, _ in report.answers if name == who}

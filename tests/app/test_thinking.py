@@ -1,4 +1,4 @@
-"""A base model that thinks before it answers: what an answer must follow begins after the thinking."""
+"""A base model that reasons before it answers: constraints apply only after the reasoning."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ TOOL = {"name": "give", "description": "Give a dose", "parameters": {"type": "ob
 
 
 def let_think(base: Path) -> None:
-    """The last two tokens become those around thoughts, and the chat template opens one for every answer."""
+    """Make the last two tokens those around reasoning, which the chat template opens for every answer."""
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     model = tokenizer["model"]
     last = sorted(model["vocab"], key=model["vocab"].get)[-2:]
@@ -59,14 +59,14 @@ def events(reply: str) -> list[dict[str, Any]]:
 
 
 def check(thought: str | None, answer: str | None) -> None:
-    """Thoughts are free, and no JSON; the answer is JSON."""
+    """The reasoning is free text, not JSON; the answer is JSON."""
     assert thought
     assert thought.lstrip()[0] not in '{"'
     assert answer
     assert json.loads(answer) in ANSWERS
 
 
-def test_a_schema_binds_the_answer_and_not_the_thoughts(service: Service) -> None:
+def test_a_schema_constrains_the_answer_but_not_the_reasoning(service: Service) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "dose", "schema": SCHEMA}}
     body = {"messages": QUESTION, "max_tokens": 80, "response_format": wanted}
     message = ask(service, "/v1/chat/completions", **body)["choices"][0]["message"]
@@ -84,7 +84,7 @@ def test_a_schema_binds_the_answer_and_not_the_thoughts(service: Service) -> Non
     assert answer == message["content"]
 
 
-def test_a_budget_ends_the_thoughts(service: Service) -> None:
+def test_a_budget_ends_the_reasoning(service: Service) -> None:
     lengths = []
     for budget in (1, 12):
         body = {"messages": QUESTION, "max_tokens": 60, "thinking_token_budget": budget}
@@ -94,13 +94,13 @@ def test_a_budget_ends_the_thoughts(service: Service) -> None:
     assert lengths[0] < lengths[1]
 
 
-def test_a_required_tool_is_called_after_the_thoughts(service: Service) -> None:
+def test_a_required_tool_is_called_after_the_reasoning(service: Service) -> None:
     tools = [{"type": "function", "function": TOOL}]
     body = {"messages": QUESTION, "max_tokens": 120, "tools": tools, "tool_choice": "required"}
     message = ask(service, "/v1/chat/completions", **body)["choices"][0]["message"]
     assert message["reasoning"]
     assert "tool_call" not in message["reasoning"]
-    # The tiny model writes the arguments on and on; without a tool it would have written none.
+    # The tiny model never ends the arguments; without the tool it would have written none.
     assert message["content"].startswith('<tool_call>\n{"name": "give", "arguments": ')
 
 
@@ -127,7 +127,7 @@ def test_a_required_tool_that_can_be_called_is_called(service: Service) -> None:
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-def test_messages_think_before_a_tool(service: Service, is_stream: bool) -> None:
+def test_messages_reason_before_a_tool_call(service: Service, is_stream: bool) -> None:
     tool = {
         "name": "give",
         "description": "Give a dose",
@@ -147,7 +147,7 @@ def test_messages_think_before_a_tool(service: Service, is_stream: bool) -> None
     assert "tool_call" not in thought.partition(END)[0][:20]
 
 
-def test_streamed_responses_think_first(service: Service) -> None:
+def test_streamed_responses_reason_first(service: Service) -> None:
     wanted = {"format": {"type": "json_schema", "name": "dose", "schema": SCHEMA}}
     body = {"input": "感冒有什么症状？", "max_output_tokens": 80, "text": wanted, "stream": True}
     found = events(ask(service, "/v1/responses", thinking_token_budget=None, **body))
@@ -158,11 +158,11 @@ def test_streamed_responses_think_first(service: Service) -> None:
     assert not thought.lstrip().startswith("{")
 
 
-def test_responses_think_first_as_well(service: Service) -> None:
+def test_responses_reason_first(service: Service) -> None:
     wanted = {"format": {"type": "json_schema", "name": "dose", "schema": SCHEMA}}
     body = {"input": "感冒有什么症状？", "max_output_tokens": 80, "text": wanted}
     body["thinking_token_budget"] = (
-        None  # it is no parameter there: a thought ends by itself, or the answer does
+        None  # not a parameter there: the reasoning ends by itself, or the answer does
     )
     reply = ask(service, "/v1/responses", **body)
     kinds = [item["type"] for item in reply["output"]]

@@ -1,4 +1,4 @@
-"""Whole transfers, from the service's side to the end, and what they should bring."""
+"""Runs whole transfers for tests, and holds the files they should bring."""
 
 import asyncio
 import io
@@ -29,7 +29,7 @@ def tar_gz(files: dict[str, bytes]) -> bytes:
 
 
 async def read(folder: Path, _resolved: str) -> dict[str, Any]:
-    """What stands for publishing: the files, as they are when it is called."""
+    """Return the files of a folder, in place of publishing them."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*"))}  # noqa: ASYNC240
 
 
@@ -53,7 +53,7 @@ def bring(
     private: Sequence[str] = LOOPBACK,
     max_bytes: int = 1 << 20,
 ) -> Import:
-    """Import to the end; whatever it is, nothing may be left."""
+    """Run an import to its end, and check that it leaves no files."""
 
     async def whole() -> Import:
         imports = Imports(data_dir, allowed=allowed, private_networks=private, max_bytes=max_bytes)

@@ -1,4 +1,4 @@
-"""The admin key: where it comes from, and what it guards."""
+"""The admin key: its origin, and the routes it guards."""
 
 import asyncio
 import stat
@@ -25,25 +25,25 @@ def _request(authorization: str | None) -> Request:
 @pytest.mark.parametrize(
     "given", [None, "", "secret", "Basic secret", "Bearer", "Bearer ", "Bearer wrong", "Bearer secret2"]
 )
-def test_without_the_key_nothing_changes(given: str | None) -> None:
+def test_changes_are_refused_without_the_key(given: str | None) -> None:
     with pytest.raises(Unauthorized) as caught:
         Access("secret", is_chat_open=True).require_admin(_request(given))
     assert "secret2" not in str(caught.value)
 
 
-def test_the_key_opens_everything() -> None:
+def test_the_key_allows_everything() -> None:
     access = Access("secret", is_chat_open=False)
     access.require_admin(_request("Bearer secret"))
     access.require_chat(_request("bearer secret"))
 
 
-def test_chat_needs_a_key_only_where_others_can_reach_it() -> None:
+def test_chat_needs_the_key_only_beyond_loopback() -> None:
     Access("secret", is_chat_open=True).require_chat(_request(None))
     with pytest.raises(Unauthorized):
         Access("secret", is_chat_open=False).require_chat(_request("Bearer unused"))
 
 
-def test_the_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+def test_the_key_is_generated_once_and_readable_only_by_its_owner(tmp_path: Path) -> None:
     key = stored_admin_key(tmp_path / "data")
     assert len(key) > 30
     assert stored_admin_key(tmp_path / "data") == key
@@ -57,9 +57,7 @@ def test_the_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> Non
     ([(b"x-api-key", b"wrong")], False),
     ([(b"authorization", b"Bearer wrong"), (b"x-api-key", b"secret")], False),
 ])  # fmt: skip
-def test_anthropics_clients_send_it_in_a_header_of_their_own(
-    headers: list[tuple[bytes, bytes]], is_let_in: bool
-) -> None:
+def test_the_key_is_accepted_in_x_api_key(headers: list[tuple[bytes, bytes]], is_let_in: bool) -> None:
     request = Request({"type": "http", "headers": headers})
     if is_let_in:
         Access("secret", is_chat_open=False).require_chat(request)
@@ -72,7 +70,7 @@ PROBES = {"/livez", "/readyz", "/metrics", "/health", "/ping", "/version", "/loa
 OPEN = PROBES | {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 
 
-def test_beyond_loopback_every_route_asks_for_the_key_before_all_else(tmp_path: Path) -> None:
+def test_beyond_loopback_every_route_checks_the_key_first(tmp_path: Path) -> None:
     app = create_app(Settings(data_dir=tmp_path))
     routes = [
         (method, route.path.replace("{", "").replace("}", ""))
@@ -86,7 +84,7 @@ def test_beyond_loopback_every_route_asks_for_the_key_before_all_else(tmp_path: 
 
 
 async def _status(app: FastAPI, method: str, path: str) -> int:
-    """Of a request without a key to a service of which nothing but the access is there."""
+    """Send a request without a key to a service whose state has nothing but the access."""
     scope = {
         "type": "http",
         "method": method,
@@ -103,6 +101,6 @@ async def _status(app: FastAPI, method: str, path: str) -> int:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    with suppress(KeyError):  # of the open ones: what they show is not there
+    with suppress(KeyError):  # open routes fail later: their state is missing
         await app(scope, receive, send)
     return int(sent[0]["status"])

@@ -1,4 +1,4 @@
-"""However a request ends, it is counted once, and what it held is let go; on a fake engine."""
+"""Every request is counted once and releases its resources, however it ends; on a fake engine."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ BODY = {"model": "doctor", "messages": []}
 
 
 class Streaming(FakeEngine):
-    """Streams three words, or fails after the first; `rest` is what a background request leaves."""
+    """Streams three words, or fails after the first; `rest` is the background work of a request."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Streaming(FakeEngine):
 
 
 class Client:
-    """One client of a service that has only what a request needs."""
+    """A client of a service that has only the state a request needs."""
 
     def __init__(self, rig: Rig, folder: Path, *, places: int = 4) -> None:
         self.rig = rig
@@ -84,7 +84,7 @@ class Client:
         leaves: asyncio.Event | None = None,
         path: Endpoint | None = Endpoint.CHAT,
     ) -> int:
-        """The status of the response, which is sent to its end."""
+        """Send the whole response and return its status."""
         is_read = False
 
         async def receive() -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Client:
         return response.status_code
 
     def counted(self) -> dict[tuple[str, str], float]:
-        """How many requests were counted, by adapter and status."""
+        """Counted requests, by adapter and status."""
         (family,) = self.rig.metrics.requests.collect()
         return {
             (sample.labels["adapter"], sample.labels["status"]): sample.value
@@ -156,7 +156,7 @@ def rig(tmp_path: Path) -> Rig:
         (b"{", BadRequest, {("unknown", "400"): 1.0}),
     ],
 )
-def test_every_end_is_counted_once_and_holds_nothing(
+def test_every_request_is_counted_once_and_releases_everything(
     rig: Rig, tmp_path: Path, body: Any, outcome: int | type[ApiError], counted: dict[tuple[str, str], float]
 ) -> None:
     async def check() -> None:
@@ -174,7 +174,7 @@ def test_every_end_is_counted_once_and_holds_nothing(
     asyncio.run(check())
 
 
-def test_who_may_not_chat_is_not_counted(rig: Rig, tmp_path: Path) -> None:
+def test_unauthorized_requests_are_not_counted(rig: Rig, tmp_path: Path) -> None:
     async def check() -> None:
         client = Client(rig, tmp_path)
         with pytest.raises(Unauthorized):
@@ -184,7 +184,7 @@ def test_who_may_not_chat_is_not_counted(rig: Rig, tmp_path: Path) -> None:
     asyncio.run(check())
 
 
-def test_beyond_the_places_there_are(rig: Rig, tmp_path: Path) -> None:
+def test_requests_beyond_the_limit_are_refused(rig: Rig, tmp_path: Path) -> None:
     async def check() -> None:
         client = Client(rig, tmp_path, places=0)
         with pytest.raises(TooManyRequests):
@@ -195,11 +195,11 @@ def test_beyond_the_places_there_are(rig: Rig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves(rig: Rig, tmp_path: Path, stream: bool) -> None:
+def test_a_client_disconnects(rig: Rig, tmp_path: Path, stream: bool) -> None:
     async def check() -> None:
         async with rig.running():
             await rig.start("tiny", engine := Streaming())
-            engine.seconds = 60  # for an answer, and none for a stream
+            engine.seconds = 60  # delays whole answers, not streams
             client, leaves = Client(rig, tmp_path), asyncio.Event()
             leaves.set()
             status = await asyncio.wait_for(client.ask({**BODY, "stream": stream}, leaves=leaves), 10)
@@ -211,7 +211,7 @@ def test_a_client_that_leaves(rig: Rig, tmp_path: Path, stream: bool) -> None:
     asyncio.run(check())
 
 
-def test_what_goes_on_in_the_background_is_held_and_counted_to_its_end(rig: Rig, tmp_path: Path) -> None:
+def test_background_work_is_held_and_counted_until_it_ends(rig: Rig, tmp_path: Path) -> None:
     async def check() -> None:
         async with rig.running():
             await rig.start("tiny", engine := Streaming())

@@ -1,4 +1,4 @@
-"""Servers that tests fetch from: one that imitates the Hugging Face hub, and whatever else HTTP can do."""
+"""HTTP servers that tests fetch from, one of them an imitation of the Hugging Face hub."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ WEIGHTS = bytes(range(256)) * 1200
 
 
 class Hub(ThreadingHTTPServer):
-    """`files` by commit; `cuts`: how many replies end in the middle; `redirect`: where files really are."""
+    """`files` by commit; `cuts`: number of responses that end early; `redirect`: the actual place of files."""
 
     daemon_threads = True
 

@@ -40,7 +40,7 @@ def test_the_operator_allows_networks(address: str, is_allowed: bool) -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", "0x7f.1", "2130706433", "127.1", "0177.0.0.1", ""])
-def test_what_is_no_plain_address_is_refused(host: str) -> None:
+def test_peers_that_are_not_ip_addresses_are_refused(host: str) -> None:
     with pytest.raises(AddressRefused):
         check(socket.AF_INET, (host, 80), parse_networks(["127.0.0.0/8"]))
 
@@ -65,7 +65,7 @@ ATTEMPTS = {
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS.values(), ids=ATTEMPTS)
-def test_every_library_is_seen(attempt: str) -> None:
+def test_the_guard_sees_every_library(attempt: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
         program = (

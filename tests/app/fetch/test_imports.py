@@ -1,4 +1,4 @@
-"""The service's side of a transfer: its progress, its end, and what is left of it."""
+"""The service's side of a transfer: progress, end and cleanup."""
 
 import asyncio
 import os
@@ -61,7 +61,7 @@ def test_an_error_of_publishing(hub: Hub, tmp_path: Path, error: Exception, mess
     assert (one.state, one.error, one.problems) == ("failed", message, getattr(error, "problems", []))
 
 
-def test_what_is_being_published_is_not_cancelled(hub: Hub, tmp_path: Path) -> None:
+def test_an_import_cannot_be_cancelled_while_it_is_published(hub: Hub, tmp_path: Path) -> None:
     async def whole() -> None:
         goes_on = asyncio.Event()
 
@@ -131,7 +131,7 @@ def test_a_killed_service_leaves_no_transfer_behind(hub: Hub, tmp_path: Path) ->
         *_, child = process.stdout.readline().split()
         assert Path(f"/proc/{child}").exists()
         other = Imports(tmp_path, allowed=(), private_networks=(), max_bytes=1)
-        assert len(left(tmp_path)) == 1  # it belongs to a service that lives
+        assert len(left(tmp_path)) == 1  # it belongs to a running service
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         deadline = time.monotonic() + 60
@@ -142,7 +142,7 @@ def test_a_killed_service_leaves_no_transfer_behind(hub: Hub, tmp_path: Path) ->
         asyncio.run(other.close())
 
 
-def test_what_a_former_life_left_is_swept(tmp_path: Path) -> None:
+def test_files_of_a_killed_service_are_removed(tmp_path: Path) -> None:
     (tmp_path / "imports" / "old" / "adapter").mkdir(parents=True)
     (tmp_path / "imports" / "upload").write_bytes(b"x")
     (tmp_path / "outside").mkdir()
@@ -152,7 +152,7 @@ def test_what_a_former_life_left_is_swept(tmp_path: Path) -> None:
     assert (tmp_path / "outside").exists()
 
 
-def test_a_wrong_setting_is_said_at_the_start(tmp_path: Path) -> None:
+def test_wrong_settings_are_rejected_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="XINGLIN_SOURCES"):
         Imports(tmp_path, allowed=["nonsense"], private_networks=(), max_bytes=1)
     with pytest.raises(ValueError, match="10"):
@@ -170,7 +170,7 @@ def test_a_wrong_setting_is_said_at_the_start(tmp_path: Path) -> None:
         ("echo out of memory >&2; kill -9 $$", "was killed by signal 9: retry", "out of memory"),
     ],
 )
-def test_a_process_that_does_not_start_is_told_from_one_that_was_ended(
+def test_a_failed_process_and_a_killed_one_are_reported_differently(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

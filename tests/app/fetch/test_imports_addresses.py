@@ -1,4 +1,4 @@
-"""Where a transfer may go: addresses, redirects, and what is sent there."""
+"""Addresses and redirects that a transfer may follow, and the headers it sends there."""
 
 from pathlib import Path
 from typing import Any

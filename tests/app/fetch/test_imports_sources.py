@@ -1,4 +1,4 @@
-"""What comes from each kind of source, and what is said when it does not."""
+"""Imports from each kind of source, and the errors when they fail."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from tests.app.transfers import FILES, bring
 # Hugging Face
 
 
-def test_a_branch_becomes_a_commit_and_only_what_an_adapter_needs_comes(hub: Hub, tmp_path: Path) -> None:
+def test_a_branch_resolves_to_a_commit_and_only_adapter_files_are_downloaded(
+    hub: Hub, tmp_path: Path
+) -> None:
     hub.moves_after_info = True
     one = bring(tmp_path, "hf://org/repo@main")
     assert (one.state, one.error, one.result) == ("done", None, FILES)
@@ -36,14 +38,14 @@ def test_pickled_weights_are_not_downloaded(hub: Hub, tmp_path: Path) -> None:
     assert not any("resolve" in path for path, _ in hub.asked)
 
 
-def test_a_revision_or_adapter_that_is_not_there(hub: Hub, tmp_path: Path) -> None:
+def test_a_missing_revision_or_adapter(hub: Hub, tmp_path: Path) -> None:
     assert "no such repository or revision" in str(bring(tmp_path, "hf://org/repo@none").error)
     hub.files[COMMIT] = {"README.md": b""}
     assert "holds no adapter" in str(bring(tmp_path, "hf://org/repo").error)
 
 
 @pytest.mark.parametrize("resumes", [True, False])
-def test_a_broken_transfer_is_mended(hub: Hub, tmp_path: Path, resumes: bool) -> None:
+def test_an_interrupted_transfer_is_retried(hub: Hub, tmp_path: Path, resumes: bool) -> None:
     hub.resumes, hub.cuts, hub.failures = resumes, 1, 1
     one = bring(tmp_path, "hf://org/repo")
     assert (one.state, one.result) == ("done", FILES)
@@ -52,7 +54,7 @@ def test_a_broken_transfer_is_mended(hub: Hub, tmp_path: Path, resumes: bool) ->
 
 
 @pytest.mark.parametrize("trouble", ["cuts", "failures"])
-def test_a_transfer_that_breaks_every_time_fails(hub: Hub, tmp_path: Path, trouble: str) -> None:
+def test_a_transfer_fails_after_all_retries(hub: Hub, tmp_path: Path, trouble: str) -> None:
     hub.resumes = False
     setattr(hub, trouble, 100)
     one = bring(tmp_path, "hf://org/repo")
@@ -60,7 +62,7 @@ def test_a_transfer_that_breaks_every_time_fails(hub: Hub, tmp_path: Path, troub
     assert "failed 4 times" in str(one.error)
 
 
-def test_content_that_is_not_what_was_announced(hub: Hub, tmp_path: Path) -> None:
+def test_content_must_match_the_announced_digest_and_length(hub: Hub, tmp_path: Path) -> None:
     path = f"/org/repo/resolve/{COMMIT}/adapter_model.safetensors"
     hub.pages[path] = bytes(len(WEIGHTS))
     assert "the digest that the hub announced" in str(bring(tmp_path, "hf://org/repo").error)
@@ -95,7 +97,7 @@ def test_a_folder_and_an_archive_from_s3(s3: Any, tmp_path: Path) -> None:
         ("s3://lent/adapters/pickled/", "convert-adapter"),
     ],
 )
-def test_what_is_not_there_in_s3(s3: Any, tmp_path: Path, source: str, message: str) -> None:
+def test_missing_objects_in_s3(s3: Any, tmp_path: Path, source: str, message: str) -> None:
     one = bring(tmp_path, source, allowed=("s3://",))
     assert one.state == "failed"
     assert message in str(one.error)
@@ -106,19 +108,17 @@ def test_too_large_in_s3(s3: Any, tmp_path: Path) -> None:
     assert "XINGLIN_MAX" in str(bring(tmp_path, "s3://lent/adapters/x.tar.gz", max_bytes=100).error)
 
 
-def test_a_bucket_that_is_not_listed(tmp_path: Path) -> None:
+def test_a_bucket_that_is_not_allowed(tmp_path: Path) -> None:
     with pytest.raises(PathNotAllowed):
         bring(tmp_path, "s3://other/adapters/doctor/")
 
 
-def test_without_credentials_the_reason_is_said(
-    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_credentials_are_reported(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert "AWS_ACCESS_KEY_ID" in str(bring(tmp_path, "s3://lent/adapters/doctor/").error)
 
 
-def test_google_needs_one_more_package(tmp_path: Path) -> None:
+def test_gs_needs_another_package(tmp_path: Path) -> None:
     one = bring(tmp_path, "gs://bucket/x/", allowed=("gs://",))
     assert "pip install gcsfs" in str(one.error)

@@ -38,7 +38,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("https://93.184.216.34/x.zip", "https://93.184.216.34/x.zip"),
     ],
 )
-def test_a_source_has_one_spelling(text: str, url: str) -> None:
+def test_a_source_has_one_canonical_form(text: str, url: str) -> None:
     assert parse_source(text, ALLOWED).url == url
 
 
@@ -70,7 +70,7 @@ def test_a_source_has_one_spelling(text: str, url: str) -> None:
         "hf://pinned/repo@v10",
     ],
 )
-def test_what_no_prefix_covers_is_refused(text: str) -> None:
+def test_sources_outside_all_prefixes_are_refused(text: str) -> None:
     with pytest.raises(PathNotAllowed, match="add it to XINGLIN_SOURCES"):
         parse_source(text, ALLOWED)
 
@@ -142,7 +142,7 @@ def test_what_no_prefix_covers_is_refused(text: str) -> None:
         "https://models.example.org/lora/" + "x" * 3000 + ".zip",
     ],
 )
-def test_nonsense_is_refused_and_not_repeated(text: str) -> None:
+def test_invalid_sources_are_refused_and_not_repeated(text: str) -> None:
     with pytest.raises(BadRequest) as caught:
         parse_source(text, ALLOWED)
     assert (caught.value.code, caught.value.param) == ("invalid_source", "source")
@@ -150,18 +150,18 @@ def test_nonsense_is_refused_and_not_repeated(text: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["hf://", "hf://my-org", "hf://my-org/", "hf://my-org/repo"])
-def test_prefixes_end_where_a_name_does(prefix: str) -> None:
+def test_prefixes_match_whole_names(prefix: str) -> None:
     assert parse_source("hf://my-org/repo@main", [prefix]).revision == "main"
 
 
 @pytest.mark.parametrize(
     "prefix", ["*", "my-org", "ftp://host/", "https://user@host/", "s3://My/", "https://host/?x"]
 )
-def test_a_prefix_that_can_cover_nothing_is_refused_at_the_start(prefix: str) -> None:
+def test_an_invalid_prefix_is_rejected_at_the_start(prefix: str) -> None:
     with pytest.raises(ValueError, match="XINGLIN_SOURCES"):
         checked_prefixes([prefix])
 
 
-def test_nothing_is_allowed_unless_it_is_said() -> None:
+def test_nothing_is_allowed_by_default() -> None:
     with pytest.raises(PathNotAllowed):
         parse_source("hf://my-org/repo", [])

@@ -1,4 +1,4 @@
-"""The life cycle of adapters on fake engines: a store, base models, and what follows and operates them."""
+"""The life cycle of adapters on fake engines: a store, base models, reconciler and operations."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,7 +24,7 @@ WHO: dict[str, Any] = {"actor": "test", "why": ""}
 
 
 class Rig:
-    """What app.main composes, without a web server. Engines come when a test starts them."""
+    """The composition of app.main without a web server. Tests start the engines."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Rig:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Rig"]:
-        """Follow the store, and keep the engines that are started."""
+        """Follow the store, and supervise the engines."""
 
         def give_up() -> None:
             self.has_given_up = True
@@ -98,17 +98,17 @@ class Rig:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def give(self, name: str, engine: FakeEngine | Exception) -> None:
-        """Let the next engine of a base model come up, or fail to."""
+        """Let the next engine of a base model start or fail."""
         self._engines[name].put_nowait(engine)
 
     async def start(self, name: str, engine: FakeEngine) -> None:
-        """Let an engine come up, and wait until it answers."""
+        """Let an engine start, and wait until it is ready."""
         self.give(name, engine)
         supervisor = self.bases.named(name).supervisor
         await until(lambda: supervisor.has_engine and supervisor.engine is engine and supervisor.is_ready)
 
     def statuses(self) -> dict[str, str]:
-        """The status of every alias, by `name` for `default` and else by `name@alias`."""
+        """Return the status of every alias, by `name` for `default` and else by `name@alias`."""
         return {
             name if alias == "default" else f"{name}@{alias}": str(self.reconciler.status(name, known))
             for (name, alias), known in self.served.aliases()
@@ -120,7 +120,7 @@ class Rig:
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     async with asyncio.timeout(60):
         while not is_so():  # noqa: ASYNC110 - nothing here has an event
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Several base models: which adapter belongs to which, and what each one's engine has to do with the others."""
+"""Several base models: the choice of base model for each adapter, and independence of the engines."""
 
 import asyncio
 from dataclasses import replace
@@ -45,7 +45,7 @@ def rig(tmp_path: Path) -> TwoBases:
     return TwoBases(tmp_path)
 
 
-def test_each_adapter_goes_to_the_base_it_was_trained_on(rig: TwoBases) -> None:
+def test_each_adapter_loads_on_its_own_base_model(rig: TwoBases) -> None:
     async def check() -> None:
         tiny, other = FakeEngine(), FakeEngine(OTHER)
         async with rig.running():
@@ -64,7 +64,7 @@ def test_each_adapter_goes_to_the_base_it_was_trained_on(rig: TwoBases) -> None:
     asyncio.run(check())
 
 
-def test_an_engine_that_dies_takes_only_its_own_adapters_along(rig: TwoBases) -> None:
+def test_a_dead_engine_affects_only_its_own_adapters(rig: TwoBases) -> None:
     async def check() -> None:
         tiny, other = FakeEngine(), FakeEngine(OTHER)
         async with rig.running():
@@ -76,7 +76,7 @@ def test_an_engine_that_dies_takes_only_its_own_adapters_along(rig: TwoBases) ->
             assert rig.served.choose("doctor").manifest
             with pytest.raises(AdapterUnavailable):
                 rig.served.choose("nurse")
-            await asyncio.sleep(0.05)  # rounds of following the store
+            await asyncio.sleep(0.05)  # several rounds of the reconciler
             assert rig.statuses() == {"doctor": "ready", "nurse": "loading"}
             assert tiny.loads.total() == 1
             await rig.start("other", FakeEngine(OTHER))
@@ -87,7 +87,7 @@ def test_an_engine_that_dies_takes_only_its_own_adapters_along(rig: TwoBases) ->
     asyncio.run(check())
 
 
-def test_what_is_published_is_held_against_its_own_base(rig: TwoBases) -> None:
+def test_adapters_are_validated_against_their_own_base_model(rig: TwoBases) -> None:
     async def check() -> None:
         async with rig.running():
             await rig.start("tiny", FakeEngine())
@@ -115,7 +115,7 @@ def test_what_is_published_is_held_against_its_own_base(rig: TwoBases) -> None:
     asyncio.run(check())
 
 
-def test_an_adapter_of_a_base_that_is_not_here_says_so(rig: TwoBases) -> None:
+def test_an_adapter_of_an_unknown_base_model_fails(rig: TwoBases) -> None:
     async def check() -> None:
         path = trained_on(rig.folder / "lost", "0" * 16, seed=8).write()
         write_golden(path / "golden.jsonl", [GOLDEN])
@@ -135,14 +135,14 @@ def test_an_adapter_of_a_base_that_is_not_here_says_so(rig: TwoBases) -> None:
     asyncio.run(check())
 
 
-def test_one_that_does_not_say_belongs_to_the_base_it_names_or_to_the_first(rig: TwoBases) -> None:
+def test_without_a_fingerprint_the_named_or_first_base_model_is_used(rig: TwoBases) -> None:
     named = trained_on(rig.folder / "named", None).write()
     manifest = rig.store.publish(named, "named", actor="test")
     assert rig.bases.of(manifest) is rig.other
     assert rig.bases.of(manifest.model_copy(update={"base_model": None})) is rig.tiny
 
 
-def test_between_bases_of_one_structure_the_name_decides(rig: TwoBases) -> None:
+def test_the_name_decides_between_base_models_with_one_fingerprint(rig: TwoBases) -> None:
     trained = rig.store.get(AdapterRef("nurse"))
     assert trained.base_model == "other"
     rig.tiny.supervisor.facts = replace(BASE, fingerprint=OTHER.fingerprint)
@@ -153,7 +153,7 @@ def test_between_bases_of_one_structure_the_name_decides(rig: TwoBases) -> None:
     assert rig.bases.of(trained.model_copy(update={"base_model": "a copy of it"})) is rig.tiny
 
 
-def test_a_base_model_that_failed_is_waited_for_no_more(rig: TwoBases) -> None:
+def test_adapters_do_not_wait_for_a_failed_base_model(rig: TwoBases) -> None:
     trained = rig.store.get(AdapterRef("nurse"))
 
     async def check() -> None:

@@ -1,4 +1,4 @@
-"""More adapters than fit, and everything that can happen to one that answers, or that does not just now."""
+"""More adapters than fit, and everything that can happen to them while they answer or are evicted."""
 
 import random
 import shutil
@@ -23,7 +23,7 @@ MANY = [f"many-{number}" for number in range(5)]
 
 @pytest.fixture(scope="module")
 def service(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service of this module, in which hardly anything fits."""
+    """A service for this module alone, with room for few adapters."""
     data_dir = copy_products(demo_dir, tmp_path_factory.mktemp("life") / "data")
     store = AdapterStore(data_dir / "store")
     (data_dir / "incoming").mkdir()
@@ -45,7 +45,7 @@ def store(service: Service) -> AdapterStore:
 
 @pytest.fixture(autouse=True)
 def _nothing_else_happens(service: Service, unharmed: Unharmed) -> Iterator[None]:
-    """After every test the same engine gives the same answers, and holds no more than it may."""
+    """Check after every test that the same engine gives the same answers and keeps to its limits."""
     yield
     assert Unharmed.of(service, "xinglin-demo", "doctor", "leaflet") == unharmed
     engine = service.adapters()["engine"]
@@ -63,7 +63,7 @@ def unharmed(service: Service) -> Unharmed:
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest, service: Service, store: AdapterStore) -> Iterator[str]:
-    """An adapter's name of this test's own; nothing points at it afterwards."""
+    """A unique adapter name for one test; its aliases are removed afterwards."""
     name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name.lower())[-50:].strip(
         "-"
     )
@@ -79,7 +79,7 @@ def a_folder(service: Service, store: AdapterStore, name: str, without_golden: i
 
 
 def evict(service: Service, ref: str) -> None:
-    """Ask for others until `ref` has left the engine."""
+    """Request others until the engine has evicted `ref`."""
     for other in MANY * 2:
         if ref not in service.adapters()["engine"]["held"]:
             return
@@ -97,7 +97,7 @@ def answering_revision(service: Service, model: str) -> str:
     return str(reply["system_fingerprint"]).partition("@")[2]
 
 
-def test_more_than_fit_are_loaded_when_asked_for(service: Service, unharmed: Unharmed) -> None:
+def test_more_adapters_than_fit_are_loaded_on_demand(service: Service, unharmed: Unharmed) -> None:
     shown = service.adapters()
     assert {shown[f"{name}@default"]["status"] for name in MANY} == {"ready"}
     answers = [service.answer(name, "感冒有什么症状？") for name in MANY * 2]
@@ -107,8 +107,8 @@ def test_more_than_fit_are_loaded_when_asked_for(service: Service, unharmed: Unh
     assert sum(shown[f"{name}@default"]["resident"] for name in MANY) == RESIDENT
 
 
-def test_many_first_requests_at_once(service: Service, unharmed: Unharmed) -> None:
-    """Thirty requests for five adapters of which three fit and two may run: all come to their turn."""
+def test_concurrent_first_requests(service: Service, unharmed: Unharmed) -> None:
+    """Thirty requests for five adapters of which three fit and two may run: all get their turn."""
     with ThreadPoolExecutor(30) as pool:
         replies = [pool.submit(service.answer, name, "感冒有什么症状？") for name in MANY * 6]
     assert Counter(reply.result() for reply in replies) == {unharmed.answers["doctor"]: 30}
@@ -173,7 +173,7 @@ def test_damaged_while_evicted(service: Service, store: AdapterStore, name: str,
 
 
 @pytest.mark.parametrize("how", ["deleted", "nan"])
-def test_damaged_while_evicted_the_one_before_answers(
+def test_damaged_while_evicted_the_previous_revision_answers(
     service: Service, store: AdapterStore, name: str, how: str
 ) -> None:
     before = publish_one(service, a_folder(service, store, name), name)
@@ -189,7 +189,7 @@ def test_damaged_while_evicted_the_one_before_answers(
 
 
 @pytest.mark.parametrize("how", ["deleted", "missing manifest.json"])
-def test_publishing_it_again_heals(
+def test_publishing_again_repairs_a_damaged_revision(
     service: Service, store: AdapterStore, name: str, how: str, unharmed: Unharmed
 ) -> None:
     folder = a_folder(service, store, name)
@@ -237,7 +237,7 @@ def test_alias_moved_while_it_answers(service: Service, store: AdapterStore, nam
     assert engine["leases"][f"{name}@{before}"] == 1
     assert "".join(running) == expected
 
-    # The one before stays, for a rollback, until there is another before.
+    # The previous revision stays for a rollback until another one takes its place.
     service.wait_for(lambda: service.adapters()["engine"]["leases"][f"{name}@{before}"] == 0)
     assert status_of(service, name)["rollback_to"] == before
     assert publish_one(service, a_folder(service, store, name, 2), name) != after
@@ -288,11 +288,13 @@ def test_a_failed_publication_under_a_name_that_answers(
     assert held == [f"{name}@{before}"]
 
 
-def test_prune_keeps_what_answers(service: Service, store: AdapterStore, name: str) -> None:
+def test_prune_keeps_revisions_that_answer(service: Service, store: AdapterStore, name: str) -> None:
     folders = [a_folder(service, store, name, number) for number in range(3)]
     first = publish_one(service, folders[0], name)
     second, third = (publish_one(service, folder, name, alias=None) for folder in folders[1:])
-    running = begun(service, name, 900, n=8, temperature=1)  # many and long: they are under way when pruned
+    running = begun(
+        service, name, 900, n=8, temperature=1
+    )  # many and long, so that they still run during the prune
     for revision in (second, third):
         path = f"/v1/adapters/{name}/aliases/default"
         assert service.call("PUT", path, {"revision": revision})[0] == 200

@@ -1,4 +1,4 @@
-"""What loading hands to the engine: an adapter's own chat template and stop strings; on a fake engine."""
+"""Loading passes an adapter's own chat template and stop strings to the engine; on a fake engine."""
 
 import asyncio
 from pathlib import Path
@@ -52,21 +52,21 @@ def test_template_and_stop_strings_go_to_the_engine(rig: Rig) -> None:
     assert rig.engine.held == {loaded.engine_id: loaded}
 
 
-def test_an_adapter_without_has_none(rig: Rig) -> None:
+def test_an_adapter_without_template_and_stop_strings(rig: Rig) -> None:
     rig.folder.others.clear()
     rig.folder.golden = [GOLDEN]
     loaded = rig.load()
     assert (loaded.template, loaded.stop) == (None, ())
 
 
-def test_golden_prompts_of_a_template_that_is_not_brought(rig: Rig) -> None:
+def test_golden_prompts_need_their_template(rig: Rig) -> None:
     rig.folder.others.clear()
     with pytest.raises(ProofFailed, match=r"publish it with the chat_template\.jinja it was trained with"):
         rig.load()
     assert not rig.engine.held
 
 
-def test_a_template_that_is_not_that_of_the_golden_prompts(rig: Rig) -> None:
+def test_a_template_must_match_the_golden_prompts(rig: Rig) -> None:
     rig.folder.golden = [GOLDEN]
     with pytest.raises(ProofFailed, match="chat template renders other tokens"):
         rig.load()

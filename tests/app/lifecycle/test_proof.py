@@ -21,13 +21,13 @@ from tests.app.fake_engine import FakeEngine
 
 ADAPTER = LoadedAdapter("doctor@0123456789ab", 1, Path())
 PROMPTS, TOKENS = 8, 32
-BFLOAT16 = Rounding(base=0.025, adapter=0.023)  # as SmolLM2-135M on rows of the NIH has it
+BFLOAT16 = Rounding(base=0.025, adapter=0.023)  # measured on SmolLM2-135M with rows of the NIH
 
 Change = Callable[[float, float], float]
 
 
 class Scripted(FakeEngine):
-    """Scores each golden prompt as told."""
+    """Scores each golden prompt as scripted."""
 
     def __init__(self, golden: Sequence[GoldenPrompt], dtype: str = "bfloat16") -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Scripted(FakeEngine):
 
 
 def golden_set(strength: float = 1.0, seed: int = 0) -> list[GoldenPrompt]:
-    """Log-probabilities as a trained adapter has them: most tokens hardly move, some by several nats."""
+    """Log-probabilities like those of a trained adapter: most tokens hardly move, some by several nats."""
     chance = random.Random(seed)
     prompts = []
     for number in range(PROMPTS):
@@ -73,7 +73,7 @@ def engine() -> Scripted:
 
 
 def rounded(chance: random.Random, mean: float) -> float:
-    """A rounding error as they are found: normal, and ten times as large now and then."""
+    """A realistic rounding error: normal, and occasionally ten times as large."""
     return chance.gauss(0, mean) * (6 if chance.random() < 0.02 else 1)
 
 
@@ -82,7 +82,7 @@ def hold(engine: Scripted, rounding: Rounding | None = BFLOAT16, trainer_dtype: 
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_rounding_is_no_reason_to_refuse_though_a_token_be_far_off(seed: int) -> None:
+def test_rounding_and_a_single_outlier_token_pass(seed: int) -> None:
     engine, chance = Scripted(golden_set(seed=seed)), random.Random(seed)
     engine.base = lambda base, _: base + rounded(chance, BFLOAT16.base * 1.1)
     engine.adapted = lambda _, adapted: adapted + rounded(chance, BFLOAT16.adapter * 1.1)
@@ -110,14 +110,14 @@ WRONG: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("rounding", [BFLOAT16, None])
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_weights_are_refused_and_told(kind: str, rounding: Rounding | None, dtype: str) -> None:
+def test_wrong_weights_are_refused_with_their_cause(kind: str, rounding: Rounding | None, dtype: str) -> None:
     engine = Scripted(golden_set(), dtype)
     engine.adapted, words = WRONG[kind]
     with pytest.raises(ProofFailed, match=words):
         hold(engine, rounding)
 
 
-def test_a_base_model_that_is_another_or_nearly_the_same(engine: Scripted) -> None:
+def test_another_and_a_nearly_identical_base_model_are_refused(engine: Scripted) -> None:
     engine.base = lambda base, _: base * 0.5
     with pytest.raises(
         ProofFailed, match=r"the base model alone is not .*it is another model: serve the base"
@@ -136,7 +136,7 @@ def test_a_base_model_that_is_another_or_nearly_the_same(engine: Scripted) -> No
 
 
 @pytest.mark.parametrize(("dtype", "is_seen"), [("float32", True), ("float16", True), ("bfloat16", False)])
-def test_an_effect_must_stand_out_from_rounding(dtype: str, is_seen: bool) -> None:
+def test_an_effect_must_exceed_rounding(dtype: str, is_seen: bool) -> None:
     engine = Scripted(golden_set(strength=0.05), dtype)
     if is_seen:
         hold(engine)
@@ -145,7 +145,7 @@ def test_an_effect_must_stand_out_from_rounding(dtype: str, is_seen: bool) -> No
             hold(engine)
 
 
-def test_few_tokens_say_less_than_many(engine: Scripted) -> None:
+def test_limits_are_wider_for_fewer_tokens(engine: Scripted) -> None:
     golden = engine.golden
 
     def of(prompts: int) -> float:
@@ -156,7 +156,7 @@ def test_few_tokens_say_less_than_many(engine: Scripted) -> None:
     assert of(1) > of(4) > of(8) > BFLOAT16.adapter
 
 
-def test_numbers_of_a_coarser_dtype_are_given_more_room(engine: Scripted) -> None:
+def test_limits_are_wider_for_a_coarser_dtype(engine: Scripted) -> None:
     scores = [[TokenScore(score, score) for score in one.logprobs] for one in engine.golden]
     base = [[TokenScore(score, score) for score in one.base_logprobs] for one in engine.golden]
     evidence = gather(engine.golden, base, scores)
@@ -169,7 +169,7 @@ def test_numbers_of_a_coarser_dtype_are_given_more_room(engine: Scripted) -> Non
     assert room("bfloat16", "float32") == room("float32", "bfloat16")
 
 
-def test_it_is_held_to_what_it_was_when_it_is_loaded_again(engine: Scripted) -> None:
+def test_a_reload_is_proved_against_the_first_proof(engine: Scripted) -> None:
     proof = hold(engine)
     asyncio.run(prove_again(engine, ADAPTER, engine.golden, proof))
     for kind in ("half", "not applied", "another's", "NaN"):

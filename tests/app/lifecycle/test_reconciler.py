@@ -1,4 +1,4 @@
-"""Operators, other writers of the store, requests and failures all at once: store, service and engine agree."""
+"""Operators, other writers of the store, requests and failures: store, service and engine stay consistent."""
 
 import asyncio
 import random
@@ -47,11 +47,11 @@ class OneBase(Rig):
         return manifest.revision if manifest else None
 
     async def agree(self) -> None:
-        """Wait until store, status, what answers and what the engine holds are of one mind."""
+        """Wait until the store, the statuses, the answers and the engine are consistent."""
         for _ in range(400):
             await asyncio.sleep(0.01)
             aliases = self.store.aliases("doctor")
-            for alias in aliases:  # what left for want of room is back at its next request
+            for alias in aliases:  # an evicted revision is back at its next request
                 if manifest := self.served.find(AdapterRef("doctor", alias=alias)):
                     with await self.residency.lease(manifest):
                         pass
@@ -74,7 +74,7 @@ def rig(tmp_path: Path) -> OneBase:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_everybody_at_once(rig: OneBase, seed: int) -> None:
+def test_concurrent_operators_writers_and_requests(rig: OneBase, seed: int) -> None:
     choice = random.Random(seed)
     who: dict[str, Any] = {"actor": "test", "why": ""}
 
@@ -121,7 +121,7 @@ def test_everybody_at_once(rig: OneBase, seed: int) -> None:
                     answer.reply["choices"][0]["message"]["content"] == f"doctor@{chosen.manifest.revision}"
                 )
             except (ModelNotFound, AdapterUnavailable):
-                pass  # unpointed for a moment
+                pass  # without an alias for a moment
             await asyncio.sleep(choice.random() * 0.004)
 
     async def check() -> None:
@@ -135,8 +135,8 @@ def test_everybody_at_once(rig: OneBase, seed: int) -> None:
     asyncio.run(asyncio.wait_for(check(), 60))
 
 
-def test_one_that_breaks_on_disk_falls_back_when_it_is_loaded_again(tmp_path: Path) -> None:
-    """Evicted, then spoilt, then asked for: the revision before answers, and the status says why."""
+def test_a_revision_damaged_on_disk_falls_back_at_its_reload(tmp_path: Path) -> None:
+    """Evicted, then damaged, then requested: the previous revision answers, and the status says why."""
 
     async def check() -> None:
         rig = OneBase(tmp_path, max_resident=2)
@@ -146,7 +146,7 @@ def test_one_that_breaks_on_disk_falls_back_when_it_is_loaded_again(tmp_path: Pa
         for alias, revision in zip(("a", "b"), others, strict=False):
             rig.store.set_alias("doctor", alias, revision, actor="test")
         async with rig.running():
-            for alias in ("a", "b"):  # both places are taken by others now
+            for alias in ("a", "b"):  # others take both places now
                 with await rig.residency.lease(rig.served.choose(f"doctor@{alias}").manifest):
                     pass
             assert not rig.residency.is_resident(f"doctor@{second}")
@@ -169,8 +169,8 @@ def test_one_that_breaks_on_disk_falls_back_when_it_is_loaded_again(tmp_path: Pa
     asyncio.run(asyncio.wait_for(check(), 60))
 
 
-def test_the_way_back_stays_while_there_is_room(tmp_path: Path) -> None:
-    """A rollback loads nothing; what is not on the way back any more leaves."""
+def test_the_previous_revision_stays_while_there_is_room(tmp_path: Path) -> None:
+    """A rollback loads nothing; a revision that no rollback needs any more is removed."""
 
     async def check() -> None:
         rig = OneBase(tmp_path)
@@ -215,7 +215,7 @@ def test_more_aliases_than_fit_are_all_served_after_a_start(tmp_path: Path) -> N
     asyncio.run(asyncio.wait_for(check(), 60))
 
 
-def test_a_revision_by_its_name_only_where_allowed(tmp_path: Path) -> None:
+def test_revisions_are_served_by_name_only_if_allowed(tmp_path: Path) -> None:
     async def check() -> None:
         rig = OneBase(tmp_path, allow_revisions=True)
         async with rig.running():
@@ -246,7 +246,7 @@ def test_a_new_canary_does_not_inherit_the_share_of_the_old_one(rig: OneBase) ->
     asyncio.run(check())
 
 
-def test_an_alias_moved_to_a_reward_adapter_answers_no_more(rig: OneBase, tmp_path: Path) -> None:
+def test_an_alias_moved_to_a_reward_adapter_stops_answering(rig: OneBase, tmp_path: Path) -> None:
     async def check() -> None:
         rig.store.set_alias("doctor", "default", rig.revisions[0], actor="test")
         reward = make_folder(tmp_path / "reward", seed=60)
@@ -268,7 +268,7 @@ def test_an_alias_moved_to_a_reward_adapter_answers_no_more(rig: OneBase, tmp_pa
     asyncio.run(asyncio.wait_for(check(), 30))
 
 
-def test_what_lies_about_in_the_store_stops_nobody(rig: OneBase) -> None:
+def test_stray_files_in_the_store_are_ignored(rig: OneBase) -> None:
     async def check() -> None:
         (rig.store.root / "No Adapter" / "aliases").mkdir(parents=True)
         (rig.store.root / "No Adapter" / "aliases" / "x").write_text("x")
@@ -281,7 +281,7 @@ def test_what_lies_about_in_the_store_stops_nobody(rig: OneBase) -> None:
 
 
 def test_each_status_in_turn(rig: OneBase) -> None:
-    """Of an alias that another process moves, and of the revisions; the previous one has a request."""
+    """Statuses of an alias that another process moves, and of its revisions while the previous one is in use."""
     aliases: list[str] = []
     revisions: dict[str, list[str]] = {}
 

@@ -1,4 +1,4 @@
-"""Many adapters, few places: who is loaded, who leaves, who waits, and that no rule of the engine is broken."""
+"""Many adapters, few places: loading, eviction and waiting, without breaking a rule of the engine."""
 
 import asyncio
 import random
@@ -90,7 +90,7 @@ def _run(check: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(check, 60))
 
 
-def test_least_recently_used_leaves_first(filled: Path) -> None:
+def test_the_least_recently_used_is_evicted_first(filled: Path) -> None:
     async def check() -> None:
         rig = Rig(filled)
         for number in (0, 1, 2, 0, 3):
@@ -104,7 +104,7 @@ def test_least_recently_used_leaves_first(filled: Path) -> None:
     _run(check())
 
 
-def test_what_is_leased_stays(filled: Path) -> None:
+def test_a_leased_revision_is_not_evicted(filled: Path) -> None:
     async def check() -> None:
         rig = Rig(filled, max_resident=2)
         held = await rig.residency.lease(rig.manifest(0))
@@ -148,7 +148,7 @@ def test_a_wait_is_bounded(filled: Path) -> None:
     _run(check())
 
 
-def test_a_load_is_no_waiting(filled: Path) -> None:
+def test_loading_does_not_count_as_waiting(filled: Path) -> None:
     async def check() -> None:
         rig = Rig(filled, wait_seconds=0.05)
         rig.engine.seconds = 0.1
@@ -157,7 +157,7 @@ def test_a_load_is_no_waiting(filled: Path) -> None:
     _run(check())
 
 
-def test_given_up_twice_a_load_still_keeps_its_place(filled: Path) -> None:
+def test_a_load_cancelled_twice_keeps_its_place(filled: Path) -> None:
     async def check() -> None:
         rig = Rig(filled, max_resident=3)
         rig.engine.seconds = 0.1
@@ -174,7 +174,7 @@ def test_given_up_twice_a_load_still_keeps_its_place(filled: Path) -> None:
     _run(check())
 
 
-def test_what_is_not_wanted_leaves_when_its_last_request_ends(filled: Path) -> None:
+def test_an_unwanted_revision_is_removed_after_its_last_request(filled: Path) -> None:
     async def check() -> None:
         rig = Rig(filled)
         first, second = [await rig.residency.lease(rig.manifest(0)) for _ in range(2)]
@@ -193,7 +193,7 @@ def test_what_is_not_wanted_leaves_when_its_last_request_ends(filled: Path) -> N
     _run(check())
 
 
-def test_many_first_requests_are_one_load(filled: Path) -> None:
+def test_concurrent_first_requests_share_one_load(filled: Path) -> None:
     async def check() -> None:
         rig = Rig(filled)
         rig.engine.seconds = 0.01
@@ -204,7 +204,7 @@ def test_many_first_requests_are_one_load(filled: Path) -> None:
     _run(check())
 
 
-def test_a_copy_for_a_shadow_takes_only_what_is_free(filled: Path) -> None:
+def test_a_shadow_request_takes_only_free_room(filled: Path) -> None:
     async def check() -> None:
         rig = Rig(filled, max_loras=1)
         assert rig.residency.lease_if_free(rig.manifest(0)) is None, "loading it would keep others waiting"
@@ -222,7 +222,7 @@ def test_a_copy_for_a_shadow_takes_only_what_is_free(filled: Path) -> None:
     _run(check())
 
 
-def test_one_that_cannot_be_loaded_is_not_tried_at_every_request(filled: Path) -> None:
+def test_a_failed_load_is_not_retried_at_every_request(filled: Path) -> None:
     async def check() -> None:
         rig = Rig(filled)
         manifest = rig.manifest(0)
@@ -230,14 +230,14 @@ def test_one_that_cannot_be_loaded_is_not_tried_at_every_request(filled: Path) -
         mark.touch()
         try:
             for _ in range(3):
-                with pytest.raises(AdapterUnavailable, match="GET /v1/adapters says why"):
+                with pytest.raises(AdapterUnavailable, match="GET /v1/adapters shows why"):
                     await rig.use(0)
             assert isinstance(rig.residency.failure(rig.ref(0)), AdapterRefused)
             assert next(rig.engine._ids) == 2, "it was tried more than once"
             assert (await rig.use(1)).startswith("a1@")
         finally:
             mark.unlink()
-        _, held = await rig.residency.hold(manifest)  # an operator's try counts at once
+        _, held = await rig.residency.hold(manifest)  # an operator's attempt is not delayed
         with held:
             assert (await rig.use(0)).startswith("a0@")
         assert rig.residency.failure(rig.ref(0)) is None
@@ -245,7 +245,7 @@ def test_one_that_cannot_be_loaded_is_not_tried_at_every_request(filled: Path) -
     _run(check())
 
 
-def test_an_engine_that_dies_takes_nobody_along(filled: Path) -> None:
+def test_a_dead_engine_leaves_no_request_or_slot_behind(filled: Path) -> None:
     async def check() -> None:
         rig = Rig(filled, max_loras=1)
         dead = rig.engine
@@ -266,14 +266,14 @@ def test_an_engine_that_dies_takes_nobody_along(filled: Path) -> None:
     _run(check())
 
 
-def test_an_unproven_adapter_is_held_to_what_it_said_first(filled: Path, tmp_path: Path) -> None:
+def test_an_unproven_adapter_must_match_its_recorded_answers(filled: Path, tmp_path: Path) -> None:
     path = make_folder(tmp_path / "plain", seed=99).write()
     store = AdapterStore(filled / "store")
     manifest = store.publish(path, "plain", actor="test")
 
     async def check() -> None:
         for drift, is_alike in ((0.0, True), (0.0, True), (0.5, False)):
-            rig = Rig(filled)  # a service that was started again
+            rig = Rig(filled)  # a restarted service
             rig.engine.drift = drift
             if is_alike:
                 with await rig.residency.lease(manifest):
@@ -290,7 +290,7 @@ def test_an_unproven_adapter_is_held_to_what_it_said_first(filled: Path, tmp_pat
 
 @pytest.mark.parametrize("seed", range(12))
 def test_at_random(filled: Path, seed: int) -> None:
-    """Requests for more adapters than fit, some given up, while what is wanted changes: no rule is broken."""
+    """Requests for more adapters than fit, some cancelled, while the wanted ones change: no rule is broken."""
 
     async def check() -> None:
         choice = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Who answers to a name: the base, aliases, revisions, and the two sides of a canary."""
+"""Resolving served names: base models, aliases, revisions, and the two sides of a canary."""
 
 from collections import Counter
 from datetime import UTC, datetime
@@ -28,7 +28,7 @@ def served() -> ServedModels:
 
 
 @pytest.mark.parametrize("name", ["doctor", "doctor@default", f"doctor@{A.revision}"])
-def test_name_alias_and_revision_lead_to_the_same(served: ServedModels, name: str) -> None:
+def test_name_alias_and_revision_resolve_to_the_same_manifest(served: ServedModels, name: str) -> None:
     assert served.choose(name) == Choice(A)
     assert served.choose("base") == Choice(None, base="base")
     assert served.choose("other") == Choice(None, base="other")
@@ -37,7 +37,7 @@ def test_name_alias_and_revision_lead_to_the_same(served: ServedModels, name: st
 @pytest.mark.parametrize(
     "name", ["", "nobody", "doctor@canary", f"doctor@{B.revision}", "../etc/passwd", "a@b@c", "x" * 9999]
 )
-def test_what_is_not_served_is_not_found(served: ServedModels, name: str) -> None:
+def test_unknown_models_are_not_found(served: ServedModels, name: str) -> None:
     served.expect("doctor", "default", A.revision)
     for number in range(50):
         served.point(f"more-{number}", "default", A)
@@ -54,7 +54,7 @@ def test_a_known_name_that_is_not_ready_says_so(served: ServedModels) -> None:
         served.choose("doctor")
 
 
-def test_default_goes_by_the_bare_name(served: ServedModels) -> None:
+def test_the_default_alias_has_the_bare_name(served: ServedModels) -> None:
     served.point("doctor", "canary", B)
     assert [name for name, _ in served.named()] == ["doctor@canary", "doctor"]
     assert served.is_wanted(f"doctor@{B.revision}")
@@ -65,7 +65,7 @@ def test_default_goes_by_the_bare_name(served: ServedModels) -> None:
 SESSIONS = [f"patient-{number}" for number in range(2000)]
 
 
-def test_a_canary_gets_its_share_and_no_session_changes_side(served: ServedModels) -> None:
+def test_a_canary_gets_its_share_and_sessions_are_sticky(served: ServedModels) -> None:
     served.point("doctor", "canary", B)
     served.share("doctor", Traffic(canary=10))
     sides = {session: served.choose("doctor", session).manifest for session in SESSIONS}
@@ -73,10 +73,10 @@ def test_a_canary_gets_its_share_and_no_session_changes_side(served: ServedModel
     assert abs(share - 200) <= 2.576 * (2000 * 0.1 * 0.9) ** 0.5, "outside the binomial 99 % interval"
     for _ in range(3):
         assert all(served.choose("doctor", session).manifest == side for session, side in sides.items())
-    # Asked for by its own name, each side answers as ever.
+    # Requested by its own name, each side always answers.
     assert served.choose("doctor@canary", SESSIONS[0]) == Choice(B)
     assert served.choose(f"doctor@{A.revision}", SESSIONS[0]) == Choice(A)
-    # Without a session, each request draws anew.
+    # Without a session, each request is drawn anew.
     drawn = Counter(served.choose("doctor").manifest == B for _ in range(2000))[True]
     assert abs(drawn - 200) < 100
 
@@ -89,12 +89,12 @@ def test_a_canary_gets_its_share_and_no_session_changes_side(served: ServedModel
     assert all(served.choose("doctor", session).manifest == A for session in SESSIONS)
 
 
-def test_a_canary_that_does_not_stand_gets_nothing(served: ServedModels) -> None:
+def test_a_canary_that_is_not_ready_gets_no_requests(served: ServedModels) -> None:
     served.share("doctor", Traffic(canary=100, shadow=100))
     assert served.choose("doctor", "x") == Choice(A)
 
 
-def test_a_shadow_gets_copies_whoever_answers(served: ServedModels) -> None:
+def test_a_shadow_gets_copies_of_default_and_canary_requests(served: ServedModels) -> None:
     served.point("doctor", "canary", B)
     served.point("doctor", "shadow", C)
     served.share("doctor", Traffic(canary=50, shadow=100))

@@ -1,4 +1,4 @@
-"""The fair queue: nobody overtakes, nobody starves, nothing is lost when somebody gives up."""
+"""The fair queue: no overtaking, no starvation, and no loss when a request is cancelled."""
 
 import asyncio
 import random
@@ -28,7 +28,7 @@ def test_requests_of_one_key_share_its_place() -> None:
     asyncio.run(check())
 
 
-def test_a_hot_key_stands_in_line_once_another_waits() -> None:
+def test_a_hot_key_queues_once_another_waits() -> None:
     async def check() -> None:
         turns = Turns(1)
         entered: list[str] = []
@@ -52,7 +52,7 @@ def test_a_hot_key_stands_in_line_once_another_waits() -> None:
     asyncio.run(check())
 
 
-def test_who_is_inside_joins_again_when_it_is_first_in_line() -> None:
+def test_a_key_inside_enters_again_when_it_is_first_in_the_queue() -> None:
     async def check() -> None:
         turns = Turns(1)
         await turns.enter("hot")
@@ -67,7 +67,7 @@ def test_who_is_inside_joins_again_when_it_is_first_in_line() -> None:
     asyncio.run(check())
 
 
-def test_costs_add_up_and_a_large_one_is_not_overtaken() -> None:
+def test_costs_add_up_and_a_large_cost_is_not_overtaken() -> None:
     async def check() -> None:
         turns = Turns(10)
         await turns.enter("a", 6)
@@ -100,8 +100,8 @@ def test_dismissed() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_at_random_nobody_starves_and_the_capacity_holds(seed: int) -> None:
-    """Two keys are asked for without end; every other one has its turn all the same."""
+def test_at_random_no_key_starves_and_the_capacity_holds(seed: int) -> None:
+    """Two keys are requested all the time; every other one still gets its turn."""
 
     async def check() -> None:
         choice = random.Random(seed)

@@ -1,4 +1,4 @@
-"""The life of an adapter over HTTP: publish, point, roll back; and everything that is refused."""
+"""The life of an adapter over HTTP: publish, point, roll back, and refusals."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ QUESTION = "感冒有什么症状？"
 
 @pytest.fixture
 def incoming(service: Service, trainer: Trainer, request: pytest.FixtureRequest) -> Path:
-    """A folder below the service's publish root with a good adapter in it, for a test to spoil."""
+    """A folder below the service's publish root with a valid adapter, for a test to damage."""
     name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
     folder = service.data_dir / "incoming" / name
     copytree(trainer.folder, folder)
@@ -67,7 +67,7 @@ def _of_another_base(folder: Path, trainer: Trainer) -> None:
 
 
 def _of_a_base_of_the_same_shape(folder: Path, trainer: Trainer) -> None:
-    """What golden prompts alone can tell: every name, shape and fingerprint agrees."""
+    """Only golden prompts can reveal this: every name, shape and fingerprint agrees."""
 
     def told_otherwise(prompt: GoldenPrompt) -> GoldenPrompt:
         return prompt.model_copy(update={"base_logprobs": [score - 0.5 for score in prompt.base_logprobs]})
@@ -117,7 +117,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("spoil", "told"), BAD, ids=[spoil.__name__ for spoil, _ in BAD])
-def test_a_bad_revision_is_refused_and_the_old_one_goes_on(
+def test_a_bad_revision_is_refused_and_the_old_one_keeps_answering(
     service: Service,
     trainer: Trainer,
     incoming: Path,
@@ -166,9 +166,7 @@ def test_publish_point_and_roll_back(service: Service, trainer: Trainer) -> None
     assert AdapterStore(service.data_dir / "store").log("doctor")[-1].actor == "http"
 
 
-def test_two_rollbacks_at_once_leave_store_and_service_of_one_mind(
-    service: Service, trainer: Trainer
-) -> None:
+def test_concurrent_rollbacks_leave_store_and_service_consistent(service: Service, trainer: Trainer) -> None:
     first = service.adapters()["doctor@default"]["actual"]
     for seed in (11, 12):
         folder = trainer.variant(service.data_dir / "incoming" / f"two-{seed}", seed=seed)
@@ -219,7 +217,7 @@ def test_vllms_own_endpoints(service: Service, trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("name", ["SQL_LoRA", "org/My_Adapter.v1"])
-def test_names_as_people_have_them(service: Service, trainer: Trainer, name: str) -> None:
+def test_common_adapter_names_are_accepted(service: Service, trainer: Trainer, name: str) -> None:
     folder = trainer.variant(service.data_dir / "incoming" / "named", seed=4)
     assert (
         service.call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})[0] == 200

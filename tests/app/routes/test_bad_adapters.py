@@ -1,4 +1,4 @@
-"""Every kind of adapter that must not be served, published over HTTP: a clear no, and nothing else happens."""
+"""Every kind of adapter that must not be served is refused over HTTP without side effects."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def alternately_zero(folder: Folder) -> None:
 
 
 def of_another_size(hidden: int, mlp: int) -> Change:
-    """As if trained on a model of the same modules and other widths."""
+    """Tensors as if trained on a model with the same modules but other widths."""
 
     def size(old: int) -> int:
         return {HIDDEN: hidden, MLP: mlp, 64: hidden // 3}.get(old, old)
@@ -66,7 +66,7 @@ def of_another_size(hidden: int, mlp: int) -> Change:
 
 
 def of_rank(r: int) -> Change:
-    """Every pair, and the config, of another rank."""
+    """Every pair and the config with another rank."""
 
     def change(folder: Folder) -> None:
         folder.config["r"] = r
@@ -208,7 +208,7 @@ def store(service: Service) -> AdapterStore:
 
 @pytest.fixture(scope="module")
 def looks(service: Service) -> Iterator[list[Unharmed]]:
-    """How the service looked before the first of these tests; looked at again after every twenty, and the last."""
+    """The state of the service before the first test; compared again after every twenty tests and the last."""
     found = [Unharmed.of(service, "xinglin-demo", "doctor")]
     assert found[0].engine_starts == 1
     yield found
@@ -225,7 +225,7 @@ def unharmed(service: Service, looks: list[Unharmed]) -> Iterator[None]:
 
 @pytest.fixture
 def folder(service: Service, store: AdapterStore, unharmed: None) -> Iterator[Folder]:
-    """A sound folder to spoil. Should it be pointed at, the test has failed, and the others go on."""
+    """A valid folder to damage. If the alias moves, the test fails, and the alias is restored for the others."""
     before = store.aliases("doctor")["default"]
     path = service.data_dir / "incoming" / "spoilt"
     path.parent.mkdir(exist_ok=True)
@@ -237,7 +237,7 @@ def folder(service: Service, store: AdapterStore, unharmed: None) -> Iterator[Fo
 
 
 def refused(service: Service, path: Path, *, may_be_kept: bool = False) -> dict[str, Any]:
-    """Publish with the alias `default` what must not get it, and see that nothing came of it; the error."""
+    """Publish a folder that must be refused, check for side effects, and return the error."""
     but = ("incoming", "store/doctor") if may_be_kept else ("incoming",)
     before, files = service.adapters(), listing(service.data_dir, *but)
     status, reply = publish(service, path, alias="default")
@@ -253,7 +253,7 @@ def refused(service: Service, path: Path, *, may_be_kept: bool = False) -> dict[
 
 
 @pytest.mark.parametrize("change", INVALID.values(), ids=INVALID.keys())
-def test_what_cannot_be_served_is_refused(service: Service, folder: Folder, change: Change) -> None:
+def test_invalid_adapters_are_refused(service: Service, folder: Folder, change: Change) -> None:
     change(folder)
     error = refused(service, folder.write())
     assert error["code"] == "invalid_adapter"
@@ -262,7 +262,7 @@ def test_what_cannot_be_served_is_refused(service: Service, folder: Folder, chan
 
 
 @pytest.mark.parametrize(("change", "told"), UNPROVEN.values(), ids=UNPROVEN.keys())
-def test_what_does_not_prove_itself_is_refused(
+def test_adapters_that_fail_their_proof_are_refused(
     service: Service, folder: Folder, change: Change, told: str
 ) -> None:
     change(folder)
@@ -271,15 +271,15 @@ def test_what_does_not_prove_itself_is_refused(
     assert told in error["message"]
 
 
-def test_what_is_sound_is_no_case_of_these(service: Service, folder: Folder) -> None:
-    """Guards this file: were the demo's own folder refused, so would be everything made of it."""
+def test_an_unchanged_folder_is_accepted(service: Service, folder: Folder) -> None:
+    """Guard this file: if the unchanged folder were refused, the other refusals would prove nothing."""
     status, reply = publish(service, folder.path, alias=None)
     assert status == 200, reply
 
 
 def socket_at(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as made:
-        short = Path("/proc/self/cwd") / path.name  # the name of a socket is at most 107 bytes long
+        short = Path("/proc/self/cwd") / path.name  # a socket's name may have at most 107 bytes
         before = Path.cwd()
         os.chdir(path.parent)
         try:
@@ -337,7 +337,7 @@ def test_an_empty_folder(service: Service, folder: Folder) -> None:
     assert refused(service, folder.path)["problems"]
 
 
-def test_without_golden_prompts_it_is_not_pointed_at(service: Service, folder: Folder) -> None:
+def test_an_adapter_without_golden_prompts_is_not_served(service: Service, folder: Folder) -> None:
     folder.golden = []
     error = refused(service, folder.write(), may_be_kept=True)
     assert "golden.jsonl" in error["message"]

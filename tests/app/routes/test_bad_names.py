@@ -1,4 +1,4 @@
-"""Names, aliases and requests that lead elsewhere, deceive or make no sense: 4xx, and nothing is written."""
+"""Unsafe or invalid names, aliases and requests: 4xx, and nothing is written."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def store(service: Service) -> AdapterStore:
 
 @pytest.fixture(scope="module")
 def folder(service: Service, store: AdapterStore) -> Path:
-    """A sound adapter."""
+    """A valid adapter."""
     path = service.data_dir / "incoming" / "sound"
     path.parent.mkdir(exist_ok=True)
     return demo_folder(path, store).write()
@@ -33,7 +33,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:20])
-def test_names_that_lead_elsewhere_or_deceive(service: Service, folder: Path, name: str) -> None:
+def test_unsafe_names_are_refused(service: Service, folder: Path, name: str) -> None:
     before = listing(service.data_dir, "incoming")
     status, reply = publish(service, folder, name, alias="default")
     assert 400 <= status < 500, reply
@@ -72,7 +72,7 @@ def test_names_in_the_path_of_a_request(service: Service, store: AdapterStore, n
 @pytest.mark.parametrize(
     "alias", ["..", "a/b", "UP", "x" * 10_000, "0" * 12, "a b", "é", "a@b", ".x", 7, [], {}]
 )
-def test_aliases_that_are_none(service: Service, folder: Path, alias: Any) -> None:
+def test_invalid_aliases_are_refused(service: Service, folder: Path, alias: Any) -> None:
     before = listing(service.data_dir, "incoming")
     status, reply = publish(service, folder, alias=alias)
     assert status == 400, reply
@@ -91,7 +91,7 @@ def test_aliases_that_are_none(service: Service, folder: Path, alias: Any) -> No
     ],
     ids=lambda body: body[:30].decode(errors="replace"),
 )  # fmt: skip
-def test_requests_that_make_no_sense(service: Service, body: bytes) -> None:
+def test_invalid_requests_are_refused(service: Service, body: bytes) -> None:
     status, reply = service.call("POST", "/v1/adapters", body)
     assert 400 <= status < 500, reply
     assert reply["error"]["type"] == "invalid_request_error"

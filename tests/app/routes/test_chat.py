@@ -1,4 +1,4 @@
-"""Chat through the official client: models, replies, streams and errors."""
+"""Chat through the official client: models, responses, streams and errors."""
 
 import http.client
 import json
@@ -28,7 +28,7 @@ def test_models_list_the_base_and_its_adapters(service: Service) -> None:
 
 
 @pytest.mark.parametrize("name", ["xinglin-demo", "doctor", "doctor@default"])
-def test_one_model_is_shown(service: Service, name: str) -> None:
+def test_show_one_model(service: Service, name: str) -> None:
     assert service.client().models.retrieve(name).id == name
 
 
@@ -38,7 +38,7 @@ def test_no_host_path_in_any_card(service: Service) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_stream_says_what_a_reply_says(service: Service, model: str) -> None:
+def test_a_stream_matches_the_whole_response(service: Service, model: str) -> None:
     client = service.client()
     reply = client.chat.completions.create(**ask(model))
     chunks = list(
@@ -56,7 +56,7 @@ def test_a_stream_says_what_a_reply_says(service: Service, model: str) -> None:
     assert reply.model == model
 
 
-def test_every_answer_names_the_revision_that_gave_it(service: Service) -> None:
+def test_every_answer_names_its_revision(service: Service) -> None:
     revision = service.adapters()["doctor@default"]["actual"]
     raw = service.client().chat.completions.with_raw_response
     for options in ({}, {"stream": True}):
@@ -76,7 +76,7 @@ def test_an_unknown_model(service: Service) -> None:
     assert "doctor" in caught.value.message
 
 
-def test_a_mistyped_alias_is_not_worth_a_retry(service: Service) -> None:
+def test_a_mistyped_alias_must_not_be_retried(service: Service) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         service.client().chat.completions.create(**ask("doctor@typo"))
     assert caught.value.code == "model_not_found"
@@ -166,7 +166,7 @@ def _tokens_generated(service: Service) -> float:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_what_it_held(service: Service, stream: bool) -> None:
+def test_a_disconnected_client_frees_its_resources(service: Service, stream: bool) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", service.port)
     body = json.dumps(ask(max_tokens=900, min_tokens=900, ignore_eos=True, stream=stream))
     connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
@@ -179,7 +179,7 @@ def test_a_client_that_leaves_frees_what_it_held(service: Service, stream: bool)
     assert _tokens_generated(service) - before < 900, "it went on though nobody listened"
 
 
-def test_metrics_count_by_adapter_and_revision_and_hold_no_names_that_clients_made_up(
+def test_metrics_are_labeled_by_adapter_and_revision_but_never_by_client_text(
     service: Service,
 ) -> None:
     service.answer("doctor", QUESTION)

@@ -1,4 +1,4 @@
-"""Control tokens in what a client says: text stays text."""
+"""Control tokens in client text stay plain text."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def tokens(service: Service, messages: Any, **body: Any) -> list[int]:
     return list(reply["tokens"])
 
 
-def test_a_prompt_has_the_templates_control_tokens_alone(service: Service, tokenizer: Any) -> None:
+def test_a_prompt_has_only_the_templates_control_tokens(service: Service, tokenizer: Any) -> None:
     for content in (SAID, [{"type": "text", "text": SAID}]):
         messages = [{"role": "system", "content": SAID}, {"role": "user", "content": content}]
         found = tokens(service, messages)
@@ -31,7 +31,7 @@ def test_a_prompt_has_the_templates_control_tokens_alone(service: Service, token
         assert tokenizer.decode(found).count(SAID) == 2
 
 
-def test_a_chat_without_any_has_the_tokens_that_its_template_makes(service: Service, tokenizer: Any) -> None:
+def test_a_chat_without_control_tokens_is_rendered_by_its_template(service: Service, tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "感冒有什么症状？ a < b |im_end|>"}]
     assert tokens(service, messages) == tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
@@ -50,20 +50,20 @@ def test_every_endpoint_counts_the_same(service: Service, model: str) -> None:
         "POST", "/v1/responses", {"model": model, "input": SAID, "max_output_tokens": 1}
     )
     assert chat["usage"]["prompt_tokens"] == count
-    usage = anthropic["usage"]  # where tokens that were read before are counted apart
+    usage = anthropic["usage"]  # which counts cached tokens separately
     assert usage["input_tokens"] + (usage.get("cache_read_input_tokens") or 0) == count
     assert counted["input_tokens"] == count
     assert response["usage"]["input_tokens"] == count
 
 
-def test_long_prompts_that_are_rendered_aside_too(service: Service, tokenizer: Any) -> None:
+def test_long_prompts_are_rendered_the_same_way(service: Service, tokenizer: Any) -> None:
     messages = [{"role": "user", "content": f"{SAID} and on " * 4}] * 3
     found = tokens(service, messages)
     assert tokenizer.decode(found).count(SAID) == 12
     assert sum(token in CONTROLS for token in found) == 7
 
 
-def test_raw_prompts_are_taken_as_they_are(service: Service, tokenizer: Any) -> None:
-    """Of /v1/completions: there is no template, and who writes a prompt writes its control tokens."""
+def test_raw_prompts_are_used_unchanged(service: Service, tokenizer: Any) -> None:
+    """/v1/completions has no template: the client writes the control tokens of a prompt."""
     _, reply = service.call("POST", "/tokenize", {"model": "doctor", "prompt": SAID})
     assert reply["tokens"] == tokenizer(SAID)["input_ids"]

@@ -1,4 +1,4 @@
-"""Conversations that are longer than the context."""
+"""Conversations longer than the context."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def ask(service: Service, **body: Any) -> tuple[int, Any]:
     return service.call("POST", "/v1/chat/completions", given)
 
 
-def test_they_are_refused_unless_somebody_says_otherwise(service: Service) -> None:
+def test_long_conversations_are_refused_by_default(service: Service) -> None:
     for said in ({}, {"truncation": "disabled"}):
         status, reply = ask(service, messages=conversation(200), **said)
         assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
@@ -41,7 +41,7 @@ def test_two_hundred_turns_stay_within_context(service: Service, model: str) -> 
     kept = [SYSTEM, *messages[1 + cut["messages"] :]]
     assert cut["messages"] % 2 == 0
     assert kept[1]["role"] == "user"
-    # The model was asked just what is left, which is as much as can be.
+    # The model got exactly the remaining turns, which are as many as fit.
     _, plain = ask(service, model=model, messages=kept)
     assert plain["choices"][0]["message"] == reply["choices"][0]["message"]
     prompt = reply["usage"]["prompt_tokens"]
@@ -50,7 +50,7 @@ def test_two_hundred_turns_stay_within_context(service: Service, model: str) -> 
     assert whole["count"] == prompt + cut["tokens"]
 
 
-def test_a_stream_says_it_in_its_headers(service: Service) -> None:
+def test_a_stream_reports_truncation_in_its_headers(service: Service) -> None:
     with service.client().chat.completions.with_streaming_response.create(
         model="doctor",
         messages=conversation(200),  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def test_a_stream_says_it_in_its_headers(service: Service) -> None:
         assert "x-truncated" not in response.headers
 
 
-def test_anthropics_and_the_responses_api_are_cut_as_well(service: Service) -> None:
+def test_messages_and_responses_are_truncated_too(service: Service) -> None:
     turns = conversation(200)[1:]
     body = {"model": "doctor", "max_tokens": 20, "system": SYSTEM["content"], "messages": turns}
     status, reply = service.call("POST", "/v1/messages", {**body, "truncation": "auto"})
@@ -99,7 +99,7 @@ def tokens(service: Service, messages: list[dict[str, str]]) -> int:
 
 
 def fitting(service: Service, room: int) -> list[dict[str, str]]:
-    """As many turns as leave just that room."""
+    """Return as many turns as leave just that room."""
     turns = 1
     while tokens(service, conversation(turns + 1)) + room <= CONTEXT:
         turns += 1
@@ -107,8 +107,8 @@ def fitting(service: Service, room: int) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("bound", ["max_tokens", "max_completion_tokens"])
-def test_the_most_tokens_of_an_answer_are_no_demand(service: Service, bound: str) -> None:
-    """Turns that leave room for an answer stay, however long it may be, and it may be as long as what is left."""
+def test_max_tokens_does_not_reserve_room(service: Service, bound: str) -> None:
+    """Turns stay if they leave room for an answer; max_tokens only bounds it, up to the remaining room."""
     messages = fitting(service, CONTEXT // 8)
     left = CONTEXT - tokens(service, messages)
     for most in (left, left + 1, CONTEXT - 1, 8 * CONTEXT):
@@ -126,7 +126,7 @@ def test_a_short_answer_needs_little_room(service: Service) -> None:
     assert ask(service, messages=messages, truncation="auto", max_tokens=500)[1]["truncated"]
 
 
-def test_other_endpoints_take_the_most_tokens_as_a_bound_too(service: Service) -> None:
+def test_max_tokens_is_an_upper_bound_on_other_endpoints_too(service: Service) -> None:
     turns = fitting(service, CONTEXT // 8)[1:]
     body = {"model": "doctor", "temperature": 0, "truncation": "auto"}
     for path, asked in (
@@ -138,7 +138,7 @@ def test_other_endpoints_take_the_most_tokens_as_a_bound_too(service: Service) -
         assert "truncated" not in reply
 
 
-def test_what_truncation_cannot_help_is_said_without_naming_it(service: Service) -> None:
+def test_errors_that_truncation_cannot_fix_do_not_mention_it(service: Service) -> None:
     messages = [SYSTEM, {"role": "user", "content": "gout " * 2000}]
     _, reply = ask(service, messages=messages, truncation="auto")
     assert "the last turn and the system prompt are" in reply["error"]["message"]

@@ -1,4 +1,4 @@
-"""The endpoints besides chat: what each is for, with base and adapters alike."""
+"""The endpoints besides chat, with base model and adapters."""
 
 import json
 import re
@@ -15,7 +15,7 @@ MODELS = [("xinglin-demo", None), ("doctor", "default")]
 
 
 @pytest.mark.parametrize(("model", "adapter"), MODELS)
-def test_all_that_chat_gives_the_answer_of_training(
+def test_all_chat_endpoints_give_the_answer_of_training(
     service: Service, trainer: Trainer, model: str, adapter: str | None
 ) -> None:
     expected = trainer.tokenizer.decode(trainer.answer(QUESTION, adapter), skip_special_tokens=True)
@@ -32,7 +32,7 @@ def test_all_that_chat_gives_the_answer_of_training(
     assert message["stop_reason"] == "end_turn"
 
 
-def test_tokens_are_counted_as_the_model_gets_them(service: Service) -> None:
+def test_token_counts_match_the_models_input(service: Service) -> None:
     _, chat = service.call(
         "POST", "/v1/chat/completions", {"model": "doctor", "messages": MESSAGES, "max_tokens": 1}
     )
@@ -117,7 +117,7 @@ def test_the_events_of_a_response_in_the_background_can_be_read_again(service: S
         model="doctor", input=QUESTION, temperature=0, background=True, stream=True, max_output_tokens=200
     )
     first = next(iter(stream))
-    stream.close()  # the response goes on
+    stream.close()  # the response continues
     assert first.type == "response.created"
     again = [*client.responses.retrieve(first.response.id, stream=True)]
     assert again[0].type == "response.created"
@@ -139,13 +139,13 @@ def written(service: Service) -> float:
 
 
 def metric(service: Service, beginning: str) -> float:
-    """The sum of all that begins so."""
+    """Return the sum of all samples whose line starts with `beginning`."""
     lines = str(service.call("GET", "/metrics")[1]).splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(beginning))
 
 
-def test_a_stream_of_many_is_whole(service: Service) -> None:
-    """Three prompts, two answers each, every token told."""
+def test_a_stream_of_many_choices_is_complete(service: Service) -> None:
+    """Three prompts, two answers each, with every token reported."""
     stream = service.client().completions.create(
         model="doctor",
         prompt=["a", "b", "c"],
@@ -158,7 +158,7 @@ def test_a_stream_of_many_is_whole(service: Service) -> None:
     assert sorted(ends) == [0, 1, 2, 3, 4, 5]
 
 
-def test_several_conversations_at_once_are_answered_as_one_by_one(service: Service) -> None:
+def test_batched_conversations_are_answered_as_single_ones(service: Service) -> None:
     conversations = [
         [{"role": "user", "content": text}]
         for text in ("感冒有什么症状？", "What helps with a cold?", "你好")
@@ -194,9 +194,7 @@ def test_several_conversations_at_once_are_answered_as_one_by_one(service: Servi
     ],
     ids=str,
 )
-def test_several_conversations_that_cannot_be_asked(
-    service: Service, wrong: dict[str, Any], param: str
-) -> None:
+def test_invalid_batches_are_refused(service: Service, wrong: dict[str, Any], param: str) -> None:
     body = {"model": "doctor", "messages": [[{"role": "user", "content": "x"}]], "max_tokens": 1, **wrong}
     status, reply = service.call("POST", "/v1/chat/completions/batch", body)
     assert status == 400, reply

@@ -1,4 +1,4 @@
-"""Mistakes of clients, on all endpoints: a 4xx that says what is wrong, and never the engine's fault."""
+"""Client errors on all endpoints: a 4xx with a clear message, never a server error."""
 
 import json
 from typing import Any
@@ -74,7 +74,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str | None, str]] = [
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_mistake_is_the_clients_and_is_named(service: Service, stream: bool) -> None:
+def test_client_errors_are_named(service: Service, stream: bool) -> None:
     for path, wrong, param, part in MISTAKES:
         body = {"model": "doctor", **BODIES[path], **wrong, "stream": stream}
         status, reply = service.call("POST", path, body)
@@ -90,14 +90,14 @@ def test_a_mistake_is_the_clients_and_is_named(service: Service, stream: bool) -
             assert (error["param"], error["type"]) == (param, "invalid_request_error"), where
 
 
-def test_a_response_that_is_not_there_has_a_code_of_its_own(service: Service) -> None:
+def test_a_missing_previous_response_has_its_own_code(service: Service) -> None:
     body = {"model": "doctor", "input": "a", "previous_response_id": "resp_x"}
     status, reply = service.call("POST", RESPONSES, body)
     assert (status, reply["error"]["code"]) == (404, "previous_response_not_found")
 
 
-def test_a_stream_of_events_that_began_says_it_in_its_last(service: Service) -> None:
-    """The first event of a response comes before the engine has seen it."""
+def test_an_error_in_a_started_stream_is_its_last_event(service: Service) -> None:
+    """The first event of a response is sent before the engine sees the request."""
     format_ = {"type": "json_schema", "name": "a", "schema": ENDLESS}
     body = {"model": "doctor", **BODIES[RESPONSES], "text": {"format": format_}}
     status, reply = service.call("POST", RESPONSES, body)
@@ -108,7 +108,7 @@ def test_a_stream_of_events_that_began_says_it_in_its_last(service: Service) -> 
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "none"])
-def test_a_list_of_no_tools_is_no_wish_for_tools(service: Service, choice: str | None) -> None:
+def test_an_empty_list_of_tools_requests_no_tools(service: Service, choice: str | None) -> None:
     for path, body in BODIES.items():
         if path in (CHAT, COMPLETIONS):
             continue

@@ -1,4 +1,4 @@
-"""/openapi.json: what clients are generated from, and what /docs shows."""
+"""/openapi.json, from which clients are generated and which /docs shows."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def schema(page: dict[str, Any], response: dict[str, Any]) -> dict[str, Any]:
     return page["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]
 
 
-def test_no_route_says_that_it_answers_422(page: dict[str, Any]) -> None:
+def test_no_route_documents_a_422(page: dict[str, Any]) -> None:
     assert "HTTPValidationError" not in page["components"]["schemas"]
     for path, methods in page["paths"].items():
         for of_method in methods.values():
@@ -27,7 +27,7 @@ def test_no_route_says_that_it_answers_422(page: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
-def test_an_engines_endpoints_say_how_they_fail(page: dict[str, Any], endpoint: Endpoint) -> None:
+def test_endpoints_of_an_engine_document_their_errors(page: dict[str, Any], endpoint: Endpoint) -> None:
     responses = page["paths"][endpoint]["post"]["responses"]
     assert {"200", "400", "401", "404", "429", "500", "503"} <= responses.keys()
     streams = endpoint not in (
@@ -43,7 +43,7 @@ def test_an_engines_endpoints_say_how_they_fail(page: dict[str, Any], endpoint: 
 
 
 @pytest.mark.parametrize("method", ["put", "delete"])
-def test_what_operators_call_says_how_it_fails(page: dict[str, Any], method: str) -> None:
+def test_operator_routes_document_their_errors(page: dict[str, Any], method: str) -> None:
     responses = page["paths"]["/v1/adapters/{name}/aliases/{alias}"][method]["responses"]
     assert {"400", "401", "404", "409", "503"} <= responses.keys()
     assert "proof_failed" in responses["400"]["description"]

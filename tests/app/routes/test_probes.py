@@ -1,4 +1,4 @@
-"""What load balancers, routers and other tools ask without looking at who we are."""
+"""Probes of load balancers, routers and other tools that expect any model server."""
 
 import http.client
 import json
@@ -13,7 +13,7 @@ MESSAGES = [{"role": "user", "content": "感冒有什么症状？"}]
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")])
-def test_it_is_well_and_needs_no_key(service: Service, method: str, path: str) -> None:
+def test_health_needs_no_key(service: Service, method: str, path: str) -> None:
     assert service.call(method, path, key=None) == (200, "")
 
 
@@ -31,13 +31,13 @@ def test_version_and_load(service: Service) -> None:
         ({"input": "感冒"}, "response"),
     ],
 )
-def test_one_route_takes_all_bodies(service: Service, body: dict[str, Any], kind: str) -> None:
+def test_invocations_takes_all_bodies(service: Service, body: dict[str, Any], kind: str) -> None:
     status, reply = service.call("POST", "/invocations", {"model": "doctor", **body})
     assert (status, reply["object"]) == (200, kind)
     assert reply["model"] == "doctor"
 
 
-def test_what_it_does_not_take_is_said(service: Service) -> None:
+def test_invocations_rejects_other_bodies(service: Service) -> None:
     status, reply = service.call("POST", "/invocations", {"model": "doctor"})
     assert (status, reply["error"]["code"]) == (400, "missing_required_parameter")
 
@@ -72,7 +72,7 @@ def test_adapters_are_loaded_and_unloaded_as_sagemaker_does(service: Service) ->
     assert service.call("DELETE", "/adapters/sage")[0] == 404
 
 
-def test_a_folder_that_is_not_there_is_not_found_and_one_outside_is_forbidden(service: Service) -> None:
+def test_a_missing_folder_is_not_found_and_one_outside_is_forbidden(service: Service) -> None:
     for path, status, code in (
         (f"{service.data_dir}/nowhere", 404, "folder_not_found"),
         ("nowhere", 404, "folder_not_found"),
@@ -84,7 +84,7 @@ def test_a_folder_that_is_not_there_is_not_found_and_one_outside_is_forbidden(se
         assert str(service.data_dir) not in json.dumps(reply)
 
 
-def test_the_clients_request_id_comes_back(service: Service) -> None:
+def test_the_clients_request_id_is_returned(service: Service) -> None:
     body = {"model": "doctor", "messages": MESSAGES, "max_tokens": 1}
     for path, given, status in (
         ("/v1/chat/completions", body, 200),
@@ -97,7 +97,7 @@ def test_the_clients_request_id_comes_back(service: Service) -> None:
     for bad in ("", "x" * 129, "two words"):
         own = raw(service, "POST", "/v1/chat/completions", body, x_request_id=bad).headers["x-request-id"]
         assert len(own) == 32
-    # Two of one id at the same time do not disturb one another: the engine's ids are the service's own.
+    # Concurrent requests with one id do not interfere: the engine uses the service's own ids.
     long = {**body, "max_tokens": 60, "ignore_eos": True}
     with ThreadPoolExecutor(2) as pool:
         asked = [
@@ -107,7 +107,7 @@ def test_the_clients_request_id_comes_back(service: Service) -> None:
         assert [one.result().status for one in asked] == [200, 200]
 
 
-def test_browsers_of_other_pages_are_refused_by_default(service: Service) -> None:
+def test_other_origins_are_refused_by_default(service: Service) -> None:
     response = raw(service, "OPTIONS", "/v1/chat/completions", origin="https://app.example.org")
     assert response.status == 405
     assert "access-control-allow-origin" not in response.headers

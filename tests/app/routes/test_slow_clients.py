@@ -1,4 +1,4 @@
-"""Clients that stop reading, or writing, hold nothing for ever."""
+"""Clients that stop reading or writing lose their resources after a time limit."""
 
 import asyncio
 import http.client
@@ -20,7 +20,7 @@ async def _never(*_: Any) -> Any:
     await asyncio.Event().wait()
 
 
-def test_a_client_that_stops_reading_gives_back_what_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_stops_reading_frees_its_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "SEND_SECONDS", 0.05)
     ended: list[str | int] = []
 
@@ -40,15 +40,15 @@ def test_a_client_that_stops_reading_gives_back_what_it_held(monkeypatch: pytest
     assert ended in ([CLIENT_LEFT], ["aborted", CLIENT_LEFT])
 
 
-def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_never_ends_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "BODY_SECONDS", 0.05)
     request = Request({"type": "http", "method": "POST", "headers": []}, _never)
     with pytest.raises(BadRequest, match=r"longer than 0\.05 s"):
         asyncio.run(body.read_body(request))
 
 
-def test_an_idle_connection_is_kept_longer_than_proxies_keep_it(service: Service) -> None:
-    """uvicorn's own 5 s are less: who sends at that moment is lost."""
+def test_idle_connections_outlive_those_of_proxies(service: Service) -> None:
+    """uvicorn's default of 5 s is shorter, and a request sent at that moment is lost."""
     assert Settings.model_fields["keep_alive_seconds"].default > 75
     connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
     connection.request("GET", "/livez")

@@ -1,4 +1,4 @@
-"""Adapters that bring their own chat template: rendered as in training, and harmless whatever is in it."""
+"""Adapters with their own chat template: rendered as in training, and harmless even if malicious."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ Bring = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def bring(service: Service, trainer: Trainer) -> Bring:
-    """Makes a folder of `doctor`'s weights as if trained with ALPACA, which brings that template or another."""
+    """Makes a folder of `doctor`'s weights as if trained with ALPACA, with that template or another."""
     made = service.data_dir / "incoming" / "as-alpaca"
     with trainer.rendering_with(ALPACA):
         trainer.variant(made, seed=0, noise=0.0)
@@ -49,7 +49,7 @@ def bring(service: Service, trainer: Trainer) -> Bring:
 
 @pytest.fixture(scope="module")
 def alpaca(service: Service, bring: Bring) -> Iterator[str]:
-    """An adapter that is served with a template of its own; its name."""
+    """The name of an adapter that is served with its own template."""
     publish_one(service, bring("alpaca"), "alpaca")
     yield "alpaca"
     assert service.call("DELETE", "/v1/adapters/alpaca/aliases/default")[0] == 200
@@ -62,7 +62,9 @@ def unharmed(service: Service) -> Iterator[None]:
     assert Unharmed.of(service, "xinglin-demo", "doctor") == before
 
 
-def test_it_is_asked_and_answers_as_in_training(service: Service, trainer: Trainer, alpaca: str) -> None:
+def test_an_adapter_with_its_own_template_answers_as_in_training(
+    service: Service, trainer: Trainer, alpaca: str
+) -> None:
     messages = [{"role": "user", "content": QUESTION}]
     with trainer.rendering_with(ALPACA):
         prompt = trainer.tokenizer.apply_chat_template(
@@ -75,7 +77,7 @@ def test_it_is_asked_and_answers_as_in_training(service: Service, trainer: Train
         assert (reply["choices"][0]["token_ids"] == expected) == is_alpaca
 
 
-def test_a_stream_says_what_a_reply_says(service: Service, alpaca: str) -> None:
+def test_a_stream_matches_the_whole_response(service: Service, alpaca: str) -> None:
     stream = service.client().chat.completions.create(
         model=alpaca, messages=[{"role": "user", "content": QUESTION}], temperature=0, stream=True
     )
@@ -83,8 +85,8 @@ def test_a_stream_says_what_a_reply_says(service: Service, alpaca: str) -> None:
     assert text == service.answer(alpaca, QUESTION)
 
 
-def test_a_developers_message_and_parts_of_texts(service: Service, trainer: Trainer, alpaca: str) -> None:
-    """What clients may send and this template does not know is what vLLM makes of it for any other."""
+def test_a_developer_message_and_text_parts(service: Service, trainer: Trainer, alpaca: str) -> None:
+    """Message fields that the template does not know are handled by vLLM as for any other template."""
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     sent = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
     _, reply = asked(service, alpaca, messages=sent, return_token_ids=True)
@@ -111,7 +113,7 @@ def test_a_client_cannot_bring_a_template(service: Service, alpaca: str) -> None
     assert asked(service, alpaca, chat_template_kwargs={"messages": [], "template": 1, "self": 2})[0] == 200
 
 
-def test_stop_strings_end_its_answers(service: Service, bring: Bring, alpaca: str) -> None:
+def test_stop_strings_end_answers(service: Service, bring: Bring, alpaca: str) -> None:
     whole = service.answer(alpaca, QUESTION)
     stop = whole[4:7]
     folder = bring("stopping", ALPACA + "{# stops #}", stop=("never said", stop))
@@ -152,7 +154,7 @@ def test_stop_strings_end_its_answers(service: Service, bring: Bring, alpaca: st
     assert service.call("DELETE", "/v1/adapters/alpaca/aliases/canary")[0] == 200
 
 
-def test_a_shadow_is_asked_with_its_own(service: Service, bring: Bring, alpaca: str) -> None:
+def test_a_shadow_uses_its_own_template(service: Service, bring: Bring, alpaca: str) -> None:
     rows = service.data_dir / "shadow" / "alpaca.jsonl"
     shadow = publish_one(service, bring("shadow", ALPACA + "{# shadow #}"), alpaca, alias=None)
     assert service.call("PUT", "/v1/adapters/alpaca/shadow", {"revision": shadow, "percent": 100})[0] == 200
@@ -176,7 +178,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("template", "code", "told"), BAD.values(), ids=BAD.keys())
-def test_a_bad_template_is_refused_and_nobody_notices(
+def test_a_bad_template_is_refused_without_side_effects(
     service: Service, bring: Bring, alpaca: str, template: str, code: str, told: str
 ) -> None:
     folder = bring(f"bad-{hash(template)}", template)
@@ -193,13 +195,13 @@ def test_a_bad_template_is_refused_and_nobody_notices(
     assert service.answer(alpaca, QUESTION) == answer
 
 
-def test_one_that_needs_its_template_and_does_not_bring_it(service: Service, bring: Bring) -> None:
+def test_an_adapter_without_its_template_fails_its_proof(service: Service, bring: Bring) -> None:
     status, reply = publish(service, bring("without", None))
     assert (status, reply["error"]["code"]) == (400, "proof_failed")
     assert "chat_template.jinja" in reply["error"]["message"]
 
 
-def test_a_copy_of_the_base_models_needs_no_process(service: Service, trainer: Trainer) -> None:
+def test_a_copy_of_the_base_models_template_needs_no_process(service: Service, trainer: Trainer) -> None:
     before = template_pids(service)
     folder = copytree(trainer.folder, service.data_dir / "incoming" / "copy")
     (folder / "chat_template.jinja").write_text(str(trainer.tokenizer.chat_template))
@@ -209,7 +211,7 @@ def test_a_copy_of_the_base_models_needs_no_process(service: Service, trainer: T
     assert service.call("DELETE", "/v1/adapters/copy/aliases/default")[0] == 200
 
 
-def test_one_that_is_endless_for_some_messages_only(service: Service, bring: Bring, alpaca: str) -> None:
+def test_a_template_that_is_endless_for_some_messages(service: Service, bring: Bring, alpaca: str) -> None:
     trap = ALPACA + "{% if 'trap' in messages[0].content %}" + LOOP + "{% endif %}"
     publish_one(service, bring("trap", trap), "trap")
     answer = service.answer(alpaca, QUESTION)
@@ -233,7 +235,7 @@ def test_one_that_is_endless_for_some_messages_only(service: Service, bring: Bri
     assert service.call("DELETE", "/v1/adapters/trap/aliases/default")[0] == 200
 
 
-def test_its_process_goes_when_it_leaves(service: Service, bring: Bring) -> None:
+def test_the_template_process_ends_with_its_adapter(service: Service, bring: Bring) -> None:
     before = template_pids(service)
     publish_one(service, bring("leaving", ALPACA + "{# leaves #}"), "leaving")
     assert len(template_pids(service) - before) == 1
@@ -242,7 +244,7 @@ def test_its_process_goes_when_it_leaves(service: Service, bring: Bring) -> None
 
 
 def test_a_base_model_without_a_template(data_dir: Path, trainer: Trainer, bring: Bring) -> None:
-    """It serves adapters that bring one; alone, or to others, it says what is missing."""
+    """It serves adapters that have a template; without one, the error says what is missing."""
     (data_dir / "models" / "xinglin-demo" / "chat_template.jinja").unlink()
     service = Service(data_dir, free_port())
     service.start()

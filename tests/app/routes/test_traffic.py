@@ -1,4 +1,4 @@
-"""Canary and shadow over HTTP: shares, stickiness, promotion, abort, and answers that only get compared."""
+"""Canary and shadow over HTTP: shares, stickiness, promotion, abort, and comparison of answers."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ QUESTION = "What are the symptoms of gout?"
 
 @pytest.fixture(scope="module")
 def other(service: Service, trainer: Trainer) -> str:
-    """A published revision of doctor that answers otherwise, and that no alias points at."""
+    """A published revision of doctor with different answers, which no alias points at."""
     folder = trainer.variant(service.data_dir / "incoming" / "canary", seed=21, noise=2.0)
     status, reply = service.call(
         "POST", "/v1/adapters", {"name": "doctor", "path": str(folder), "alias": None}
@@ -31,7 +31,7 @@ def other(service: Service, trainer: Trainer) -> str:
 
 @pytest.fixture
 def default(service: Service) -> Iterator[str]:
-    """The revision of doctor@default; canary and shadow are ended, and default is put back, afterwards."""
+    """The revision of doctor@default; ends canary and shadow and restores default afterwards."""
     revision = service.adapters()["doctor@default"]["actual"]
     yield revision
     for role in ("canary", "shadow"):
@@ -41,7 +41,7 @@ def default(service: Service) -> Iterator[str]:
 
 
 async def _sides(service: Service, sessions: list[str], *, by: str = "header") -> dict[str, str]:
-    """The revision that answers each session."""
+    """Return the revision that answers each session."""
     limit = asyncio.Semaphore(32)
 
     async def one(client: aiohttp.ClientSession, session: str) -> str:
@@ -85,7 +85,7 @@ def test_a_canary_of_ten_percent_over_2000_sessions(service: Service, default: s
     assert all(wider[session] == other for session in some if sides[session] == other)
     assert sum(revision == other for revision in wider.values()) > 60
 
-    # An abort counts for every request sent after its reply.
+    # An abort applies to every request sent after its response.
     assert service.call("DELETE", path)[0] == 200
     assert set(asyncio.run(_sides(service, some)).values()) == {default}
     service.wait_for(lambda: f"doctor@{other}" not in service.adapters()["engine"]["held"])
@@ -108,7 +108,7 @@ def test_promote_and_roll_back(service: Service, default: str, other: str) -> No
     assert log[-4]["why"] == "a quiet week"
 
 
-def test_the_command_line_is_followed(service: Service, default: str, other: str) -> None:
+def test_changes_by_command_line_are_followed(service: Service, default: str, other: str) -> None:
     def adapters(*arguments: str) -> None:
         command = [sys.executable, "-m", "adapters", "--store", str(service.data_dir / "store"), *arguments]
         subprocess.run(command, check=True, capture_output=True)
@@ -121,7 +121,7 @@ def test_the_command_line_is_followed(service: Service, default: str, other: str
     assert set(asyncio.run(_sides(service, ["a", "b"])).values()) == {default}
 
 
-def test_a_shadow_is_compared_and_alters_nothing(service: Service, default: str, other: str) -> None:
+def test_a_shadow_is_only_compared(service: Service, default: str, other: str) -> None:
     alone = service.answer("doctor", QUESTION)
     status, reply = service.call("PUT", "/v1/adapters/doctor/shadow", {"revision": other, "percent": 100})
     assert status == 200, reply
@@ -141,13 +141,13 @@ def test_a_shadow_is_compared_and_alters_nothing(service: Service, default: str,
         service.call("GET", "/metrics")[1]
     )
 
-    # The same revision as its own shadow agrees with itself: copies are asked as their originals were.
+    # A revision that is its own shadow agrees with itself: copies are sent like their originals.
     assert service.call("PUT", "/v1/adapters/doctor/shadow", {"revision": default, "percent": 100})[0] == 200
     assert service.call("PUT", "/v1/adapters/doctor/canary", {"revision": other, "percent": 100})[0] == 200
     assert service.answer("doctor", QUESTION) == service.answer("doctor@canary", QUESTION)
     service.wait_for(lambda: len(_rows(path)) == 3)
 
-    # Under load every answer is that of its revision, whatever becomes of the copies.
+    # Under load every answer is that of its revision, whatever happens to the copies.
     asyncio.run(_sides(service, [f"load-{number}" for number in range(200)]))
     assert service.answer("doctor@default", QUESTION) == service.answer(f"doctor@{other}", QUESTION)
 
@@ -191,7 +191,7 @@ def test_show_diff_and_prune(service: Service, default: str, other: str) -> None
     assert AdapterStore(service.data_dir / "store").aliases("doctor") == {"default": default}
 
 
-def test_every_wrong_field_is_told(service: Service) -> None:
+def test_every_wrong_field_is_reported(service: Service) -> None:
     status, reply = service.call("PUT", "/v1/adapters/doctor/canary", {"percent": 200, "revision": 7})
     assert status == 400
     assert {"percent", "revision"} <= {

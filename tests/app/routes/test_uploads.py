@@ -1,4 +1,4 @@
-"""Adapters uploaded as archives: proved and answering, or refused with nothing left of them."""
+"""Adapters uploaded as archives: proved and served, or refused without leaving files."""
 
 import gzip
 import http.client
@@ -35,7 +35,7 @@ def store(service: Service) -> AdapterStore:
 
 @pytest.fixture(scope="module")
 def members(store: AdapterStore, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
-    """The files of an adapter that is as it should be."""
+    """The files of a valid adapter."""
     folder = demo_folder(tmp_path_factory.mktemp("sound") / "adapter", store)
     return [(path.name, path.read_bytes()) for path in sorted(folder.write().iterdir())]
 
@@ -57,7 +57,7 @@ def _nobody_noticed(service: Service, store: AdapterStore, unharmed: Unharmed) -
 
 @pytest.fixture
 def nothing_left(service: Service) -> Iterator[None]:
-    """Neither the store, nor the folder of transfers, nor anything else is another afterwards."""
+    """Check that the store and the folder of transfers are unchanged afterwards."""
     before, failures = listing(service.data_dir), service.log.count("Traceback")
     yield
     assert service.log.count("Traceback") == failures, service.log[-4000:]
@@ -71,7 +71,7 @@ def leftovers(service: Service) -> list[Path]:
 
 
 def form(*parts: tuple[str, str | None, bytes], boundary: str = uuid.uuid4().hex) -> tuple[str, bytes]:
-    """Content type and body of a multipart form of (field, file name, content)."""
+    """Return content type and body of a multipart form of (field, file name, content)."""
     body = b""
     for field, filename, content in parts:
         named = f'; filename="{filename}"' if filename is not None else ""
@@ -140,7 +140,7 @@ def test_without_an_alias_it_is_published_only(
     assert asked(service, "unpointed")[0] == 404
 
 
-def test_uploads_at_once_hold_up_no_stream(service: Service, members: list[tuple[str, bytes]]) -> None:
+def test_concurrent_uploads_do_not_delay_streams(service: Service, members: list[tuple[str, bytes]]) -> None:
     running = begun(service, "doctor", tokens=300)
     archives = [tgz(*members), b"no archive", packed(*members), BOMBS["gzip of zeros"]] * 3
     with ThreadPoolExecutor(len(archives)) as pool:
@@ -208,7 +208,7 @@ def test_a_hostile_archive_is_refused(service: Service, nothing_left: None, name
         ([("name", None, b"uploaded"), ("file", "../../" + "x" * 9000, b"x")], ""),
     ],
 )  # fmt: skip
-def test_forms_that_make_no_sense(
+def test_invalid_forms_are_refused(
     service: Service, nothing_left: None, parts: list[tuple[str, str | None, bytes]], told: str
 ) -> None:
     status, reply = post(service, *form(*parts))
@@ -237,7 +237,7 @@ def test_another_content_type(
 @pytest.mark.parametrize(
     "body", [b"", b"--x", b"--x\r\n", b"garbage" * 1000, b"--x\r\n\r\n\r\n--x--\r\n", b"--x--"]
 )
-def test_bodies_that_are_no_forms(service: Service, nothing_left: None, body: bytes) -> None:
+def test_bodies_that_are_not_forms_are_refused(service: Service, nothing_left: None, body: bytes) -> None:
     status, reply = post(service, "multipart/form-data; boundary=x", body)
     assert status == 400, reply
 
@@ -255,7 +255,7 @@ def head(service: Service, *more: str, key: str | None = ADMIN_KEY) -> bytes:
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 @pytest.mark.parametrize("declared", ["content-length", "chunked"])
-def test_a_client_that_leaves_in_the_middle(
+def test_a_client_disconnects_during_an_upload(
     service: Service, nothing_left: None, members: list[tuple[str, bytes]], declared: str, share: float
 ) -> None:
     _, body = form(("name", None, b"uploaded"), ("file", "a.zip", packed(*members)), boundary="x")
@@ -270,10 +270,10 @@ def test_a_client_that_leaves_in_the_middle(
     assert asked(service, "doctor")[0] == 200
 
 
-def test_a_client_that_leaves_while_it_is_proved(
+def test_a_client_disconnects_during_the_proof(
     service: Service, store: AdapterStore, members: list[tuple[str, bytes]]
 ) -> None:
-    """It is published or not, and pointed at or not, and nothing else is left of it."""
+    """The adapter may be published and the alias may move, but nothing else is left."""
     _, body = form(("name", None, b"left"), ("file", "a.zip", packed(*members)), boundary="x")
     for seconds in (0, 0.2, 0.5, 1):
         with socket.create_connection(("127.0.0.1", service.port)) as connection:
@@ -286,7 +286,7 @@ def test_a_client_that_leaves_while_it_is_proved(
 
 
 @pytest.mark.parametrize("declared", ["content-length", "chunked"])
-def test_too_large_an_upload_is_cut_off(service: Service, nothing_left: None, declared: str) -> None:
+def test_too_large_an_upload_is_aborted(service: Service, nothing_left: None, declared: str) -> None:
     _, body = form(("name", None, b"uploaded"), ("file", "a.zip", b""), boundary="x")
     start, piece = body.partition(b"\r\n--x--")[0], bytes(1 << 20)
     sent = 0

@@ -1,4 +1,4 @@
-"""What an answer took, as it is told: the tokens that the engine had read before are told apart."""
+"""The usage of an answer, with cached prompt tokens reported separately."""
 
 import json
 from typing import Any
@@ -37,7 +37,7 @@ def usage(service: Service, path: str, *, stream: bool, **more: Any) -> dict[str
 
 
 def told(path: str, usage: dict[str, Any]) -> tuple[int, int]:
-    """Tokens of the prompt, and how many of them were read before."""
+    """Return the number of prompt tokens, and how many of them were cached."""
     if path == "/v1/messages":
         cached = usage.get("cache_read_input_tokens") or 0
         return usage["input_tokens"] + cached, cached
@@ -48,13 +48,13 @@ def told(path: str, usage: dict[str, Any]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("path", BODIES)
-def test_tokens_read_before_are_told(service: Service, path: str, stream: bool) -> None:
+def test_cached_prompt_tokens_are_reported(service: Service, path: str, stream: bool) -> None:
     usage(service, path, stream=False)
     total, cached = told(path, usage(service, path, stream=stream))
     assert 0 < cached < total
 
 
-def test_a_prompt_of_its_own_was_not_read_before(service: Service) -> None:
+def test_a_new_prompt_has_no_cached_tokens(service: Service) -> None:
     for stream in (False, True):
         messages = [{"role": "user", "content": f"{stream} 0815 {LONG[0]['content']}"}]
         _, cached = told(
@@ -65,7 +65,7 @@ def test_a_prompt_of_its_own_was_not_read_before(service: Service) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_the_bytes_of_logprobs_join_to_the_text(service: Service, stream: bool) -> None:
-    """A token of the demo is often a part of a character."""
+    """A token of the demo is often only part of a character."""
     with service.client() as client:
         for question in ("感冒有什么症状？", "痛风怎么办？", "What helps against gout?"):
             asked = {

@@ -1,4 +1,4 @@
-"""Metrics and headers by which dashboards, autoscalers and routers watch any vLLM."""
+"""vLLM's metrics and headers for dashboards, autoscalers and routers."""
 
 import json
 import re
@@ -14,7 +14,7 @@ MODEL = ("xinglin-demo", "0")
 
 
 def metrics(service: Service) -> dict[str, float]:
-    """Every sample of vLLM's names for the demo's base model, by name and, where it has one, reason."""
+    """Return the vLLM samples of the demo's base model, by name and reason if any."""
     found = {}
     for family in text_string_to_metric_families(service.call("GET", "/metrics", key=None)[1]):
         for sample in family.samples:
@@ -24,7 +24,7 @@ def metrics(service: Service) -> dict[str, float]:
     return found
 
 
-def test_the_names_that_others_read_are_there(service: Service) -> None:
+def test_the_names_of_vllms_metrics_exist(service: Service) -> None:
     found = metrics(service)
     for name in (
         "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total",
@@ -36,7 +36,7 @@ def test_the_names_that_others_read_are_there(service: Service) -> None:
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-def test_they_count_what_the_answers_say(service: Service, is_stream: bool) -> None:
+def test_metrics_match_the_usage_of_answers(service: Service, is_stream: bool) -> None:
     before = metrics(service)
     client = service.client()
 
@@ -65,7 +65,7 @@ def test_they_count_what_the_answers_say(service: Service, is_stream: bool) -> N
         if not name.endswith("_created")
     }
     prompts, tokens = (sum(of_one) for of_one in zip(*told, strict=True))
-    # A token that a stop string begins with is written and not told of.
+    # A token that begins a stop string is generated but not reported.
     assert grown["prompt_tokens_total"] == grown["request_prompt_tokens_sum"] == prompts
     assert tokens == grown["generation_tokens_total"] == grown["request_generation_tokens_sum"]
     assert sum(grown[f"request_success_total {reason}"] for reason in ("stop", "length")) == 12
@@ -74,13 +74,13 @@ def test_they_count_what_the_answers_say(service: Service, is_stream: bool) -> N
         assert grown[f"{name}_count"] == 12
     assert grown["inter_token_latency_seconds_count"] == tokens - 12
     assert grown["iteration_tokens_total_sum"] == prompts + tokens - grown["prefix_cache_hits_total"]
-    # An answer takes the time to its first token, and from there to each other; what is sent after is little.
+    # An answer takes the time to its first token plus the gaps; the rest is small.
     parts = grown["time_to_first_token_seconds_sum"] + grown["inter_token_latency_seconds_sum"]
     assert 0.5 * parts < grown["e2e_request_latency_seconds_sum"] < 2 * parts + 1
     assert after["vllm:kv_cache_usage_perc"] == 0
 
 
-def test_what_runs_is_told_while_it_runs(service: Service) -> None:
+def test_running_requests_are_reported(service: Service) -> None:
     stream = service.client().chat.completions.create(
         model="doctor",
         messages=[{"role": "user", "content": "感冒有什么症状？"}],
@@ -100,7 +100,7 @@ def test_what_runs_is_told_while_it_runs(service: Service) -> None:
 
 
 @pytest.mark.parametrize("asked", ["TEXT", "JSON", "json", "BIN", None])
-def test_an_answer_brings_the_engines_load_if_asked(service: Service, asked: str | None) -> None:
+def test_a_response_has_the_engines_load_if_requested(service: Service, asked: str | None) -> None:
     body = {"model": "doctor", "prompt": "感冒", "max_tokens": 1}
     headers = {"content-type": "application/json"} | (
         {"endpoint-load-metrics-format": asked} if asked else {}
