@@ -58,5 +58,5 @@ def test_a_service_that_refuses_ends_the_run_with_the_reason(
         ServiceError, match=r"rollout_service: .*set XINGLIN_ADMIN_KEY to the service's admin key"
     ):
         _run(service, tmp_path / "ppo.yaml")
-    with pytest.raises(ServiceError, match=r"rollout_service: .*is it running"):
+    with pytest.raises(ServiceError, match=r"rollout_service: .*check that it runs"):
         _run(service, tmp_path / "ppo.yaml", rollout_service="http://127.0.0.1:9")

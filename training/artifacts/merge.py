@@ -72,7 +72,7 @@ class _Given:
     """SHA-256 of the tensor file."""
     template: str | None
     stops: Stops
-    """What ends an answer, besides the base model's own stops."""
+    """Stop tokens and strings, besides the base model's own."""
     tokenizer: Path | None
     """The folder of its own tokenizer, if it has one with embeddings for it."""
 
