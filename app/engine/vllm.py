@@ -1,11 +1,12 @@
-"""vLLM behind the Engine protocol. Only the modules `app.engine.vllm*` name vLLM's symbols.
+"""vLLM behind the Engine protocol. Only app.engine uses vLLM's symbols: this module, the other modules `vllm*`,
+fast_stream, worker and cpu_worker.
 
-vLLM's entry points are no public API and move with every release. The engine is embedded (AsyncLLM) with
-vLLM's own OpenAI serving classes, which bring every feature of its server. Three rules keep it alive:
+vLLM's entry points are not a public API and move with every release. The engine is embedded (AsyncLLM) with vLLM's own
+OpenAI serving classes, which have every feature of its server. Three rules keep the engine alive:
 
-- an adapter gets a new id for every load, and one that failed to load is removed before its id is burnt;
-- a request never names an adapter that is not resident, since loading inside a step that fails kills it;
-- vLLM's own eviction never happens: its limits lie above ours.
+- every load gives an adapter a new id, and an adapter that failed to load is removed again;
+- a request never names an adapter that is not resident, since a failed load inside a step kills the engine;
+- vLLM's own eviction never happens, since its limits are above ours.
 """
 
 import asyncio
@@ -74,7 +75,7 @@ class VllmEngine:
         self.max_model_len = int(llm.model_config.max_model_len)
         self._templates = Templates()
         self._own_templates: dict[int, tuple[Template, OnlineRenderer]] = {}
-        """By engine id, of the adapters that are not rendered by the base model's."""
+        """By engine id, for adapters whose template differs from the base model's."""
         self._endpoints = Endpoints(
             llm,
             options.name,
@@ -91,7 +92,7 @@ class VllmEngine:
     def build(cls, options: EngineOptions) -> "VllmEngine":
         """Start the engine's processes and load the base model. Blocks for 5 to 50 seconds.
 
-        Raises ValueError when the model cannot be served.
+        Raises ValueError if the model cannot be served.
         """
         if current_platform.is_cpu():
             launch.prepare()
@@ -101,7 +102,7 @@ class VllmEngine:
         return cls(llm, options, folder)
 
     async def start(self) -> None:
-        """Learn the module shapes from the worker, and run what would stall everybody at its first use."""
+        """Get the module shapes from the worker, and run code whose first use would stall all requests."""
         (shapes, *_) = await self._llm.collective_rpc("xinglin_module_shapes")
         self.facts = BaseModelFacts(
             name=self._options.name,
@@ -113,13 +114,13 @@ class VllmEngine:
         self._endpoints.renderer.warmup()
         renderers = (self._endpoints.renderer, self._endpoints.quick_renderer)
         for renderer in renderers:
-            renderer.chat_template = "{{ messages[0].content }}"  # the base may have none
+            renderer.chat_template = "{{ messages[0].content }}"  # the base model may have none
         await self._warm_up()
         for renderer in renderers:
             renderer.chat_template = None
 
     async def _warm_up(self) -> None:
-        """Compile sampling and grammar code before anybody waits for it."""
+        """Compile sampling and grammar code before the first request."""
         ask = {"messages": [{"role": "user", "content": "warm-up"}], "max_tokens": 2}
         schema = {"type": "object", "properties": {"a": {"type": "string"}}}
         for extra in (
@@ -141,7 +142,7 @@ class VllmEngine:
 
     @property
     def is_dead(self) -> bool:
-        """True once the engine core has ended; nothing revives it."""
+        """Whether the engine core has ended; it cannot be restarted."""
         return bool(self._llm.errored)
 
     @property
@@ -175,11 +176,11 @@ class VllmEngine:
             await self._unless_dead(self._llm.add_lora(_lora_request(adapter)))
         except errors.EngineUnavailable:
             raise
-        except Exception as error:  # untyped in vLLM: everything that can be wrong with an adapter
+        except Exception as error:  # vLLM has no error type for bad adapters
             logger.exception("the engine refused %s", name)
-            # vLLM may have registered a half-written adapter under the id: this takes it out.
+            # Remove a half-written adapter that vLLM may have registered under the id.
             await self.remove(adapter)
-            raise errors.AdapterRefused(f"the engine could not load {name}; its log says why") from error
+            raise errors.AdapterRefused(f"the engine could not load {name}: see the service's log") from error
         return adapter
 
     async def remove(self, adapter: LoadedAdapter) -> None:
@@ -189,14 +190,14 @@ class VllmEngine:
         await self._unless_dead(self._llm.remove_lora(adapter.engine_id))
 
     async def _open_template(self, adapter: LoadedAdapter) -> None:
-        """Have the adapter's chat template ready. Raises AdapterRefused."""
+        """Compile the adapter's chat template, if it has its own. Raises AdapterRefused."""
         renderer = self._llm.renderer
         if adapter.template is None:
             return
         if not isinstance(renderer, HfRenderer):
             raise errors.AdapterRefused(
-                "this base model makes its prompts by code and not by a template: train the adapter with that, and "
-                "publish it without chat_template.jinja"
+                "this base model builds its prompts in code, not from a template: train the adapter with that code, "
+                "and publish it without chat_template.jinja"
             )
         of_base = resolve_chat_template(renderer.tokenizer, None, None, model_config=self._llm.model_config)
         if adapter.template == of_base:
@@ -222,7 +223,7 @@ class VllmEngine:
         return {engine_id for of_one_worker in held for engine_id in of_one_worker}
 
     async def _unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
-        """Await a utility call. vLLM leaves those that are under way when the engine dies unanswered for ever."""
+        """Await a utility call, also if the engine dies: vLLM then never answers the pending ones."""
         task = asyncio.ensure_future(call)
         try:
             while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
@@ -239,7 +240,7 @@ class VllmEngine:
     ) -> list[TokenScore]:
         """See Engine.score."""
         given = [*prompt_token_ids, *token_ids]
-        # The given token's logprob and the best one's. The one token that is generated is not used.
+        # prompt_logprobs=1 gives the logprobs of the given token and of the best one. The generated token is not used.
         parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
         output = await self._generate(given, parameters, adapter)
         scores = output.prompt_logprobs[len(prompt_token_ids) :]
@@ -343,26 +344,28 @@ class VllmEngine:
     async def close(self) -> None:
         """See Engine.close."""
         await self._templates.close_all()
-        self._llm.output_processor.propagate_error(EngineDeadError())  # who waits still waits for nothing
+        self._llm.output_processor.propagate_error(
+            EngineDeadError()
+        )  # wakes pending requests, which get no more output
         await asyncio.to_thread(self._llm.shutdown)
 
 
 class _AsyncLLM(AsyncLLM):
     def _run_output_handler(self) -> None:
-        """Called before the first request, and by vLLM's constructor where a loop runs already."""
+        """Replace vLLM's output processor; called before the first request, or by the constructor inside a loop."""
         if self.output_handler is None:
             self.output_processor = FastOutputProcessor(
                 self.renderer.tokenizer,
-                log_stats=True,  # a request knows when it came
+                log_stats=True,  # records the arrival time of requests
                 stream_interval=self.vllm_config.scheduler_config.stream_interval,
-                adapter_slots=self.vllm_config.lora_config.max_loras - 1,  # one is for a revision under proof
+                adapter_slots=self.vllm_config.lora_config.max_loras - 1,  # one is reserved for proofs
             )
-            self.log_stats = False  # here nothing of vLLM's is counted for each token
+            self.log_stats = False  # turns off vLLM's statistics per token
             self.logger_manager = self.output_processor
         super()._run_output_handler()
 
     async def add_request(self, request_id: str, *arguments: Any, **options: Any) -> Any:
-        """See vLLM's, which lets a request run on if its client leaves meanwhile."""
+        """See vLLM's, which lets a request continue if its client disconnects during this call."""
         try:
             return await super().add_request(request_id, *arguments, **options)
         except asyncio.CancelledError:
@@ -370,7 +373,7 @@ class _AsyncLLM(AsyncLLM):
             raise
 
     def __del__(self) -> None:
-        """VllmEngine.close shuts it down; at interpreter exit vLLM's own finalizer finds its modules gone."""
+        """Do nothing: VllmEngine.close shuts down, and vLLM's finalizer fails at interpreter exit."""
 
 
 def _is_path(value: object) -> bool:
@@ -378,5 +381,5 @@ def _is_path(value: object) -> bool:
 
 
 def _lora_request(adapter: LoadedAdapter) -> LoRARequest:
-    # The prefix cache is keyed by name and path: both are new with every revision.
+    # The prefix cache is keyed by name and path, which are new for every revision.
     return LoRARequest(adapter.name, adapter.engine_id, str(adapter.folder))

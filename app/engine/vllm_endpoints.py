@@ -1,4 +1,4 @@
-"""Every endpoint that an engine answers: a body in, a reply or a stream of events out."""
+"""All endpoints of an engine: from a request body to a reply or a stream of events."""
 
 import asyncio
 import functools
@@ -34,10 +34,10 @@ from app.engine.vllm_serving import Asked, Chat, ChatBatch, Completion, Messages
 CONVERSATIONS = (Endpoint.CHAT, Endpoint.RESPONSES, Endpoint.MESSAGES)
 
 _ROOM = 8
-"""The part of the context, one in so many, that is left for an answer, unless it may only be shorter."""
+"""1 / _ROOM of the context is reserved for the answer, or less if the request's token limit is lower."""
 
 _MOST_TOKENS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-"""How the endpoints call the most tokens that an answer may have."""
+"""The endpoints' names for the maximum tokens of an answer."""
 
 _REQUESTS = {
     Endpoint.CHAT: ChatCompletionRequest,
@@ -54,14 +54,14 @@ _TRUNCATION = {
     "properties": {
         "truncation": {
             "enum": ["auto", "disabled"],
-            "description": "Of a conversation longer than the context: leave out its oldest turns, or refuse it. Left "
-            "out: as the service is set up.",
+            "description": "If a conversation is longer than the context: `auto` leaves out the oldest turns, "
+            "`disabled` rejects the request. Default: the service's setting.",
         }
     }
 }
 
 MAX_SEQUENCES = 1024
-"""Of one request: prompts times `n`. The engine keeps state for each."""
+"""Maximum sequences of one request: prompts times `n`. The engine keeps state for each."""
 
 
 class Endpoints:
@@ -80,10 +80,10 @@ class Endpoints:
         always_usage: bool,
         tokens_as_ids: bool,
     ) -> None:
-        """`name`: of the base model; `truncates`: conversations that do not say; `parses_text`: for control tokens;
-        `always_usage`: in streams; `tokens_as_ids`: in logprobs.
+        """`name`: the base model's name; `truncates`: default of `truncation`; `parses_text`: read control tokens in
+        the text of messages; `always_usage`: report usage in all streams; `tokens_as_ids`: show ids in logprobs.
 
-        Raises ValueError for parsers that vLLM does not have.
+        Raises ValueError for unknown parsers.
         """
         self._llm = llm
         self._truncates = truncates
@@ -103,7 +103,9 @@ class Endpoints:
         self.quick_renderer = at_once(self.renderer)
         eos = llm.renderer.get_eos_token_id()
         of_requests: Any = llm.renderer
-        of_requests.get_eos_token_id = lambda: eos  # transformers looks it up by its text, for each request
+        of_requests.get_eos_token_id = lambda: (
+            eos
+        )  # transformers would look it up by its text for each request
         models = OpenAIServingModels(llm, [BaseModelPath(name, name)])
         common: dict[str, Any] = {"online_renderer": self.renderer, "request_logger": None}
         rendered = {**common, "chat_template": None, "chat_template_content_format": "auto"}
@@ -120,7 +122,7 @@ class Endpoints:
         }
         try:
             self.chat = Chat(llm, models, "assistant", **parsed)
-        except TypeError as error:  # vLLM's way of saying so
+        except TypeError as error:  # raised by vLLM for an unknown parser
             raise ValueError(
                 f"vLLM has no tool_call_parser {tool_call_parser!r} or no reasoning_parser {reasoning_parser!r}"
             ) from error
@@ -143,21 +145,21 @@ class Endpoints:
 
     async def answer(self, endpoint: Endpoint, body: Mapping[str, Any], asked: Asked) -> Answer:
         """See Engine.answer."""
-        if endpoint is not Endpoint.CHAT:  # which refuses it, as OpenAI's does
+        if endpoint is not Endpoint.CHAT:  # chat rejects an empty list, as OpenAI does
             body = _without_empty_tools(body)
         if endpoint is Endpoint.CHAT_BATCH:
             _check_batch(body)
         if self._always_usage and endpoint in (Endpoint.CHAT, Endpoint.COMPLETIONS):
             body = _with_usage(body)
         truncation = _truncation(body) if endpoint in CONVERSATIONS else None
-        if truncation and endpoint is not Endpoint.RESPONSES:  # whose own parameter it is
+        if truncation and endpoint is not Endpoint.RESPONSES:  # vLLM's model has it only for Responses
             body = {key: value for key, value in body.items() if key != "truncation"}
         request, cut = _parsed(endpoint, body, asked.id), None
         if truncation == "auto" or (truncation is None and self._truncates and endpoint in CONVERSATIONS):
             body, cut = await self._within_context(endpoint, body, request, asked)
             request = _parsed(endpoint, body, asked.id)
         if endpoint is Endpoint.RESPONSES and self.responses.parser is None and _wants_tools(request):
-            raise no_tool_parser()  # vLLM would leave the tools out, and not say so
+            raise no_tool_parser()  # vLLM would silently ignore the tools
         reply = await self._reply(endpoint, request, asked)
         rest = self.responses.background_tasks.get(f"resp_{asked.id}")
         if cut and isinstance(reply, dict):
@@ -172,7 +174,9 @@ class Endpoints:
             if isinstance(reply, AsyncGenerator):
                 events = reply if one.is_plain else one.events(reply)
                 first = await anext(events)
-                if one.failure is not None:  # an error, and not an event: no status was sent yet
+                if (
+                    one.failure is not None
+                ):  # raise instead of sending an error event, since no status was sent yet
                     await events.aclose()
                     raise one.failure
                 return _Resumed(first, events)
@@ -187,10 +191,10 @@ class Endpoints:
     async def _within_context(
         self, endpoint: Endpoint, body: Mapping[str, Any], request: Any, asked: Asked
     ) -> tuple[Mapping[str, Any], Cut | None]:
-        """The body with no more of its conversation than leaves room for an answer.
+        """Return the body with a conversation short enough to leave room for an answer, and the part left out.
 
-        The most tokens of an answer are a bound and no demand: no message goes for more than an eighth of the context,
-        and the bound is lowered to what is left. Raises BadRequest if the last turn alone is too long.
+        Turns are left out only to reserve the smaller of an eighth of the context and the request's token limit; the
+        limit is lowered to the tokens that remain. Raises BadRequest if the last turn alone is too long.
         """
         context = self._llm.model_config.max_model_len
         bounds = {name: bound for name in _MOST_TOKENS if (bound := getattr(request, name, None))}
@@ -228,7 +232,7 @@ class Endpoints:
         kept, tokens, cut = await within(body[key], context - room, count)
         if tokens >= context:
             raise errors.BadRequest(
-                f"{key}: the last turn and the system prompt are {tokens} tokens, and the context holds {context}: "
+                f"{key}: the last turn and the system prompt are {tokens} tokens, but the context is {context} tokens: "
                 "shorten them (context_length_exceeded)",
                 code=errors.Code.CONTEXT_LENGTH_EXCEEDED,
                 param=key,
@@ -257,7 +261,7 @@ def parameters() -> Parameters:
 
 
 def _truncation(body: Mapping[str, Any]) -> Any:
-    """What a conversation says of being cut (OpenAI's parameter of Responses). Raises BadRequest."""
+    """Return the conversation's `truncation` (as in OpenAI's Responses). Raises BadRequest."""
     truncation = body.get("truncation")
     if truncation not in (None, "auto", "disabled"):
         raise errors.BadRequest(
@@ -267,7 +271,7 @@ def _truncation(body: Mapping[str, Any]) -> Any:
 
 
 def _parsed(endpoint: Endpoint, body: Mapping[str, Any], request_id: str) -> Any:
-    """vLLM's model of the request. Raises BadRequest."""
+    """Parse a body to vLLM's request model. Raises BadRequest."""
     prefix = "resp_" if endpoint is Endpoint.RESPONSES else ""
     kind: Any = _REQUESTS[endpoint]
     if endpoint is Endpoint.TOKENIZE and body.get("messages") is None:
@@ -282,18 +286,18 @@ def _parsed(endpoint: Endpoint, body: Mapping[str, Any], request_id: str) -> Any
 
 
 def _check_batch(body: Mapping[str, Any]) -> None:
-    """Raises BadRequest for what vLLM would leave out of several conversations, and not say so."""
+    """Raises BadRequest for fields that vLLM silently ignores in a batch of conversations."""
     for field in ("stream", "tools"):
         if body.get(field):
             raise errors.BadRequest(
-                f"{field}: not for several conversations at once; ask one by one",
+                f"{field}: not supported for several conversations at once; send them one by one",
                 code=errors.Code.INVALID_VALUE,
                 param=field,
             )
 
 
 def _with_usage(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A stream that tells its usage at the end. vLLM's own setting would put it into every chunk."""
+    """Return the body with usage at the end of a stream. vLLM's own setting would put it into every chunk."""
     options = body.get("stream_options")
     if not body.get("stream") or not isinstance(options, dict | None):
         return body
@@ -301,7 +305,7 @@ def _with_usage(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _without_empty_tools(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A list of no tools, as agents send it, is no wish for tools."""
+    """Return the body without an empty list of tools, which some agents send."""
     if body.get("tools") != []:
         return body
     wanted = body.get("tool_choice")
@@ -315,11 +319,11 @@ def _wants_tools(request: Any) -> bool:
 
 
 def _check_sequences(request: Any) -> None:
-    """Raises BadRequest for more answers than a client may ask for at once."""
+    """Raises BadRequest if the request has too many sequences."""
     n = getattr(request, "n", None) or 1
     if n > vllm.envs.VLLM_MAX_N_SEQUENCES:
         raise errors.BadRequest(
-            f"n: at most {vllm.envs.VLLM_MAX_N_SEQUENCES}", code=errors.Code.INVALID_VALUE, param="n"
+            f"n: must be at most {vllm.envs.VLLM_MAX_N_SEQUENCES}", code=errors.Code.INVALID_VALUE, param="n"
         )
     param = "messages" if isinstance(request, BatchChatCompletionRequest) else "prompt"
     prompts = getattr(request, param, None)
@@ -327,14 +331,14 @@ def _check_sequences(request: Any) -> None:
     count = len(prompts) if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) else 1
     if count * n > MAX_SEQUENCES:
         raise errors.BadRequest(
-            f"{param}: {count} prompts with {n} answers each are more than {MAX_SEQUENCES}",
+            f"{param}: {count} prompts with {n} answers each exceed the limit of {MAX_SEQUENCES} sequences",
             code=errors.Code.INVALID_VALUE,
             param=param,
         )
 
 
 class _Resumed:
-    """Events of which the first was taken already."""
+    """Events whose first one was already read."""
 
     def __init__(self, first: bytes, rest: AsyncGenerator[bytes]) -> None:
         self._first: bytes | None = first

@@ -1,4 +1,4 @@
-"""vLLM's errors as ours: its own exceptions, built-in ones, and the error bodies that its serving code returns."""
+"""Translate vLLM's errors to ours: its exceptions, built-in ones, and the error bodies of its serving code."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from adapters.wording import in_words
 from app import errors
 
 _SLIPS = (AttributeError, KeyError, TypeError)
-"""What Python says inside vLLM's validators where they did not expect a value."""
+"""Python's errors inside vLLM's validators for values that they do not expect."""
 _TYPES = ("str", "int", "float", "bool", "dict", "list", "none")
 
 _MOST_PROBLEMS = 5
@@ -23,26 +23,26 @@ _APPENDIX = re.compile(r" \(parameter=.*\)$", re.DOTALL)
 _FIELD = re.compile(r"([a-z]\w*) must ")
 
 _NO_PARSER = (
-    "tools need a parser of the base model's tool calls, and this service was started without one: "
-    "XINGLIN_TOOL_CALL_PARSER, or --tool-call-parser, names it"
+    "tools need a parser of the base model's tool calls, but this service has none: "
+    "set XINGLIN_TOOL_CALL_PARSER or --tool-call-parser"
 )
 
 
 def unavailable() -> errors.EngineUnavailable:
-    """What every request gets while there is no engine."""
+    """Return the error for requests while there is no engine."""
     return errors.EngineUnavailable("the engine stopped and is being restarted; try again in a moment")
 
 
 def translated(error: Exception, *, is_dead: bool = False) -> errors.ApiError:
-    """What a client is told of anything that vLLM raised, while the engine was dead or not."""
+    """Return the client's error for any exception of vLLM. `is_dead`: whether the engine has died."""
     if isinstance(error, errors.ApiError):
         return error
     if isinstance(error, EngineDeadError) or is_dead:
         return unavailable()
     if isinstance(error, ChatTemplateResolutionError):
         return errors.BadRequest(
-            "this base model has no chat template: ask for an adapter that brings its own, or start the service "
-            "with a chat_template.jinja in the base model's folder",
+            "this base model has no chat template: request an adapter that has its own, or add chat_template.jinja to "
+            "the base model's folder and restart the service",
             code=errors.Code.NO_CHAT_TEMPLATE,
             param="model",
         )
@@ -50,7 +50,7 @@ def translated(error: Exception, *, is_dead: bool = False) -> errors.ApiError:
 
 
 def bad_request(error: Exception) -> errors.BadRequest:
-    """What is wrong with a body that vLLM's models of requests do not take; values are not repeated."""
+    """Return the client's error for a body that vLLM's request models reject; it does not repeat values."""
     if not isinstance(error, ValidationError):  # vLLM's validators raise errors that pydantic does not wrap
         param = getattr(error, "parameter", None)
         is_slip = isinstance(error, _SLIPS)
@@ -74,10 +74,10 @@ def bad_request(error: Exception) -> errors.BadRequest:
 
 
 def _likeliest(problems: Sequence[Any]) -> Any:
-    """What is wrong with a value that may be one of several things, each of which pydantic complains of in its turn.
+    """Return the most likely problem of a value with a union type, for which pydantic reports one per alternative.
 
-    It is none of those whose role or kind it has not. Of the others', the likeliest complaint is the one that went
-    furthest, and not over what is missing or over a type.
+    Drops alternatives whose literal field (role or kind) does not match. Of the rest, prefers the problem of the
+    deepest field, and there one that is neither a missing field nor a wrong type.
     """
     not_meant = [one["loc"][:-1] for one in problems if one["type"] == "literal_error"]
     meant = [one for one in problems if not any(one["loc"][: len(loc)] == loc for loc in not_meant)]
@@ -92,7 +92,7 @@ def _likeliest(problems: Sequence[Any]) -> Any:
 
 
 def _fields(place: Sequence[int | str]) -> list[str]:
-    """The fields on the way to a value, without what pydantic calls the types on it."""
+    """Return the field names on the path to a value, without pydantic's names of types."""
     parts = [str(part) for part in place]
     return [
         p for p in parts if p not in _TYPES and not p[:1].isupper() and not any(mark in p for mark in "[(-")
@@ -100,7 +100,7 @@ def _fields(place: Sequence[int | str]) -> list[str]:
 
 
 def api_error(response: ErrorResponse) -> errors.ApiError:
-    """An error body of vLLM's."""
+    """Return the client's error for an error body of vLLM."""
     error = response.error
     if error.code == HTTPStatus.NOT_FOUND:
         return _not_found(error)
@@ -109,7 +109,7 @@ def api_error(response: ErrorResponse) -> errors.ApiError:
     if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return errors.EngineFailed(error.message or "the engine failed on this request", param=error.param)
     if "maximum context length" in error.message or "max_model_len" in error.message:
-        # LangChain looks for the code in the text.
+        # LangChain searches the text for the code.
         text = _APPENDIX.sub("", error.message)
         message = f"{text} (context_length_exceeded; `truncation: auto` leaves out the oldest turns)"
         return errors.BadRequest(message, code=errors.Code.CONTEXT_LENGTH_EXCEEDED, param=error.param)
@@ -121,28 +121,27 @@ def api_error(response: ErrorResponse) -> errors.ApiError:
 
 
 def cannot_be_followed() -> errors.BadRequest:
-    """What is told of an answer that the engine broke off because it could not make a grammar of what was asked for.
+    """Return the error for an answer that the engine aborted because it could not compile the requested grammar.
 
-    vLLM checks it before by other rules, and says no more in the end than that it failed.
+    vLLM's earlier check uses other rules, and its final error has no reason.
     """
     return errors.BadRequest(
-        "the engine cannot make a grammar of what the answer is to follow: its grammar, JSON schema, expression or "
-        "structural tag is empty, or refers to itself without end",
+        "the engine cannot make a grammar for this answer: the requested grammar, JSON schema, expression or "
+        "structural tag is empty or refers to itself without end",
         code=errors.Code.INVALID_VALUE,
     )
 
 
 def _not_found(error: ErrorInfo) -> errors.ApiError:
-    if error.param != "response_id":  # as vLLM calls it in requests too
+    if error.param != "response_id":  # vLLM's name for it, also in requests
         return errors.ModelNotFound(error.message, param=error.param)
     return errors.ResponseNotFound(
-        "there is no such response (any more): it was not stored, had to make room, or was deleted; send the "
-        "conversation itself",
+        "there is no such response: it was not stored, was evicted, or was deleted; send the conversation itself",
         code=errors.Code.PREVIOUS_RESPONSE_NOT_FOUND,
         param="previous_response_id",
     )
 
 
 def no_tool_parser() -> errors.BadRequest:
-    """The answer to tools where nobody said how the base model writes its calls."""
+    """Return the error for tools on a service without a tool-call parser."""
     return errors.BadRequest(_NO_PARSER, code=errors.Code.TOOLS_NOT_SUPPORTED, param="tools")

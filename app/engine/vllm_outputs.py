@@ -1,4 +1,4 @@
-"""What the engine writes at each step: to whom it goes, and what is counted of it."""
+"""The engine's output of each step: pass it to the requests, and count it."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ from app.engine.stats import EngineStats
 
 
 class Deltas:
-    """What the engine wrote of one answer and nobody took yet. Takes the place of vLLM's queue of outputs."""
+    """The output of one answer that was not read yet. Replaces vLLM's output queue."""
 
     __slots__ = ("_failure", "_loop", "_reader", "finish_reason", "stop_reason", "text", "tokens")
 
@@ -23,11 +23,11 @@ class Deltas:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._failure: Exception | None = None
-        self._loop = asyncio.get_running_loop()  # asking for it is a system call
+        self._loop = asyncio.get_running_loop()  # cached, since getting it is a system call
         self._reader: asyncio.Future[None] | None = None
 
     def push(self, text: str, tokens: int, finish_reason: str | None, stop_reason: int | str | None) -> None:
-        """Add what the engine wrote; a reader that is behind gets it together with what it has not taken yet."""
+        """Add output; a slow reader gets it together with earlier unread output."""
         self.text += text
         self.tokens += tokens
         self.finish_reason = finish_reason
@@ -35,7 +35,7 @@ class Deltas:
         self._wake()
 
     def put(self, output: Any) -> None:
-        """What vLLM puts into its own queue: an error, or the end of an answer that was aborted."""
+        """Add an item as vLLM puts it into its own queue: an error, or the end of an aborted answer."""
         if isinstance(output, Exception):
             self._failure = output
             self._wake()
@@ -49,7 +49,7 @@ class Deltas:
             reader.set_result(None)
 
     async def wait(self) -> None:
-        """Until there is something to take. Raises what broke the answer."""
+        """Wait for output. Raises the error that ended the answer."""
         if not self.tokens and self.finish_reason is None and self._failure is None:
             self._reader = self._loop.create_future()
             await self._reader
@@ -57,7 +57,7 @@ class Deltas:
             raise self._failure
 
     def take(self) -> tuple[str, int]:
-        """The text and the number of tokens since the last time."""
+        """Return the text and the number of tokens since the last call."""
         taken = self.text, self.tokens
         self.text, self.tokens = "", 0
         return taken
@@ -65,26 +65,26 @@ class Deltas:
 
 @dataclass(slots=True)
 class _Step:
-    """One step of the engine, while its outputs are read. Times on the engine's clock, in seconds."""
+    """One step of the engine, while its outputs are processed. Times are those of the engine's clock, in seconds."""
 
     before: float = 0.0
-    """When the step before had ended."""
+    """End of the previous step."""
     ended_at: float = 0.0
     read: int = 0
-    """Tokens of prompts, those aside that were cached."""
+    """Prompt tokens, without cached ones."""
     tokens: int = 0
-    """Written."""
+    """Generated tokens."""
     went_on: int = 0
-    """Answers that had begun before."""
+    """Answers that started in an earlier step."""
 
 
 def _adapter(state: RequestState) -> str:
-    """The name of the adapter that answers, without its revision; empty for the base model."""
+    """Return the name of the request's adapter, without its revision; empty for the base model."""
     return (state.lora_name or "").partition("@")[0]
 
 
 class FastOutputProcessor(OutputProcessor):
-    """vLLM's, with a short way for answers that somebody reads from Deltas; it knows when the engine last wrote."""
+    """vLLM's output processor, with a fast path for answers read from Deltas; tracks when output last arrived."""
 
     def __init__(self, *arguments: Any, adapter_slots: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -93,10 +93,10 @@ class FastOutputProcessor(OutputProcessor):
         self._step = _Step()
 
     def stats(self) -> EngineStats:
-        """What the engine does now, and all that it did."""
+        """See Engine.stats."""
         stats = self._stats
         states = self.request_states.values()
-        if not states:  # the engine tells at its steps, and made none since those were aborted
+        if not states:  # the engine reports only at its steps, and made none since its requests were aborted
             stats.running, stats.waiting, stats.kv_cache_usage = 0, 0, 0.0
         begun = frozenset(_adapter(state) for state in states if not (state.is_prefilling and stats.waiting))
         others = frozenset(_adapter(state) for state in states if state.is_prefilling and stats.waiting)
@@ -105,7 +105,7 @@ class FastOutputProcessor(OutputProcessor):
 
     @property
     def stalled_seconds(self) -> float:
-        """Since the engine last wrote, or got something to do."""
+        """Seconds since the engine's last output, or since its first pending request; 0 if there are none."""
         return time.monotonic() - self._progress_at if self.request_states else 0.0
 
     def add_request(self, *arguments: Any, **options: Any) -> None:
@@ -121,7 +121,7 @@ class FastOutputProcessor(OutputProcessor):
         *arguments: Any,
         **options: Any,
     ) -> OutputProcessorOutput:
-        """See vLLM's; called for every step of the engine, or more than once if that wrote to very many."""
+        """See vLLM's; called for every step, or several times for a step with very many outputs."""
         self._progress_at = time.monotonic()
         step = self._step
         step.ended_at = engine_core_timestamp or self._progress_at
@@ -129,7 +129,7 @@ class FastOutputProcessor(OutputProcessor):
         for output in engine_core_outputs:
             state = self.request_states.get(output.request_id)
             if state is None:
-                continue  # it was aborted
+                continue  # aborted
             step.tokens += len(output.new_token_ids)
             step.went_on += 1
             if state.is_prefilling:
@@ -159,7 +159,7 @@ class FastOutputProcessor(OutputProcessor):
         self._stats.first_token_seconds.add(time.time() - state.stats.arrival_time)
 
     def _ended(self, state: RequestState, reason: FinishReason) -> None:
-        """Count an answer that is complete."""
+        """Count a finished answer."""
         stats = self._stats
         stats.finished[str(reason)] += 1
         stats.answer_seconds.add(time.time() - state.stats.arrival_time)
@@ -167,10 +167,10 @@ class FastOutputProcessor(OutputProcessor):
         stats.request_generation_tokens.add(state.detokenizer.num_output_tokens())
 
     def record(self, scheduler_stats: SchedulerStats | None, **_: Any) -> None:
-        """Count a step. Called after its outputs, as the logger of a step that vLLM has in this place.
+        """Count a step. Called after its outputs, in place of vLLM's stat logger.
 
-        Each answer that goes on got its last token from the step before, so that one count does for all. vLLM counts
-        each for itself, and differs where an answer was preempted.
+        Every running answer got its last token in the previous step, so one duration is counted for all of them. vLLM
+        counts each answer separately, with a different result if one was preempted.
         """
         stats, step = self._stats, self._step
         if step.tokens:
@@ -187,7 +187,7 @@ class FastOutputProcessor(OutputProcessor):
             stats.prefix_cache_hits += scheduler_stats.prefix_cache_stats.hits
 
     def _push(self, state: RequestState, deltas: Deltas, output: EngineCoreOutput) -> bool:
-        """Hand on what the engine wrote; whether it must be told that a stop string ended the answer."""
+        """Pass output on; return whether the engine must abort the request because a stop string ended the answer."""
         if state.is_prefilling:
             state.is_prefilling = False
             if output.prefill_stats is not None:
@@ -203,7 +203,7 @@ class FastOutputProcessor(OutputProcessor):
         text = detokenizer.get_next_output_text(finish_reason is not None, True)
         tokens = len(token_ids) - before
         if finish_reason is None:
-            if tokens:  # not so while a long prompt is read in parts
+            if tokens:  # none while a long prompt is read in parts
                 deltas.push(text, tokens, None, None)
             return False
         deltas.push(text, tokens, str(finish_reason), stop_reason)

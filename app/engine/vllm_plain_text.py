@@ -1,4 +1,4 @@
-"""vLLM's renderer of chat templates, with which a control token in the text of a request stays text."""
+"""vLLM's chat renderer, changed so that control tokens in the text of messages stay text."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,9 +11,9 @@ from adapters.plain_text import Piece, PlainText
 
 
 def let_text_be_text(renderer: BaseRenderer[Any]) -> None:
-    """Have a renderer, and the copies that are made of it, keep text from being read as control tokens.
+    """Make a renderer, and later copies of it, keep text from being read as control tokens.
 
-    Those that make their prompts by code, and not by a template, do so by themselves.
+    Renderers that build prompts in code, not from a template, already do so.
     """
     if isinstance(renderer, HfRenderer):
         ours: Any = renderer
@@ -23,7 +23,7 @@ def let_text_be_text(renderer: BaseRenderer[Any]) -> None:
 
 
 class _Guarded(str):
-    """A rendered text with stand-ins. Others are tokenised as ever, without a look at them."""
+    """A rendered text with stand-ins. Other texts are tokenized as in vLLM, without a search for stand-ins."""
 
     __slots__ = ()
 
@@ -63,7 +63,7 @@ class _Renderer(HfRenderer):
         def tokenize(piece: str) -> Piece:
             nonlocal adds_special
             found = tokenizer(piece, add_special_tokens=adds_special, return_offsets_mapping=wants_offsets)
-            adds_special = False  # they stand at the beginning
+            adds_special = False  # only at the beginning
             return found["input_ids"], found.get("offset_mapping", [])
 
         token_ids, places = self.plain_text.tokens(text, tokenize)

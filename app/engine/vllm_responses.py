@@ -1,4 +1,4 @@
-"""POST /v1/responses: vLLM's, with a store that does not grow for ever, and with failures that are told."""
+"""POST /v1/responses: vLLM's serving class, with a bounded store and reported failures."""
 
 import asyncio
 import copy
@@ -22,7 +22,7 @@ _UNDER_WAY = ("queued", "in_progress")
 
 
 class _Latest(OrderedDict[str, V]):
-    """A dict of the last `limit` entries."""
+    """A dict that keeps the last `limit` entries."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -35,10 +35,10 @@ class _Latest(OrderedDict[str, V]):
 
 
 class Responses(Ours, OpenAIServingResponses):
-    """The responses that were asked to be stored are kept in memory, the latest of them."""
+    """Serves responses. Keeps the latest responses with `store` in memory."""
 
     def keep(self, limit: int) -> None:
-        """Keep so many of them; with 0 `store` has no effect, as in vLLM."""
+        """Keep at most `limit` stored responses; with 0 `store` has no effect, as in vLLM."""
         self.enable_store = limit > 0
         self.response_store: dict[str, Any] = _Latest(limit)
         self.msg_store: dict[str, Any] = _Latest(limit)
@@ -47,7 +47,7 @@ class Responses(Ours, OpenAIServingResponses):
     async def retrieve(
         self, response_id: str, *, stream: bool, starting_after: int | None
     ) -> dict[str, Any] | Events:
-        """A stored response; with `stream` the events of one that is made in the background."""
+        """Return a stored response, or with `stream` the events of a background response."""
         response = self._stored(response_id)
         if not stream:
             return self.dumped(response)
@@ -57,15 +57,15 @@ class Responses(Ours, OpenAIServingResponses):
                 code=errors.Code.INVALID_VALUE,
                 param="stream",
             )
-        one = copy.copy(self)  # a failure is this stream's alone
+        one = copy.copy(self)  # `failure` is per stream
         return one.events(one.responses_background_stream_generator(response_id, starting_after))
 
     async def cancel(self, response_id: str) -> dict[str, Any]:
-        """End a response that is being made in the background."""
+        """See Engine.cancel."""
         response = self._stored(response_id)
         if response.status not in _UNDER_WAY:
             raise errors.BadRequest(
-                f"this response is {response.status}: only one that is made in the background can be cancelled",
+                f"this response is {response.status}: only a queued or running background response can be cancelled",
                 code=errors.Code.INVALID_VALUE,
                 param="response_id",
             )
@@ -74,7 +74,7 @@ class Responses(Ours, OpenAIServingResponses):
         return self.dumped(response)
 
     async def delete(self, response_id: str) -> None:
-        """Forget a stored response, and end it if it is being made."""
+        """See Engine.delete."""
         self._stored(response_id)
         await self._end(response_id)
         for store in (self.response_store, self.msg_store, self.event_store):
@@ -89,8 +89,8 @@ class Responses(Ours, OpenAIServingResponses):
         response = self.response_store.get(response_id)
         if response is None:
             raise errors.ResponseNotFound(
-                f"there is no response {response_id[:80]!r}: it was not stored, or was since deleted or replaced "
-                "by later ones",
+                f"there is no response {response_id[:80]!r}: it was not stored, was deleted, or was evicted by later "
+                "ones",
                 param="response_id",
             )
         return response
@@ -102,7 +102,7 @@ class Responses(Ours, OpenAIServingResponses):
         await self._told(request, super()._run_background_request_stream(request, *arguments, **options))
 
     async def _told(self, request: Any, run: Any) -> None:
-        """Await a run in the background. Nobody waits for its errors: who asks later finds them."""
+        """Await background generation; store its error in the response for later requests."""
         response = self.response_store.get(request.request_id)
         if response is not None:
             response.status = "in_progress"
@@ -118,9 +118,9 @@ class Responses(Ours, OpenAIServingResponses):
     async def responses_background_stream_generator(
         self, response_id: str, starting_after: int | None = None
     ) -> AsyncGenerator[Any]:
-        """The events so far, and those to come until the run ends, well or not."""
+        """Yield past events, then new ones until generation ends. Raises EngineFailed if it failed."""
         if response_id not in self.event_store:
-            await asyncio.sleep(0)  # until the run has begun
+            await asyncio.sleep(0)  # let the background task start
         events, has_more = self.event_store[response_id]
         index = 0 if starting_after is None else starting_after + 1
         while True:
@@ -137,7 +137,7 @@ class Responses(Ours, OpenAIServingResponses):
             raise errors.EngineFailed(response.error["message"])
 
     async def events(self, stream: AsyncGenerator[Any]) -> AsyncGenerator[bytes]:
-        """See Ours; vLLM's generator raises what goes wrong."""
+        """See Ours; here vLLM's generator raises its errors."""
         number = 0
         try:
             async for event in stream:
@@ -146,7 +146,7 @@ class Responses(Ours, OpenAIServingResponses):
         except Exception as error:
             self.failure = self.failure or self.translated(error)
             body = errors.body(self.failure)
-            # OpenAI's event has the fields of the error; its clients raise when they see the error object.
+            # OpenAI's event has the error's fields at the top; its clients raise if there is an error object.
             data = {**body["error"], **body, "type": "error", "sequence_number": number}
             yield f"event: error\ndata: {json.dumps(data)}\n\n".encode()
             raise self.failure from error

@@ -1,7 +1,6 @@
-"""vLLM's serving classes, made ours: one adapter a request, our errors, tokens counted as they come.
+"""vLLM's serving classes, extended: one adapter per request, our errors, and observers of the output.
 
-With the other modules `app.engine.vllm*`, the only place that names vLLM's symbols. Each class serves one
-endpoint; a shallow copy of it, with what is asked of whom, serves one request.
+Each class serves one or two endpoints; a shallow copy of it, with the request and its adapter, serves one request.
 """
 
 import copy
@@ -35,8 +34,8 @@ from app.engine.token_bytes import token_bytes
 from app.engine.vllm_errors import api_error, cannot_be_followed, translated
 
 _STAND_IN = "{{ messages }}"
-"""What vLLM is told in place of an adapter's chat template, which it would compile here. It finds that contents are
-handed over as texts, as they are in training."""
+"""Passed to vLLM instead of an adapter's chat template, which vLLM would compile in this process. It tells vLLM that
+message contents are texts, as in training."""
 
 
 _BROKEN_OFF = str(GenerationError())
@@ -47,22 +46,22 @@ _SHORT_CHARACTERS = 4096
 
 @dataclass(frozen=True)
 class Asked:
-    """One request, as far as its body does not say it."""
+    """The facts of one request that are not in its body."""
 
     id: str
     model: str
-    """As the client named it: replies echo it."""
+    """The model name from the client, which replies repeat."""
     lora: LoRARequest | None
     renderer: OnlineRenderer
     has_own_template: bool
     stop: tuple[str | int, ...]
-    """Texts and tokens that end the adapter's answers."""
+    """Stop texts and stop tokens of the adapter."""
     fingerprint: str
     observer: Observer
 
 
 class _OneModel(OpenAIServingModels):
-    """The only model vLLM's serving code sees while it answers one request: the one that is leased."""
+    """The only model that vLLM's serving code sees during one request: the leased one."""
 
     def __init__(self, name: str, lora: LoRARequest | None) -> None:
         self._name = name
@@ -73,22 +72,22 @@ class _OneModel(OpenAIServingModels):
         return model_name == self._name and not self.lora_requests
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
-        return self._name  # the reply echoes what was asked, not name@revision
+        return self._name  # the reply repeats the requested name, not name@revision
 
 
 class _Client:
-    """The engine, as vLLM's serving code sees it while it answers one request.
+    """The engine as vLLM's serving code sees it during one request.
 
-    What it generates is counted, and ends where the adapter was taught to end as well as where the client says.
+    Its output goes to the observer, and ends at the adapter's stops in addition to the client's.
     """
 
     def __init__(self, llm: AsyncLLM, asked: Asked) -> None:
         self._llm = llm
         self._asked = asked
         self.is_guided = False
-        """Whether an answer has to follow a grammar."""
+        """Whether the answer must follow a grammar."""
         self._choices = 0
-        """Of the prompts generated for so far."""
+        """Number of choices of all prompts so far."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
@@ -102,7 +101,7 @@ class _Client:
         return _Outputs(generation, generation.outputs(self._asked.observer, first_choice))
 
     def _end_as_taught(self, parameters: Any) -> list[int | str]:
-        """Add what ends the adapter's answers; returns what of it the client did not ask for itself."""
+        """Add the adapter's stops to the parameters; return those that the client did not set itself."""
         if parameters.ignore_eos:
             return []
         own = [
@@ -112,12 +111,12 @@ class _Client:
         if parameters.detokenize:
             parameters.stop = [*parameters.stop, *(stop for stop in own if isinstance(stop, str))]
         parameters.stop_token_ids = [*parameters.stop_token_ids, *tokens]
-        parameters.all_stop_token_ids.update(tokens)  # none of them may come before min_tokens
+        parameters.all_stop_token_ids.update(tokens)  # suppressed before min_tokens
         return own
 
 
 class _Outputs:
-    """What `AsyncLLM.generate` returns, as long as nobody reads its `generation` in another way."""
+    """The outputs of `AsyncLLM.generate`; the fast stream reads `generation` instead."""
 
     def __init__(self, generation: Generation, outputs: AsyncGenerator[RequestOutput, None]) -> None:
         self.generation = generation
@@ -134,16 +133,16 @@ class _Outputs:
 
 
 class Ours:
-    """What all serving classes of ours have in common."""
+    """Shared code of our serving classes."""
 
     asked: Asked
     engine_client: Any
     failure: errors.ApiError | None = None
     is_plain = False
-    """Whether the stream is made by app.engine.fast_stream, with nothing left to do."""
+    """Whether app.engine.fast_stream makes the stream, which then is ready to send."""
 
     def for_one(self, llm: AsyncLLM, asked: Asked) -> Self:
-        """A copy that answers one request."""
+        """Return a copy that answers one request."""
         one: Any = copy.copy(self)
         one.asked = asked
         one.models = _OneModel(asked.model, asked.lora)
@@ -153,7 +152,7 @@ class Ours:
         return one
 
     def _base_request_id(self, _raw_request: object, _default: str | None = None) -> str:
-        return self.asked.id  # two requests of one id would be an error inside the engine
+        return self.asked.id  # unique, since a duplicate id is an error in the engine
 
     def create_streaming_error_response(
         self,
@@ -162,7 +161,7 @@ class Ours:
         status_code: HTTPStatus = HTTPStatus.BAD_REQUEST,
         param: str | None = None,
     ) -> str:
-        """The event that ends a broken stream; `failure` keeps it."""
+        """Return the event that ends a failed stream; keep the error in `failure`."""
         if isinstance(message, Exception):
             self.failure = self.translated(message)
         else:
@@ -172,26 +171,26 @@ class Ours:
         return json.dumps(errors.body(self.failure))
 
     def translated(self, error: Exception) -> errors.ApiError:
-        """What the client is told of `error`."""
+        """Return the client's error for `error`."""
         return self.explained(translated(error, is_dead=self.engine_client.errored))
 
     def explained(self, error: errors.ApiError) -> errors.ApiError:
-        """That an engine broke off an answer is the client's mistake where it could not make the grammar."""
+        """Return the client's error; a failed answer with a grammar is a bad request, since its grammar is invalid."""
         broken_off = isinstance(error, errors.EngineFailed) and str(error) == _BROKEN_OFF
         return cannot_be_followed() if broken_off and self.engine_client.is_guided else error
 
     async def events(self, stream: AsyncGenerator[str]) -> AsyncGenerator[bytes]:
-        """A stream as it goes to the client. An error event is its last, and then the error is raised."""
+        """Yield the stream's events as bytes. After an error event, raise the error."""
         try:
             async for event in stream:
                 yield event.encode()
                 if self.failure is not None:
                     raise self.failure
         finally:
-            await stream.aclose()  # a client that leaves aborts its request in the engine
+            await stream.aclose()  # aborts the request in the engine if the client disconnected
 
     def dumped(self, reply: Any) -> dict[str, Any]:
-        """A whole reply as it goes to the client."""
+        """Return a whole reply as a dict."""
         return dict(reply.model_dump())
 
 
@@ -207,7 +206,7 @@ class Chat(Ours, OpenAIServingChat):
         *arguments: Any,
         **options: Any,
     ) -> AsyncGenerator[Any, None]:
-        """See vLLM's, and app.engine.fast_stream for most streams."""
+        """See vLLM's; most streams come from app.engine.fast_stream."""
         if self.parser_cls is not None or not is_plain(request):
             return super().chat_completion_stream_generator(
                 request, result_generator, request_id, model_name, *arguments, **options
@@ -227,7 +226,7 @@ class Chat(Ours, OpenAIServingChat):
     def _create_chat_logprobs(
         self, token_ids: Any, top_logprobs: Any, tokenizer: Any, *arguments: Any, **options: Any
     ) -> Any:
-        """See vLLM's, which takes a token's bytes from its text: a part of a character has none."""
+        """See vLLM's, whose bytes come from the token's text and are wrong for a part of a character."""
         found = super()._create_chat_logprobs(token_ids, top_logprobs, tokenizer, *arguments, **options)
         if tokenizer is None:
             return found
@@ -260,13 +259,13 @@ class Messages(Ours, AnthropicServingMessages):
     """POST /v1/messages and /v1/messages/count_tokens, by way of the chat above."""
 
     def for_one(self, llm: AsyncLLM, asked: Asked) -> Self:
-        """See Ours. Of an adapter's own template nobody can say here whether it takes a second system message."""
+        """See Ours. Merges system messages for an adapter's own template, which may not accept a second one."""
         one = super().for_one(llm, asked)
         one._merge_inline_system = self._merge_inline_system or asked.has_own_template
         return one
 
     async def events(self, stream: AsyncGenerator[str]) -> AsyncGenerator[bytes]:
-        """See Ours; vLLM makes an error of its own of the error event that it does not understand."""
+        """See Ours; vLLM would replace our error event, which it does not understand, with its own error."""
         try:
             async for event in stream:
                 if self.failure is not None:
@@ -283,7 +282,7 @@ class Messages(Ours, AnthropicServingMessages):
 
 
 def is_short(body: Mapping[str, Any]) -> bool:
-    """Whether the prompt takes less time to render than others may wait, a fraction of a millisecond."""
+    """Check whether the prompt renders so fast (a fraction of a millisecond) that other requests can wait for it."""
     messages = body.get("messages")
     if not isinstance(messages, list) or len(messages) > _SHORT_MESSAGES or "tools" in body:
         return False
@@ -293,12 +292,12 @@ def is_short(body: Mapping[str, Any]) -> bool:
 
 
 def at_once(online: OnlineRenderer) -> OnlineRenderer:
-    """A copy of vLLM's renderer for short prompts of text, which renders them where it is called.
+    """Return a copy of vLLM's renderer that renders short text prompts directly on the event loop.
 
-    To hand a short one to a thread, by way of tasks and a pool of tokenizers, takes longer than to render it.
+    Passing a short prompt to a thread, through tasks and a pool of tokenizers, takes longer than rendering it.
     """
     renderer = copy.copy(online.renderer)
-    renderer.tokenizer = cached_tokenizer_from_config(online.model_config)  # the pool is made of copies of it
+    renderer.tokenizer = cached_tokenizer_from_config(online.model_config)  # the pool has copies of it
 
     async def render_chat(*arguments: Any, **options: Any) -> Any:
         return renderer.render_chat(*arguments, **options)
@@ -310,7 +309,7 @@ def at_once(online: OnlineRenderer) -> OnlineRenderer:
 
 
 def rendering_with(online: OnlineRenderer, template: Template) -> OnlineRenderer:
-    """A copy of vLLM's renderer that has prompts made by an adapter's chat template, outside of this process."""
+    """Return a copy of vLLM's renderer that renders an adapter's chat template in the template's own process."""
     special_tokens = dict(online.renderer.tokenizer.special_tokens_map)
 
     async def apply(_config: Any, _tokenizer: Any, conversation: Any, **variables: Any) -> str:
