@@ -92,7 +92,7 @@ def fields(module: ast.Module, name: str) -> set[str]:
 
 
 def test_every_setting_of_peft_is_known() -> None:
-    """When this fails after an upgrade of PEFT: decide for each new setting whether it can be served."""
+    """If this fails after an upgrade of PEFT, decide for each new setting whether it can be served."""
     settings = fields(source("peft", "tuners/lora/config.py"), "LoraConfig")
     for parent in ("PeftConfigMixin", "PeftConfig"):
         settings |= fields(source("peft", "config.py"), parent)

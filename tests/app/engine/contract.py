@@ -1,4 +1,4 @@
-"""What the service counts on of an engine. `python -m tests.app.engine.contract DATA_DIR` holds vLLM to it."""
+"""The contract of an engine with the service. `python -m tests.app.engine.contract DATA_DIR` tests vLLM against it."""
 
 import asyncio
 import itertools
@@ -25,7 +25,7 @@ _HAND_OVER_SECONDS = 0.02
 
 @dataclass
 class Rig:
-    """An engine with an adapter it takes, golden prompts and all, and one that it must refuse."""
+    """An engine, an adapter with golden prompts that it accepts, and one that it must refuse."""
 
     engine: Engine
     good: Path
@@ -34,7 +34,7 @@ class Rig:
 
 
 async def hold_to(rig: Rig) -> None:
-    """Everything the service counts on. Ends the engine."""
+    """Check the whole contract. Closes the engine."""
     engine = rig.engine
     assert await engine.resident() == set()
     one = await engine.load("doctor@111111111111", rig.good)
@@ -44,12 +44,14 @@ async def hold_to(rig: Rig) -> None:
 
     with pytest.raises(AdapterRefused):
         await engine.load("doctor@333333333333", rig.refused)
-    assert await engine.resident() == {one.engine_id, two.engine_id}, "something of it was left"
+    assert await engine.resident() == {one.engine_id, two.engine_id}, (
+        "a refused adapter must leave nothing behind"
+    )
 
     await engine.remove(two)
     assert await engine.resident() == {one.engine_id}
     again = await engine.load("doctor@222222222222", rig.good)
-    assert again.engine_id not in (one.engine_id, two.engine_id), "an id was used again"
+    assert again.engine_id not in (one.engine_id, two.engine_id), "an id was reused"
 
     for prompt in read_golden(rig.good / "golden.jsonl")[:2]:
         for adapter, expected in ((again, prompt.logprobs), (None, prompt.base_logprobs)):
@@ -92,14 +94,14 @@ async def hold_to(rig: Rig) -> None:
     assert {*referred} <= parameters.parts.keys()
     assert not engine.is_dead
     await engine.close()
-    # What asks a dead engine learns so; see test_restart.py for one that dies with requests under way.
+    # A dead engine raises EngineUnavailable; test_restart.py tests one that dies with running requests.
     if engine.is_dead:
         with pytest.raises(EngineUnavailable):
             await engine.resident()
 
 
 async def _hold_to_templates(rig: Rig) -> None:
-    """An adapter's chat template makes its prompts and nobody else's; its stop strings end its answers."""
+    """An adapter's chat template makes only that adapter's prompts; its stop strings end its answers."""
     engine, held = rig.engine, await rig.engine.resident()
     with pytest.raises(AdapterRefused):
         await engine.load("doctor@444444444444", rig.good, template="{% for m in messages %}")
@@ -133,13 +135,15 @@ async def _hold_to_templates(rig: Rig) -> None:
     assert await engine.render(messages, two) == of_one
     assert await text(two) == whole.partition(stop)[0]
     await engine.remove(one)
-    assert await engine.render(messages, two) == of_one, "it went with another adapter that brought the same"
+    assert await engine.render(messages, two) == of_one, (
+        "it was removed with another adapter that has the same"
+    )
     await engine.remove(two)
     assert await engine.resident() == held
 
 
 class _Seen(Texts):
-    """The texts of an answer, and how many tokens they are."""
+    """Records the texts and the number of tokens of an answer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +158,7 @@ class _Seen(Texts):
 
 
 async def _hold_to_observing(engine: Engine, adapter: LoadedAdapter) -> None:
-    """Who observes an answer sees the text that the client gets, whichever way it is made."""
+    """An observer gets the text that the client gets, for every kind of answer."""
     messages = [{"role": "user", "content": "头痛怎么办?"}]
     body = {"model": "doctor", "messages": messages, "max_tokens": 12, "temperature": 0}
     for more in (
@@ -185,7 +189,7 @@ async def _hold_to_observing(engine: Engine, adapter: LoadedAdapter) -> None:
 
 
 async def _hold_to_leaving(engine: Engine) -> None:
-    """Of an answer that nobody waits for any more nothing is left, whenever that is."""
+    """A request that is cancelled at any moment leaves nothing running in the engine."""
     messages = [{"role": "user", "content": "头痛怎么办?"}]
     body = {"model": "doctor", "messages": messages, "max_tokens": 200, "ignore_eos": True}
     for stream, moment in itertools.product((True, False), range(10)):
@@ -204,7 +208,7 @@ async def _hold_to_leaving(engine: Engine) -> None:
         (outcome,) = await asyncio.gather(answer, return_exceptions=True)
         if isinstance(outcome, Answer) and not isinstance(outcome.reply, dict):
             await outcome.reply.aclose()
-        assert engine.stalled_seconds == 0, f"it is still being answered: stream {stream}, moment {moment}"
+        assert engine.stalled_seconds == 0, f"the request is still running: stream {stream}, moment {moment}"
 
 
 async def _hold_vllm_to(data_dir: Path) -> None:
@@ -219,7 +223,7 @@ async def _hold_vllm_to(data_dir: Path) -> None:
         refused = copytree(good, Path(temporary) / "refused")
         path = refused / "adapter_model.safetensors"
         tensors = load_file(path)
-        last = max(tensors)  # vLLM has written half of it when it comes to this one
+        last = max(tensors)  # vLLM has half-written the adapter when it fails on this one
         tensors[last] = np.ascontiguousarray(np.repeat(tensors[last], 3, axis=0))
         save_file(tensors, path)
         engine = VllmEngine.build(
@@ -233,7 +237,7 @@ async def _hold_vllm_to(data_dir: Path) -> None:
         hand_over = engine._llm.engine_core.add_request_async
 
         async def hand_over_slowly(request: object) -> None:
-            await asyncio.sleep(_HAND_OVER_SECONDS)  # so that a client may leave meanwhile
+            await asyncio.sleep(_HAND_OVER_SECONDS)  # so that a client can disconnect meanwhile
             await hand_over(request)
 
         engine._llm.engine_core.add_request_async = hand_over_slowly

@@ -1,4 +1,4 @@
-"""Run the service with vLLM's own LoRA on CPU, to show that the repair is what makes it right."""
+"""Run the service with vLLM's own LoRA code on CPU, to show that the repair is needed."""
 
 import sys
 from typing import Any
@@ -11,7 +11,7 @@ from app.lifecycle.proof import Proof
 
 
 async def _no_proof(*_: Any) -> Proof:
-    """A proof would notice, and nothing would be served."""
+    """Skip the proof, which would refuse every adapter."""
     nothing = Evidence(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     return Proof(prompts=0, evidence=nothing, most_telling=0, still_right=0.0)
 

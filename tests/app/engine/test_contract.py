@@ -1,4 +1,4 @@
-"""One contract for the engine there is and for the one that tests put in its place."""
+"""One contract for vLLM's engine and for the fake engine of the tests."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Which messages of a long conversation are left out."""
+"""Leaving out the oldest messages of a long conversation."""
 
 import asyncio
 from typing import Any
@@ -16,7 +16,7 @@ def conversation(turns: int) -> list[Message]:
 
 
 def cut(messages: list[Message], limit: int) -> tuple[list[Message], Cut | None, int]:
-    """With five characters a message, and 3 around each; also how often it was counted."""
+    """Return the kept messages, the cut and the number of counts; a message counts its characters and 3 more."""
     counted = 0
 
     async def count(some: list[Message]) -> int:
@@ -29,13 +29,13 @@ def cut(messages: list[Message], limit: int) -> tuple[list[Message], Cut | None,
     return kept, what, counted
 
 
-def test_what_fits_is_left_alone() -> None:
+def test_conversations_that_fit_are_unchanged() -> None:
     messages = conversation(3)
     assert cut(messages, 13 + 7 * 8) == (messages, None, 1)
 
 
 @pytest.mark.parametrize("limit", [40, 100, 800, 1620])
-def test_the_oldest_turns_go_and_no_more_than_must(limit: int) -> None:
+def test_only_as_many_oldest_turns_as_needed_are_left_out(limit: int) -> None:
     messages = conversation(100)
     kept, what, counted = cut(messages, limit)
     assert kept[0] is SYSTEM
@@ -47,13 +47,13 @@ def test_the_oldest_turns_go_and_no_more_than_must(limit: int) -> None:
     assert counted <= 10
 
 
-def test_the_last_turn_stays_whatever_it_counts_to() -> None:
+def test_the_last_turn_stays_even_if_too_long() -> None:
     messages = conversation(5)
     assert cut(messages, 3)[0] == [SYSTEM, messages[-1]]
     assert cut([SYSTEM, messages[-1]], 3)[1] is None
 
 
-def test_a_tools_result_goes_and_stays_with_its_call() -> None:
+def test_a_tool_result_stays_with_its_call() -> None:
     turn: list[Any] = [
         {"role": "user", "content": "order"},
         {"role": "assistant", "content": "call."},
@@ -64,7 +64,7 @@ def test_a_tools_result_goes_and_stays_with_its_call() -> None:
     assert kept == [*turn, *turn]
 
 
-def test_system_messages_in_between_belong_to_the_turn_they_lie_in() -> None:
+def test_later_system_messages_belong_to_their_turn() -> None:
     messages: list[Message] = [*conversation(3), SYSTEM, {"role": "user", "content": "last?"}]
     kept, _, _ = cut(messages, 30)
     assert kept == [SYSTEM, messages[-1]]

@@ -1,4 +1,4 @@
-"""Right weights in mixed batches: who is next to you in a batch does not change your answer."""
+"""Right weights in mixed batches: other requests in a batch do not change an answer."""
 
 import asyncio
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ STOCK = ("-m", "tests.app.engine.serve_without_repair")
 
 
 def _asked(count: int) -> list[tuple[str, str]]:
-    """(model, question): every language, no question twice in a row for one model."""
+    """Return pairs (model, question) in every language, without the same question twice in a row for one model."""
     questions = [
         q for pair in zip(bundled_questions("zh"), bundled_questions("en"), strict=False) for q in pair
     ]
@@ -25,7 +25,7 @@ def _asked(count: int) -> list[tuple[str, str]]:
 
 
 async def _answers(service: Service, asked: list[tuple[str, str]], *, at_once: bool) -> list[list[int]]:
-    """The greedy token ids of every answer."""
+    """Return the greedy token ids of every answer."""
 
     async def answer(client: openai.AsyncOpenAI, model: str, question: str) -> list[int]:
         reply = await client.chat.completions.create(
@@ -56,8 +56,8 @@ def alone(service: Service) -> list[list[int]]:
 
 @pytest.fixture(params=[REPAIRED, STOCK], ids=["repaired", "stock"])
 def tight(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[tuple[Service, bool]]:
-    """A service with as many slots as the demo has adapters, since stock's defect hides behind an empty last slot;
-    and whether it has the repair."""
+    """A service, and whether it has the repair. It has as many slots as the demo has adapters, since an empty last slot
+    hides stock's defect."""
     service = Service(data_dir, free_port(), {"XINGLIN_MAX_LORAS": "1"}, request.param)
     service.start()
     yield service, request.param == REPAIRED
@@ -65,9 +65,9 @@ def tight(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[tuple[Serv
 
 
 def test_64_mixed_requests_answer_as_each_alone(tight: tuple[Service, bool], alone: list[list[int]]) -> None:
-    """With the repair; and without it they do not, which shows that this test can fail.
+    """Answers are right with the repair, and wrong without it, which shows that this test can fail.
 
-    When vLLM repairs itself, the second case fails: then drop app/engine/cpu_worker.py.
+    When vLLM fixes the defect, the second case fails: then remove app/engine/cpu_worker.py.
     """
     assert len({tuple(answer) for answer in alone}) > 50, "the answers are too alike to tell models apart"
     service, is_repaired = tight

@@ -1,4 +1,4 @@
-"""The state of a base model, from its first start to its last failure; on fake engines."""
+"""The states of a base model from start to failure, with fake engines."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +16,7 @@ STARTING, PROVING, READY, RESTARTING, FAILED = BaseStatus
 
 
 class Watched:
-    """A supervisor whose builds and preparations end when the test says so."""
+    """A supervisor whose builds and preparations the test controls."""
 
     def __init__(self) -> None:
         self.builds = asyncio.Queue[Engine | Exception]()
@@ -89,7 +89,7 @@ def test_each_state_in_turn() -> None:
             supervisor.check_ready()
 
             engine.is_dead = True
-            assert supervisor.state.status is RESTARTING, "nobody has to wait for the watch to see it"
+            assert supervisor.state.status is RESTARTING, "the state must not wait for the watch loop"
             with pytest.raises(EngineUnavailable, match="tiny is restarting"):
                 supervisor.check_ready()
             await watched.become(RESTARTING, "starting")
@@ -104,7 +104,7 @@ def test_each_state_in_turn() -> None:
 
 
 @pytest.mark.parametrize("place", ["build", "prepare"])
-def test_a_first_start_that_fails_is_the_last(place: str) -> None:
+def test_a_failed_first_start_is_final(place: str) -> None:
     async def check() -> None:
         async with Watched().running() as watched:
             if place == "build":
@@ -118,17 +118,17 @@ def test_a_first_start_that_fails_is_the_last(place: str) -> None:
             assert watched.supervisor.state.status is FAILED
             with pytest.raises(EngineUnavailable, match="could not be started") as caught:
                 watched.supervisor.check_ready()
-            assert "no such model" not in str(caught.value), "why may hold paths of the machine"
+            assert "no such model" not in str(caught.value), "the reason may have host paths"
             assert "try again" not in str(caught.value)
 
     asyncio.run(check())
 
 
 @pytest.mark.parametrize("failures", [2, 3])
-def test_three_failed_rebuilds_in_a_row_are_the_end(failures: int) -> None:
+def test_three_failed_rebuilds_in_a_row_are_final(failures: int) -> None:
     async def check() -> None:
         async with Watched().running() as watched:
-            for _ in range(2):  # one that succeeds in between begins the count anew
+            for _ in range(2):  # a success in between resets the count
                 (await watched.start()).is_dead = True
                 for _ in range(2):
                     watched.builds.put_nowait(OSError("out of memory"))

@@ -1,4 +1,4 @@
-"""Adapters' chat templates, rendered in processes of their own: as transformers does, and within limits."""
+"""Adapters' chat templates in separate processes: rendered as transformers does, and within limits."""
 
 import asyncio
 import json
@@ -92,7 +92,7 @@ def test_a_last_message_is_continued_as_transformers_does(content: str, trim: st
     assert rendered(compiled(template), messages, continue_final_message=True, **VARIABLES) == theirs
 
 
-def test_a_process_renders_what_it_is_given() -> None:
+def test_any_text_is_rendered() -> None:
     async def test() -> None:
         template = Template("{% for m in messages %}{{ m.content }}|{% endfor %}")
         assert await template.render({"messages": MESSAGES}) == "".join(m["content"] + "|" for m in MESSAGES)
@@ -105,7 +105,7 @@ def test_a_process_renders_what_it_is_given() -> None:
 
 
 @pytest.mark.parametrize(("text", "told"), DOES_NOT_COMPILE.values(), ids=DOES_NOT_COMPILE.keys())
-def test_what_does_not_compile(text: str, told: str) -> None:
+def test_templates_that_do_not_compile(text: str, told: str) -> None:
     async def test() -> None:
         templates = Templates()
         for _ in range(2):
@@ -119,8 +119,8 @@ def test_what_does_not_compile(text: str, told: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "told"), DOES_NOT_RENDER.values(), ids=DOES_NOT_RENDER.keys())
-def test_what_does_not_render(text: str, told: str) -> None:
-    """Nor for the wrong reason: where it may not, it renders for other messages all the same."""
+def test_templates_that_do_not_render(text: str, told: str) -> None:
+    """Each fails for the expected reason, and still renders other messages."""
 
     async def test() -> None:
         template = Template("{% if messages|length == 4 %}" + text + "{% endif %}")
@@ -137,12 +137,12 @@ def test_what_does_not_render(text: str, told: str) -> None:
     run(test)
 
 
-def test_what_it_died_of_is_told_however_late_asyncio_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine may leave the thread that waits for the process without a turn until long after its end."""
+def test_exit_status_is_reported_even_if_asyncio_reaps_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, the thread that waits for the process may run long after the process has ended."""
     prompt = asyncio.ThreadedChildWatcher._do_waitpid
 
     def late(*arguments: Any) -> None:
-        time.sleep(2 * CPU_SECONDS)  # the process has ended by then
+        time.sleep(2 * CPU_SECONDS)  # the process has ended meanwhile
         prompt(*arguments)
 
     monkeypatch.setattr(asyncio.ThreadedChildWatcher, "_do_waitpid", late)
@@ -155,7 +155,7 @@ def test_what_it_died_of_is_told_however_late_asyncio_looks(monkeypatch: pytest.
     run(test)
 
 
-def test_a_slow_template_stalls_nobody_else() -> None:
+def test_a_slow_template_does_not_stall_others() -> None:
     async def test() -> None:
         slow, quick = Template(LOOP), Template("{{ messages[0].content }}")
         await slow.compile()
@@ -174,7 +174,7 @@ def test_a_slow_template_stalls_nobody_else() -> None:
     run(test)
 
 
-def test_a_wait_for_a_turn_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_a_rendering_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_module, "_WAIT_SECONDS", 5)
 
     async def test() -> None:
@@ -188,7 +188,7 @@ def test_a_wait_for_a_turn_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     run(test)
 
 
-def test_a_client_that_leaves_leaves_no_answer_behind_for_the_next() -> None:
+def test_a_cancelled_rendering_leaves_no_answer_for_the_next() -> None:
     async def test() -> None:
         template = Template("{% if messages %}" + LOOP + "{% endif %}fine")
         await template.compile()
@@ -219,7 +219,7 @@ def test_equal_templates_share_a_process_until_the_last_is_closed() -> None:
     run(test)
 
 
-def test_its_process_sees_no_secret_and_no_data() -> None:
+def test_the_process_has_no_secrets_and_no_data() -> None:
     async def test() -> None:
         template = Template("{{ 1 }}")
         await template.compile()
@@ -235,8 +235,8 @@ def test_its_process_sees_no_secret_and_no_data() -> None:
     run(test)
 
 
-def test_messages_are_not_json_by_accident() -> None:
-    """A text that looks like a line of the protocol is a text."""
+def test_text_that_looks_like_the_protocol() -> None:
+    """A message that looks like a line of the protocol is treated as text."""
 
     async def test() -> None:
         template = Template("{{ messages[0].content }}")
@@ -248,5 +248,5 @@ def test_messages_are_not_json_by_accident() -> None:
 
 
 def _children() -> list[int]:
-    """The template processes of this one: a service that runs beside the tests has its own."""
+    """Return the template processes of this process; a service that runs beside the tests has its own."""
     return children(os.getpid(), "template_process")

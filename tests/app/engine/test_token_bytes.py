@@ -1,4 +1,4 @@
-"""The bytes of tokens: together they are the bytes of the text."""
+"""The bytes of tokens, which joined are the bytes of the text."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -28,6 +28,6 @@ def test_byte_fallback() -> None:
     assert b"".join(of_token.of(token) or b"" for token in (1, 2, 3, 4, 5)) == " a阿b ".encode()
 
 
-def test_another_kind_says_nothing() -> None:
+def test_other_kinds_of_tokenizers_return_none() -> None:
     backend = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     assert TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend)).of(0) is None

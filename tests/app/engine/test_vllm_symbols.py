@@ -1,4 +1,4 @@
-"""Everything of vLLM that this product rests on, by name: an upgrade that moves one fails here first."""
+"""All vLLM symbols that the product uses: an upgrade that moves one fails here first."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ CHECK = textwrap.dedent(
     for name in ("add_lora", "remove_lora", "collective_rpc", "shutdown"):
         has(door.AsyncLLM, name)
     assert isinstance(door.AsyncLLM.errored, property)
-    # Each endpoint is served by a copy of one of these, with other models, renderer, engine and request id.
+    # Each request is served by a copy of one of these, with its own models, renderer, engine and request id.
     for kind, method in (
         (serving.OpenAIServingChat, "create_chat_completion"),
         (serving.OpenAIServingCompletion, "create_completion"),
@@ -54,7 +54,7 @@ CHECK = textwrap.dedent(
         assert "self.engine_client.generate(" in inspect.getsource(sys.modules[kind.__module__])
     for kind in (serving.OpenAIServingChat, serving.OpenAIServingCompletion, serving.ServingTokenization):
         assert "self._base_request_id(" in inspect.getsource(sys.modules[kind.__module__])
-    # The fast stream stands between vLLM's queue of outputs and its serving code for chat.
+    # The fast stream replaces vLLM's output queue and its stream generator for chat.
     has(serving.OpenAIServingChat, "chat_completion_stream_generator", "request", "result_generator", "request_id",
         "model_name")
     has(fast_stream.AsyncLLM, "add_request", "request_id", "prompt", "params", "lora_request")
@@ -70,7 +70,7 @@ CHECK = textwrap.dedent(
     assert fast_stream._shapes().delta[0] == '[{"index":0,"delta":{"content":', fast_stream._shapes()
     detokenizers = inspect.getsource(inspect.getmodule(fast_stream.RequestState).IncrementalDetokenizer)
     assert "self.token_ids: list[int]" in detokenizers
-    # What is short is rendered at once.
+    # Short prompts are rendered directly.
     has(serving.hf.BaseRenderer, "render_chat", "conversations", "chat_params", "tok_params")
     parameters = [inspect.signature(getattr(serving.hf.BaseRenderer, f"render_chat{of}")) for of in ("", "_async")]
     assert parameters[0].parameters.keys() == parameters[1].parameters.keys()
@@ -87,7 +87,7 @@ CHECK = textwrap.dedent(
     has(serving.OpenAIServingModels, "model_name", "lora_request")
     has(door.OnlineRenderer, "render_chat", "request")
     has(door.OnlineRenderer, "warmup")
-    # An adapter's chat template is rendered elsewhere: vLLM's renderer is copied, and one of its steps replaced.
+    # An adapter's chat template is rendered in another process: vLLM's renderer is copied, and one step replaced.
     assert "self.chat_template" in inspect.getsource(door.OnlineRenderer.render_chat)
     assert "await renderer.render_chat_async" in inspect.getsource(door.OnlineRenderer.preprocess_chat)
     assert "self._apply_chat_template_async(" in inspect.getsource(serving.hf.HfRenderer.render_messages_async)
@@ -100,7 +100,7 @@ CHECK = textwrap.dedent(
     assert "request_id" in endpoints.ResponsesRequest.model_fields
     has(vllm_arguments.AsyncEngineArgs, "__init__", "enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras",
         "worker_extension_cls", "disable_log_stats", "gpu_memory_utilization", "served_model_name", "reasoning_parser")
-    # Control tokens in texts: the renderer's class is exchanged, and what it had bound before is bound again.
+    # Control tokens in texts: the renderer's class is replaced, and its bound method is bound again.
     renderer = vllm_plain_text.HfRenderer
     for name in ("render_messages", "render_messages_async"):
         has(renderer, name, "messages", "params")
@@ -111,17 +111,17 @@ CHECK = textwrap.dedent(
     assert "self._tokenize_prompt_async = make_async(" in source
     assert str(serving.GenerationError()) == "Internal server error"
     has(door.vllm.envs, "enable_envs_cache")
-    # Engines on CPU are forked from a process of ours.
+    # On CPU, engines are forked from our fork server.
     assert "context = get_mp_context()" in inspect.getsource(door.vllm.v1.engine.utils.CoreEngineProcManager)
     assert all(importlib.util.find_spec(name) for name in launch.IMPORTED)
-    # The repair on CPU replaces these, with the parameters the layers pass.
+    # The repair on CPU replaces these; the parameters are those that the layers pass.
     assert PunicaWrapperCPU.add_lora_linear is cpu_worker._add_lora_linear
     assert PunicaWrapperCPU.add_lora_embedding is PunicaWrapperCPU.add_lora_logits is cpu_worker._add_nothing
     has(PunicaWrapperBase, "add_lora_logits", "y", "x")
     has(PunicaWrapperBase, "add_lora_embedding", "y", "x")
     has(PunicaWrapperBase, "add_lora_linear", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices")
     assert isinstance(PunicaWrapperBase.token_lora_indices, property)
-    # The worker extension is mixed in: its names must be free.
+    # The worker extension is a mixin: its names must not exist in the worker.
     assert not [n for n in vars(worker.WorkerExtension) if not n.startswith("__") and hasattr(WorkerBase, n)]
     source = inspect.getsource(LoRAModelManager) + inspect.getsource(LRUCacheLoRAModelManager)
     for name in ("packed_modules", "modules", "lora_index_to_id", "_registered_adapters"):

@@ -28,7 +28,7 @@ def _storm(*arguments: str) -> int:
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """A store of two adapters with golden prompts."""
+    """A data directory whose store has two adapters with golden prompts."""
     store = AdapterStore(tmp_path / "data" / "store")
     for seed, name in enumerate(("doctor", "leaflet")):
         folder = make_folder(tmp_path / name, seed)
