@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         help="serve a base model and its adapters over an OpenAI-compatible API",
         description="Serve a base model and its adapters. Every setting is also an environment variable; options "
-        "given here override it. The README's table lists all settings.",
+        "given here override it. docs/en/settings.md lists all settings.",
         epilog="example: python -m app serve --model Qwen/Qwen3-8B --max-lora-rank 64",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

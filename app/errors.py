@@ -40,13 +40,13 @@ class Answer(NamedTuple):
 
     status: int
     meaning: str
-    """One sentence for docs/errors.md."""
+    """One sentence for docs/en/errors.md."""
     retry_after: int | None = None
     """In seconds; None if a retry cannot help."""
 
 
 class Code(StrEnum):
-    """The error codes that clients read; docs/errors.md lists them."""
+    """The error codes that clients read; docs/en/errors.md lists them."""
 
     answer: Answer
 

@@ -44,7 +44,7 @@ WORDS = {
     r"\bby itself\b(?! in an)": "automatically, alone",
     r"(^|[.:;] )(Of|Who|Whoever) [a-z]": "start with the subject",
     r"\bwould else\b|\belse it would\b": "otherwise",
-    r"\bnot any more\b|\bno more\b(?! than)": "no longer",
+    r"\bnot any more\b": "no longer",
 }
 COINAGES = {"证明": "验证", "黄金提示": "基准提示", "量具": "测试工具", "调和": "协调"}
 

@@ -38,7 +38,9 @@ def settings() -> str:
     return f"""# Settings
 
 Each setting is an environment variable, and an option of `python -m app serve` (`XINGLIN_MAX_LORAS` is
-`--max-loras`). Secrets and lists are environment variables only. `python -m training` reads `XINGLIN_DATA_DIR` too.
+`--max-loras`). `XINGLIN_ADMIN_KEY`, `XINGLIN_PUBLISH_ROOTS`, `XINGLIN_SOURCES` and `XINGLIN_PRIVATE_NETWORKS` are
+environment variables only. `python -m training` and `python -m adapters` read `XINGLIN_DATA_DIR` too. Training reads
+two keys: `XINGLIN_ADMIN_KEY` of a rollout service, and `XINGLIN_JUDGE_KEY` of a judge.
 
 | Variable | Default | Meaning |
 | --- | --- | --- |

@@ -8,7 +8,7 @@ that moves the scores of these very prompts (`Rounding`). So no single tolerance
 - the adapter's effect in the engine, A - B, with its effect in training, a - b, by the slope of the line through them.
 
 It uses means, not single tokens: among some hundred tokens of a correct adapter, one is often ten times as far off as
-the mean. The limits were measured on correct and wrong adapters, see docs/proof.md.
+the mean. The limits were measured on correct and wrong adapters, see docs/en/proof.md.
 """
 
 import math

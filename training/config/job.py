@@ -35,7 +35,7 @@ class Job(Settings):
     name: Name
     """Name of the adapter, or of the base model (stage scratch, `merge: true` and `full: true`), that the job makes."""
     train_files: Annotated[list[Source], Field(min_length=1)]
-    """Data files, folders or globs. The format of each row is detected (docs/data.md)."""
+    """Data files, folders or globs. The format of each row is detected (docs/en/data.md)."""
     on_error: OnError = OnError()
     """`stop` (default): report all bad rows and do not train. `skip`: report them and train on the other rows."""
     learning_rate: float = Field(gt=0)
@@ -47,7 +47,7 @@ class Job(Settings):
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; the number affects the last digits of results. Default: torch decides."""
     report_to: Trackers = Field(default=[])
-    """Experiment trackers that get the metrics in addition to TensorBoard: wandb, trackio, mlflow (docs/runs.md)."""
+    """Experiment trackers that get the metrics in addition to TensorBoard: wandb, trackio, mlflow (docs/en/runs.md)."""
 
     @classmethod
     def would_make_base(cls, settings: Mapping[str, Any]) -> bool:
@@ -86,8 +86,8 @@ class AdapterJob(Job):
     base_model: BaseModelName
     """Folder or Hugging Face id of the base model. The service must run the same base to serve the adapter."""
     chat_template: TemplateName | None = None
-    """Name of a prompt template (docs/templates.md), for a base without one; published with the adapter. Default: the
-    template of the adapter that training continues from, or else the base's own."""
+    """Name of a prompt template (docs/en/templates.md), for a base without one; published with the adapter. Default:
+    the template of the adapter that training continues from, or else the base's own."""
     control_tokens: Literal["text", "tokens"] = "text"
     """How control tokens in message text, such as `<|im_start|>`, are tokenized. `text`: as ordinary text, as the
     service does. `tokens`: as control tokens, for data that is rendered already. Default: `text`."""

@@ -254,7 +254,7 @@ class OnlineJob(AdapterJob):
     policy: Ref
     """Adapter to improve, such as one of stage sft. A frozen copy of it is the reference."""
     reward: Annotated[list[Reward], BeforeValidator(_as_list), Field(min_length=1)]
-    """Rewards of the answers: the ref of a reward adapter, or a weighted list (docs/rewards.md)."""
+    """Rewards of the answers: the ref of a reward adapter, or a weighted list (docs/en/rewards.md)."""
     steps: int = Field(ge=1)
     """Number of rounds; each generates answers and learns from them."""
     max_length: int = Field(default=1024, ge=16)

@@ -26,7 +26,7 @@ async def under_load(
     seed: int,
     stop: asyncio.Event,
 ) -> None:
-    """Request `models` in `streams` streams; after `seconds` of calm, run `operate`, the storm. `stop` ends the calm."""
+    """Request `models` in `streams` streams; after `seconds` of calm run `operate`. `stop` ends the calm."""
     ended = asyncio.Event()
 
     async def stream(number: int) -> None:

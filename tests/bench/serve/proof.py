@@ -1,4 +1,4 @@
-"""How well the proof tells right adapters from wrong ones: the table of docs/proof.md.
+"""How well the proof tells right adapters from wrong ones: the table of docs/en/proof.md.
 
     python -m tests.bench.serve.proof --base FOLDER --adapters FOLDER ... [--dtypes float32 ...] [--out proof.json]
 

@@ -4,7 +4,7 @@
 
 Needs a finished demo (`python -m training demo`), whose base model, adapters and prompts it takes, and files of
 MedicalGPT's (sharegpt) and BenTsao's (alpaca) training data. Each measurement is a process of its own with one
-thread, and the quicker of two; seconds are its CPU seconds. docs/training-speed.md says what is compared. Takes some
+thread, and the quicker of two; seconds are its CPU seconds. docs/en/training-speed.md says what is compared. Takes some
 twenty minutes.
 """
 
