@@ -1,1 +1,1 @@
-"""Rows to token ids, and which of them a stage learns."""
+"""Tokenization of rows, and the masks of tokens with loss."""

@@ -1,8 +1,8 @@
-"""Rows as the tokens that trainers take: in one way for all stages, the way in which a service renders them too.
+"""Tokenizes rows for the trainers, in the same way for all stages and as the service does.
 
-Each function leaves out rows that the chat template refuses, if the job says so (`on_error`), and rows longer than
-`max_length`, which cut in two would teach something else. What is left of the rows stays beside their tokens: golden
-prompts are taken from it.
+Each function skips rows that the chat template refuses, if the job allows it (`on_error`), and rows longer than
+`max_length`, since a truncated row would teach something else. The remaining rows are kept with their tokens, because
+golden prompts are sampled from them.
 """
 
 import logging
@@ -21,25 +21,28 @@ from training.tokens.loss_mask import MaskError, Message, encode, encode_chat, e
 log = logging.getLogger(__name__)
 
 Tokens = dict[str, Any]
-"""What a trainer takes of one row: lists of token ids by name, and what else the stage needs."""
+"""The fields of one row for a trainer: lists of token ids by name, and other values that the stage needs."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows that are learnt from, and the tokens of each."""
+    """Training rows and the tokens of each."""
 
     rows: list[Row]
     tokens: list[Tokens]
 
     def dataset(self) -> Dataset | None:
-        """As trainers take them; None without rows."""
+        """Return the tokens as a dataset for trainers; None without rows."""
         return Dataset.from_list(self.tokens) if self.tokens else None
 
 
 def encoded(
     rows: Sequence[Row], on_error: OnError, encode_row: Callable[[Row], Tokens]
 ) -> list[tuple[Row, Tokens]]:
-    """Each row with its tokens. Raises DataError naming every row that the template refuses, unless told to skip."""
+    """Return each row with its tokens.
+
+    Raises DataError that names the rows the template refuses, unless `on_error` skips them.
+    """
     found: list[tuple[Row, Tokens]] = []
     problems = []
     for row in rows:
@@ -52,11 +55,11 @@ def encoded(
 
 
 def pairs(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error: OnError) -> Examples:
-    """`prompt_ids`, `chosen_ids` and `rejected_ids`: an answer ends with the token that stops it."""
+    """Return `prompt_ids`, `chosen_ids` and `rejected_ids`; answers end with their stop token."""
 
     def encode_row(row: Row) -> Tokens:
         chosen, rejected = (_split(tokenizer, row["prompt"], row[which]) for which in ("chosen", "rejected"))
-        # The template may open the two answers differently: what both begin with is the prompt.
+        # The template may open the two answers differently: their common beginning is the prompt.
         alike = takewhile(lambda two: two[0] == two[1], zip(chosen[0], rejected[0], strict=False))
         shared = min(chosen[1], rejected[1], sum(1 for _ in alike))
         return {
@@ -75,7 +78,7 @@ def pairs(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error: OnErro
 
 
 def feedback(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error: OnError) -> Examples:
-    """`prompt_ids`, `completion_ids` and `label`."""
+    """Return `prompt_ids`, `completion_ids` and `label`."""
 
     def encode_row(row: Row) -> Tokens:
         ids, begin = _split(tokenizer, row["prompt"], row["completion"])
@@ -89,7 +92,7 @@ def feedback(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error: OnE
 
 
 def conversations(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error: OnError) -> Examples:
-    """`chosen_ids` and `rejected_ids`: whole conversations, as a reward is read from them."""
+    """Return `chosen_ids` and `rejected_ids`: whole conversations, as a reward model scores them."""
 
     def encode_row(row: Row) -> Tokens:
         return {
@@ -103,7 +106,7 @@ def conversations(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error
 
 
 def prompts(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error: OnError) -> Examples:
-    """`prompt_ids`, ready to be answered."""
+    """Return `prompt_ids`, including the opening of the assistant's turn."""
     return _within(
         max_length,
         encoded(rows, on_error, lambda row: {"prompt_ids": encode_prompt(tokenizer, row["prompt"])}),
@@ -112,7 +115,7 @@ def prompts(rows: Sequence[Row], tokenizer: Any, max_length: int, on_error: OnEr
 
 
 def _split(tokenizer: Any, prompt: list[Message], answer: list[Message]) -> tuple[list[int], int]:
-    """The tokens of prompt and answer up to the one that stops it, and where the answer begins among them."""
+    """Return the tokens of prompt and answer up to the stop token, and the index where the answer begins."""
     context = [message | {"weight": 0} if message["role"] == "assistant" else message for message in prompt]
     found = encode(tokenizer, [*context, *answer])
     learnt = [at for at, mask in enumerate(found.loss_mask) if mask]
@@ -122,14 +125,14 @@ def _split(tokenizer: Any, prompt: list[Message], answer: list[Message]) -> tupl
 def _within(
     max_length: int, found: Iterable[tuple[Row, Tokens]], length: Callable[[Tokens], int]
 ) -> Examples:
-    """Those of at most `max_length` tokens; the log counts the others. Raises DataError if none is left."""
+    """Keep rows of at most `max_length` tokens; log how many were skipped. Raises DataError if none is left."""
     found = list(found)
     kept = [(row, tokens) for row, tokens in found if length(tokens) <= max_length]
     if len(kept) < len(found):
         log.warning(
-            "%d of %d rows are longer than max_length %d and are left out: raise it to learn from them",
+            "skipped %d of %d rows longer than max_length %d: raise it to train on them",
             len(found) - len(kept), len(found), max_length,
         )  # fmt: skip
     if found and not kept:
-        raise DataError(f"no row is within max_length {max_length}: raise it")
+        raise DataError(f"all rows are longer than max_length {max_length}: raise it")
     return Examples([row for row, _ in kept], [tokens for _, tokens in kept])

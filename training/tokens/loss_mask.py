@@ -1,13 +1,13 @@
-"""Chats as token ids, and which of them carry loss: the assistant's answers and the tokens that stop them.
+"""Tokenizes chats and computes the loss mask: loss is on the assistant's answers and their stop tokens.
 
-Exact for any chat template, or an error. Where a template marks what is generated, the marks say where an answer
-begins and ends. Else an answer begins where the prompt ends that a server renders for it. Markers put into the
-contents, and taken out again, show where each message lies in the rendered text; offsets of the fast tokenizer lead
-from there to tokens. A token belongs to an answer if it begins in it: one that begins in the prompt and
-reaches into the answer is part of what a server is given, and carries no loss.
+The mask is exact for any chat template, or an error is raised. If a template has generation marks, they delimit the
+answers. Otherwise an answer begins where the prompt that a server renders for it ends. Markers inserted into the
+contents and removed again locate each message in the rendered text; the offsets of the fast tokenizer map it to tokens.
+A token belongs to an answer if it begins in it. A token that begins in the prompt and reaches into the answer is part
+of the server's prompt and has no loss.
 
-What carries loss is what the template shows. Of an answer whose reasoning it drops once other turns follow,
-that is the rest; where it puts an empty reasoning block after the prompt, the block too.
+Only rendered text has loss. If the template drops the reasoning of an answer once other turns follow, the rest of the
+answer has loss; if it inserts an empty reasoning block after the prompt, the block has loss too.
 """
 
 import re
@@ -24,7 +24,7 @@ from adapters.plain_text import Piece, PlainText
 
 Message = dict[str, Any]
 
-# Markers are private characters, which no template cuts, trims or changes: one number for each message and kind.
+# Markers are private-use characters, which no template cuts, trims or changes: one per message and kind.
 _FIRST_MARKER = 0xF0000
 _MARKER = re.compile("([\U000f0000-\U000ffffd])")
 _KINDS = _BEGIN, _AFTER_REASONING, _END = range(3)
@@ -35,44 +35,44 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class MaskError(ValueError):
-    """A chat whose answers cannot be found exactly in its tokens. The message says what is in the way."""
+    """The answers of a chat cannot be located exactly in its tokens. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One chat as the model sees it."""
+    """A tokenized chat with its loss mask."""
 
     input_ids: list[int]
-    """Exactly those of `tokenizer.apply_chat_template`, up to max_length."""
+    """Exactly the ids of `tokenizer.apply_chat_template`, up to max_length."""
     loss_mask: list[int]
-    """1 on every token that carries loss, else 0; as long as input_ids."""
+    """1 for every token with loss, else 0; as long as input_ids."""
     is_cut: bool
-    """Did max_length cut tokens off the end?"""
+    """Whether max_length cut tokens off the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """Where an answer lies in the rendered text, in characters."""
+    """Position of an answer in the rendered text, in characters."""
 
     number: int
-    """Of the message, from 1."""
+    """Number of the message, from 1."""
     spans: list[tuple[int, int]]
     end: int
-    """Where its content ends."""
+    """End of the content."""
     is_stopped: bool
-    """Do the spans hold the stop token already?"""
+    """Whether the spans include the stop token already."""
     limit: int
-    """Where the next message begins; a stop token stands before it."""
+    """Start of the next message; the stop token is before it."""
 
 
 def encode(tokenizer: Any, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
-    """The chat's token ids, with loss on the assistant's answers and their stop tokens.
+    """Tokenize a chat, with loss on the assistant's answers and their stop tokens.
 
-    An answer of `"weight": 0` carries none. Raises MaskError if the template cannot render the chat, hides where
-    an answer lies, or ends one without a stop token.
+    An answer with `"weight": 0` has no loss. Raises MaskError if the template cannot render the chat, if an answer
+    cannot be located, or if an answer ends without a stop token.
     """
     if not tokenizer.is_fast:
-        raise MaskError("the tokenizer is not a fast one: give the base model a tokenizer.json")
+        raise MaskError("the tokenizer is not a fast tokenizer: add a tokenizer.json to the base model")
     messages = _as_text(tokenizer, messages)
     text = _render(tokenizer, messages)
     ids, offsets = _tokens(tokenizer, text)
@@ -91,19 +91,19 @@ def encode(tokenizer: Any, messages: Sequence[Message], max_length: int | None =
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """The ids that a server gives the model to answer: the chat and the opening of the assistant's turn."""
+    """Return the ids of the prompt as a server renders it: the chat and the opening of the assistant's turn."""
     return _tokens(tokenizer, _render(tokenizer, _as_text(tokenizer, messages), prompt=True))[0]
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """The ids of a whole chat, with whatever the template puts after the last message."""
+    """Return the ids of a whole chat, including anything the template adds after the last message."""
     return _tokens(tokenizer, _render(tokenizer, _as_text(tokenizer, messages)))[0]
 
 
 def template_stops(tokenizer: Any) -> list[int]:
-    """The tokens with which the chat template ends an answer, inside a chat and at its end: those that are learnt.
+    """Return the stop tokens that the chat template puts after an answer, inside a chat and at its end.
 
-    Empty where the template ends answers with no special token, or shows a chat so that none can be found.
+    Empty if the template ends answers without a special token, or if none can be located.
     """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     found: list[int] = []
@@ -120,22 +120,22 @@ def template_stops(tokenizer: Any) -> list[int]:
 
 
 def is_served_alike(tokenizer: Any, messages: Sequence[Message]) -> bool:
-    """Do the chat's ids begin with those that a server gives the model for the last answer?
+    """Whether the chat's ids begin with the server's prompt for the last answer.
 
-    Not so where the tokenizer merges the end of the prompt with the start of the answer, or where the
-    template opens an answer to come in other words than one that is there.
+    False if the tokenizer merges the end of the prompt with the start of the answer, or if the template opens a pending
+    answer differently from a given one.
     """
     prompt = encode_prompt(tokenizer, messages[:-1])
     return encode(tokenizer, messages, len(prompt)).input_ids == prompt
 
 
 def let_control_tokens_be(tokenizer: Any) -> None:
-    """From now on, a control token in the text of a message is one, as where data was rendered before."""
+    """From now on, tokenize control tokens in message text as control tokens, for data that is rendered already."""
     tokenizer.control_tokens_in_text = True
 
 
 def _as_text(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
-    """The messages, in which text stays text."""
+    """Return the messages, guarded so that control tokens in their text stay text."""
     if getattr(tokenizer, "control_tokens_in_text", False):
         return list(messages)
     try:
@@ -170,7 +170,7 @@ def _render(tokenizer: Any, messages: list[Message], prompt: bool = False) -> st
 
 
 def _bare(messages: list[Message]) -> list[Message]:
-    """What a template is to see: all but our own `weight`."""
+    """Return the messages without `weight`, which is not for the template."""
     return [{key: value for key, value in each.items() if key != "weight"} for each in messages]
 
 
@@ -200,7 +200,7 @@ def _answers(tokenizer: Any, messages: list[Message], text: str) -> list[_Answer
             )
             own = [span for span in spans if before < span[0] <= end]
             if not own:
-                continue  # the template says that this one is not generated
+                continue  # the template marks this answer as not generated
             if not end <= own[-1][1] <= limit:
                 raise MaskError(
                     f"message {at + 1}: the chat template's generation marks do not enclose the answer"
@@ -212,13 +212,13 @@ def _answers(tokenizer: Any, messages: list[Message], text: str) -> list[_Answer
 
 
 def _positions(tokenizer: Any, messages: list[Message], text: str) -> dict[tuple[int, int], int]:
-    """Where the begin, the end and the end of the reasoning of each message stand in `text`.
+    """Return the positions in `text` of the start, the end and the end of the reasoning of each message.
 
-    What the template leaves out has none.
+    Parts that the template drops have no position.
     """
     if _MARKER.search(text):
-        raise MaskError("the chat has private-use characters from U+F0000 on: take them out of the data")
-    # A template may look for a tag at the beginning of a message, and so not find it behind a marker.
+        raise MaskError("the chat has private-use characters from U+F0000 on: remove them from the data")
+    # A template that checks a message for a leading tag would not find the tag behind a marker.
     for skip_tags in (False, True):
         marked = [_marked(message, at, skip_tags) for at, message in enumerate(messages)]
         pieces = _MARKER.split(_render(tokenizer, marked))
@@ -231,14 +231,14 @@ def _positions(tokenizer: Any, messages: list[Message], text: str) -> dict[tuple
             if marker:
                 key = divmod(ord(marker) - _FIRST_MARKER, len(_KINDS))
                 if key in positions and messages[key[0]]["role"] == "assistant":
-                    raise MaskError(f"message {key[0] + 1}: the chat template shows the answer twice")
+                    raise MaskError(f"message {key[0] + 1}: the chat template renders the answer twice")
                 positions.setdefault(key, at)
         return positions
-    raise MaskError("the chat template changes its own words with how a message begins or ends")
+    raise MaskError("the text of the chat template depends on how a message begins or ends")
 
 
 def _marked(message: Message, at: int, skip_tags: bool) -> Message:
-    """The message with markers inside the white space around its content, which a template may trim."""
+    """Return the message with markers inside the surrounding white space of its content, which a template may trim."""
     content = message["content"]
     if not isinstance(content, str):
         raise MaskError(f"message {at + 1}: the content must be text")
@@ -261,18 +261,18 @@ def _marked(message: Message, at: int, skip_tags: bool) -> Message:
 
 def _end(positions: dict[tuple[int, int], int], at: int) -> int:
     if (at, _END) not in positions:
-        raise MaskError(f"message {at + 1}: the chat template leaves out the end of the answer")
+        raise MaskError(f"message {at + 1}: the chat template drops the end of the answer")
     return positions[at, _END]
 
 
 def _start(
     tokenizer: Any, messages: list[Message], text: str, at: int, positions: dict[tuple[int, int], int]
 ) -> int:
-    """Where the answer begins in a text without generation marks."""
+    """Return the start of an answer in text without generation marks."""
     prompt = _render(tokenizer, messages[:at], prompt=True)
     if text.startswith(prompt) and len(prompt) <= positions[at, _END]:
         return len(prompt)
-    # The template rewrites earlier turns, or opens an answer to come in other words: begin with the content.
+    # The template rewrites earlier turns, or opens a pending answer differently: start at the content.
     content = messages[at]["content"]
     if (at, _BEGIN) in positions:
         start, before, after = positions[at, _BEGIN], 0, len(content) - len(content.lstrip())
@@ -280,15 +280,15 @@ def _start(
         *_, found = _REASONING_END.finditer(content)
         start, before, after = positions[at, _AFTER_REASONING], found.start() + len("</think>"), found.end()
     else:
-        raise MaskError(f"message {at + 1}: the chat template leaves out the beginning of the answer")
-    if before < after:  # white space, of which the template keeps perhaps some
+        raise MaskError(f"message {at + 1}: the chat template drops the beginning of the answer")
+    if before < after:  # white space, some of which the template may keep
         bare = messages[at] | {"content": content[:before] + content[after:]}
         start -= len(text) - len(_render(tokenizer, [*messages[:at], bare, *messages[at + 1 :]]))
     return start
 
 
 def _marked_spans(tokenizer: Any, messages: list[Message], template: str) -> list[tuple[int, int]]:
-    """What the template's own generation marks enclose, in characters of the rendered text."""
+    """Return the spans of the template's generation marks, in characters of the rendered text."""
     _, spans = render_jinja_template(
         conversations=[_bare(messages)],
         chat_template=template,
@@ -300,7 +300,7 @@ def _marked_spans(tokenizer: Any, messages: list[Message], template: str) -> lis
 
 
 def _begins(tokenizer: Any, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
-    """The character each token begins at, with the spaces that some byte-level tokenizers leave out of offsets."""
+    """Return the first character of each token, including spaces that some byte-level tokenizers omit from offsets."""
     begins = []
     before = 0
     for token, (start, end) in zip(ids, offsets, strict=True):
@@ -313,8 +313,11 @@ def _begins(tokenizer: Any, ids: list[int], offsets: list[tuple[int, int]]) -> l
 
 
 def _stop(tokenizer: Any, ids: list[int], begins: list[int], answer: _Answer) -> int:
-    """The token that ends the answer: the first special one after it, or the end token that follows that one
-    directly, as in `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`."""
+    """Return the index of the stop token of an answer.
+
+    It is the first special token after the answer, or an end token that follows that one directly, as in
+    `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`.
+    """
     special, stops = _stop_tokens(tokenizer, tokenizer.get_chat_template(), tokenizer.eos_token_id)
     beyond = bisect_left(begins, answer.limit)
     at = bisect_left(begins, answer.end if answer.is_stopped else answer.spans[-1][1])
@@ -323,7 +326,7 @@ def _stop(tokenizer: Any, ids: list[int], begins: list[int], answer: _Answer) ->
     if at == beyond or ids[at] not in stops:
         raise MaskError(
             f"message {answer.number}: the chat template ends the answer with no special token of this tokenizer, "
-            "so that the model would never learn to stop; set a prompt template that ends answers with "
+            "so the model would never learn to stop: set a prompt template that ends answers with "
             f"{tokenizer.eos_token or 'the end token'}"
         )
     end = at
@@ -336,14 +339,14 @@ def _stop(tokenizer: Any, ids: list[int], begins: list[int], answer: _Answer) ->
 
 @lru_cache(maxsize=4)
 def _stop_tokens(tokenizer: Any, template: str, end: int | None) -> tuple[set[int], set[int]]:
-    """All special tokens, and those that may end an answer: not the ones that open a text or the next turn."""
+    """Return all special tokens, and those that may end an answer: not those that open a text or a turn."""
     question = [{"role": "user", "content": "?"}]
     asked = tokenizer(_render(tokenizer, question), add_special_tokens=False)["input_ids"]
     prompt = encode_prompt(tokenizer, question)
     shared = next(
         (at for at, pair in enumerate(zip(asked, prompt, strict=False)) if pair[0] != pair[1]), len(asked)
     )
-    # Some vocabularies hold white space and line breaks as added tokens.
+    # Some vocabularies have white space and line breaks as added tokens.
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if str(added).strip()}
     openers = {*prompt[shared:], tokenizer.bos_token_id}
     return special, {token for token in special if token == end or token not in openers}

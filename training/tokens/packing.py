@@ -1,8 +1,8 @@
-"""Several rows in one of full length, none of which sees another.
+"""Packs several rows into one row of full length, without attention between them.
 
-Batches are (rows, max_length) with positions that begin anew in each row that was packed: from them the attention
-mask follows. One long row for the whole batch, as kernels of variable length want it, costs other kernels the
-square of the batch size.
+Batches are (rows, max_length), with positions that restart in each packed row; the attention mask follows from them.
+One long row for the whole batch, as variable-length kernels want it, would cost other kernels the square of the batch
+size.
 """
 
 from bisect import bisect_left, insort
@@ -11,22 +11,22 @@ from typing import Any
 
 import torch
 
-IGNORED = -100  # the label that transformers leaves out of the loss
-_PROBE = 8  # tokens of each row that is_exact tries
+IGNORED = -100  # the label without loss in transformers
+_PROBE = 8  # tokens per row in the test of is_exact
 _TOLERANCE = {torch.float32: 1e-3}
 _COARSE = 0.1
 
 Row = dict[str, Any]
-"""`input_ids` and `labels`; a packed one has `seq_lengths` too, the lengths of what is in it."""
+"""`input_ids` and `labels`; packed rows also have `seq_lengths`, the lengths of the rows in them."""
 
 
 def pack(rows: Sequence[Row], max_length: int) -> list[Row]:
-    """Rows put together, longest first, each where it leaves the least room: no row is cut.
+    """Pack rows by best fit, longest first; no row is cut.
 
-    The first label of each is dropped, for it would be foretold from the row before.
+    The first label of each row is dropped, since it would be predicted from the previous row.
     """
     bins: list[list[Row]] = []
-    rooms: list[tuple[int, int]] = []  # what is left in each bin, and the bin; in order
+    rooms: list[tuple[int, int]] = []  # (free tokens, bin number), sorted
     for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
         length = len(row["input_ids"])
         tightest = bisect_left(rooms, (length, 0))
@@ -48,7 +48,7 @@ def pack(rows: Sequence[Row], max_length: int) -> list[Row]:
 
 
 def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """A batch of rows, packed or not. What fills it up sees itself alone, and nothing is learnt of it."""
+    """Collate rows, packed or not, into a batch. Padding attends only to itself and has no loss."""
     length = max(len(row["input_ids"]) for row in rows)
     shape = (len(rows), length)
     batch = {
@@ -67,9 +67,9 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def is_exact(model: Any) -> bool:
-    """Does this architecture keep packed rows apart, and give each what it gives it alone?
+    """Whether this architecture keeps packed rows apart: each gets the same logits as alone.
 
-    Tried, not looked up: some take no positions, or carry a state from one row into the next.
+    This is tested on the model, since some architectures ignore positions or carry state from one row into the next.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = (torch.arange(3 * _PROBE) * 7919 % vocabulary).tolist()
@@ -84,7 +84,7 @@ def is_exact(model: Any) -> bool:
 
 
 def _logits(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:
-    """Of the last row, packed after the others."""
+    """Return the logits of the last row, packed after the others."""
     packed = {
         "input_ids": [token for row in rows for token in row],
         "labels": [IGNORED] * sum(map(len, rows)),

@@ -1,7 +1,7 @@
-"""What a stage will learn from, for people: rows as the model sees them, with the tokens that carry loss marked.
+"""Shows the training data of a job: rows as the model sees them, with loss tokens marked.
 
-Shown is what the token ids say, not what the files say: what the template adds, what max_length cuts off, which tokens
-are special, and characters that are not to be seen otherwise.
+The output comes from the token ids, not from the files. It shows additions of the template, cuts by max_length, special
+tokens and invisible characters.
 """
 
 import os
@@ -21,7 +21,7 @@ _RESET, _BOLD, _FAINT, _GREEN, _RED, _REVERSE = "0", "1", "2", "32", "31", "7"
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Is it a terminal, of someone who has not set NO_COLOR?"""
+    """Whether the stream is a terminal and NO_COLOR is not set."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
@@ -35,11 +35,10 @@ def preview(
     reads_on: bool = False,
     packing: bool | None = False,
 ) -> Iterator[str]:
-    """Lines to print: a legend, the first `shown` rows, and figures about all of them.
+    """Yield lines to print: a legend, the first `shown` rows, and statistics of all rows.
 
-    `rows` are canonical rows of any one kind. `reads_on`: every token of them is learnt, and long ones are read in
-    parts, as stage pt does; `packing` puts those together, None: if the base can keep them apart. Without `colour`,
-    marks stand for it.
+    `rows` are canonical rows of one kind. With `reads_on`, every token has loss and long rows are split, as in stage
+    pt; `packing` packs the parts (None: if the base model can keep them apart). Without `colour`, marks replace colors.
     """
     pen = _Pen(colour)
     yield pen.legend()
@@ -74,19 +73,19 @@ def _packed(lengths: list[int], packing: bool | None, max_length: int) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """One sequence of tokens that a row makes, whole."""
+    """One token sequence of a row, uncut."""
 
     title: str
     ids: list[int]
     mask: list[int]
     begin: int = 0
-    """What is before is the same as in the part before, and not shown again."""
+    """Tokens before this index are the same as in the previous part and not shown again."""
     is_bad: bool = False
-    """Is it an answer that the model is to unlearn?"""
+    """Whether the answer is rejected or labeled bad."""
     is_served_alike: bool = True
-    """Does it begin with the tokens that a server would give the model?"""
+    """Whether it begins with the tokens of the server's prompt."""
     lengths: Sequence[int] = ()
-    """Of the rows that a document is read as."""
+    """Lengths of the parts that a document is split into."""
 
 
 def _document(row: Row, tokenizer: Any, max_length: int) -> _Part:
@@ -119,7 +118,7 @@ def _chat(
     prompt = encode_prompt(tokenizer, messages[:-1])
     begin = mask.index(1) if after else 0
     if after and ids[:begin] != after.ids[:begin]:
-        begin = 0  # the template says something else before this answer
+        begin = 0  # the template renders a different prompt before this answer
     return _Part(title, ids, mask, begin, is_bad, ids[: len(prompt)] == prompt)
 
 
@@ -130,20 +129,22 @@ def _show(
         learnt = sum(part.mask) if part.lengths else sum(part.mask[:max_length])
         facts = [f"{len(part.ids):,} tokens", f"{learnt:,} with loss"]
         if len(part.lengths) > 1:
-            facts.append(f"read in {len(part.lengths):,} parts of at most {max_length:,}, the first is shown")
+            facts.append(
+                f"split into {len(part.lengths):,} parts of at most {max_length:,}, the first is shown"
+            )
         elif len(part.ids) > max_length:
-            facts.append(f"over max_length {max_length:,}, shown up to there")
+            facts.append(f"over max_length {max_length:,}, shown up to it")
             if any(part.mask) and not learnt:
                 facts.append("no answer is left")
         if not part.is_served_alike:
-            facts.append("a server gives the model other tokens before the answer")
+            facts.append("the server's prompt has different tokens")
         yield f"{pen.title(f'row {number} of {rows}, {part.title}')}  {', '.join(facts)}"
         yield _text(part, tokenizer, pen, max_length).removesuffix("\n")
 
 
 def _text(part: _Part, tokenizer: Any, pen: "_Pen", max_length: int) -> str:
     special = tokenizer.added_tokens_decoder
-    # Tokens may hold parts of a character: only a whole run of alike tokens is turned into text.
+    # A token may be part of a character, so decode whole runs of tokens of the same kind.
     cut = _whole_characters(tokenizer, part.ids[: part.lengths[0] if part.lengths else max_length])
     kinds = [
         (bool(loss), at if token in special else -1)
@@ -153,7 +154,7 @@ def _text(part: _Part, tokenizer: Any, pen: "_Pen", max_length: int) -> str:
     before, seen = part.begin, tokenizer.decode(cut[: part.begin])
     for kind, run in groupby(kinds[part.begin :]):
         end = before + len(list(run))
-        # The run in its place: alone, a tokenizer may leave out the space it begins with.
+        # Decode the run in context: alone, a tokenizer may drop its leading space.
         whole = tokenizer.decode(cut[:end])
         text = whole[len(seen) :] if whole.startswith(seen) else tokenizer.decode(cut[before:end])
         shown.append((text, kind[0], kind[1] >= 0))
@@ -162,7 +163,7 @@ def _text(part: _Part, tokenizer: Any, pen: "_Pen", max_length: int) -> str:
 
 
 def _whole_characters(tokenizer: Any, ids: list[int]) -> list[int]:
-    """`ids` without the last ones if those are but the beginning of a character."""
+    """Return `ids` without an incomplete character at the end."""
     for spare in range(4):
         shorter = ids[: len(ids) - spare]
         if not tokenizer.decode(shorter).endswith("\ufffd"):
@@ -172,7 +173,7 @@ def _whole_characters(tokenizer: Any, ids: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Pen:
-    """How loss and special tokens are made visible: in colour, or by marks around them."""
+    """Marks loss and special tokens, by color or by characters around them."""
 
     colour: bool
 
@@ -187,7 +188,7 @@ class _Pen:
         return self._style(text, _BOLD) if self.colour else f"── {text} ──"
 
     def paint(self, runs: Sequence[tuple[str, bool, bool]], is_bad: bool = False) -> str:
-        """`runs` are texts, each with: does it carry loss, is it a special token."""
+        """Render `runs` of (text, has loss, is a special token)."""
         painted = []
         for loss, group in groupby(runs, key=lambda run: run[1]):
             texts = [(_visible(text), special) for text, _, special in group]
@@ -210,7 +211,7 @@ class _Pen:
 
 
 def _visible(text: str) -> str:
-    """The text without anything that would move the cursor, hide or turn around what it stands in."""
+    """Return the text with control and invisible characters made visible."""
     return "".join(map(_visible_character, text))
 
 
@@ -224,18 +225,18 @@ def _visible_character(character: str) -> str:
 
 @dataclass
 class _Figures:
-    """What is counted over all rows."""
+    """Statistics of all rows."""
 
     max_length: int
     lengths: list[tuple[int, int]] = field(default_factory=list)
-    """Tokens of a row, and its number; of a pair, those of the longer answer."""
+    """Length of each row in tokens (of a pair: with the longer answer), and its number."""
     tokens: int = 0
     learnt: int = 0
     emptied: int = 0
     served_otherwise: list[int] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
     read_as: list[int] = field(default_factory=list)
-    """Lengths of the rows that documents are read as."""
+    """Lengths of the parts of all documents."""
 
     def count(self, number: int, parts: list[_Part]) -> None:
         self.lengths.append((max(len(part.ids) for part in parts), number))
@@ -254,18 +255,18 @@ class _Figures:
         if not self.lengths:
             return
         share = self.learnt / max(1, self.tokens)
-        yield f"tokens    {self.tokens:,}, of which {self.learnt:,} ({share:.0%}) carry loss"
+        yield f"tokens    {self.tokens:,}, of which {self.learnt:,} ({share:.0%}) have loss"
         longest, number = max(self.lengths, key=lambda found: found[0])
         ordered = sorted(length for length, _ in self.lengths)
         shares = (f"{share} % up to {ordered[(len(ordered) - 1) * share // 100]:,}" for share in (50, 90, 99))
         yield f"length    {', '.join(shares)}; longest {longest:,} (row {number})"
         over = sum(length > self.max_length for length in ordered)
-        left = f", of which {self.emptied:,} keep no answer" if self.emptied else ""
-        left += ", read in parts" if self.read_as and over else ""
+        left = f", of which {self.emptied:,} lose the whole answer" if self.emptied else ""
+        left += ", split into parts" if self.read_as and over else ""
         yield f"too long  {over:,} over max_length {self.max_length:,}{left}"
         if self.served_otherwise:
             yield (
                 f"served    {len(self.served_otherwise):,} rows, the first is row {self.served_otherwise[0]}, do not "
-                "begin as a server's prompt does: the template opens an answer to come in other words, or the "
-                "tokenizer merges the prompt's end with the answer's start"
+                "begin with the server's prompt: the template opens a pending answer differently, or the tokenizer "
+                "merges the end of the prompt with the start of the answer"
             )

@@ -1,10 +1,10 @@
-"""What ends an answer: decided here, once, for all that is learnt, sampled, proved and served.
+"""Stop tokens and stop strings of answers, decided here once for training, sampling, proving and serving.
 
-An answer ends at what the base model itself stops at, as an engine reads it: the end tokens of
-generation_config.json, or else of config.json, and the tokenizer's own. It also ends at the token with which the chat
-template ends an answer, since that is what training teaches: on Qwen's base models <|im_end|>, while the model and
-its tokenizer know <|endoftext|> alone. A named template has its stop texts. One that is a token of the tokenizer
-counts as that token: an engine takes special tokens out of the text in which it looks for texts.
+An answer ends at the base model's own end tokens, as an engine reads them: those of generation_config.json, or else of
+config.json, and that of the tokenizer. It also ends at the token with which the chat template ends an answer, since
+training teaches that one: <|im_end|> on Qwen's base models, whose model and tokenizer files only name <|endoftext|>. A
+named template adds its stop strings. A stop string that is a token of the tokenizer counts as that token, because an
+engine removes special tokens from the text that it searches for stop strings.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,11 +19,11 @@ from training.tokens.loss_mask import template_stops
 
 @dataclass(frozen=True)
 class Stops:
-    """What ends an answer."""
+    """Stop tokens and stop strings."""
 
     token_ids: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
-    """Those that are no token of the tokenizer."""
+    """Stop strings that are not tokens of the tokenizer."""
 
 
 def find_stops(
@@ -33,9 +33,10 @@ def find_stops(
     texts: Sequence[str] = (),
     token_ids: Sequence[int] = (),
 ) -> Stops:
-    """What ends an answer of the base model in `folder`, with the chat template that its `tokenizer` holds.
+    """Return the stops for the base model in `folder`, with the chat template of `tokenizer`.
 
-    `texts` are those of a named template, `token_ids` those of the adapter that training goes on with.
+    `texts` are the stop strings of a named template, `token_ids` the stop tokens of the adapter that training continues
+    from.
     """
     of_tokenizer = tokenizer.get_added_vocab()
     found = [
@@ -52,10 +53,10 @@ def find_stops(
 
 
 def model_stops(folder: Path, config: PreTrainedConfig) -> list[int]:
-    """The end tokens that a base model's files name, as engines read them."""
+    """Return the end tokens in a base model's files, as engines read them."""
     try:
         named = GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:  # there is no such file
+    except OSError:  # no such file
         named = None
     if named is None:
         named = getattr(config.get_text_config(), "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""Packed rows: none is cut or lost, and each is to the model what it is alone."""
+"""Packed rows: none is cut or lost, and the model treats each as if it were alone."""
 
 import random
 from typing import Any
@@ -33,7 +33,7 @@ def split(packed: Row) -> list[list[int]]:
     return found
 
 
-def test_no_row_is_cut_lost_or_put_where_it_does_not_fit() -> None:
+def test_no_row_is_cut_lost_or_overflows() -> None:
     chance = random.Random(1)
     given = rows([chance.randrange(2, 65) for _ in range(200)])
     packed = pack(given, 64)
@@ -44,12 +44,12 @@ def test_no_row_is_cut_lost_or_put_where_it_does_not_fit() -> None:
     assert packed == pack(given, 64)
 
 
-def test_no_row_is_foretold_from_the_one_before() -> None:
+def test_no_row_is_predicted_from_the_previous_one() -> None:
     (packed,) = pack(rows([5, 4, 3]), 64)
     assert [packed["labels"][at] for at in (0, 5, 9)] == [IGNORED] * 3
 
 
-def test_what_fills_a_batch_up_is_never_learnt() -> None:
+def test_padding_has_no_loss() -> None:
     batch = collate(pack(rows([30, 30]), 64) + pack(rows([5]), 64))
     assert batch["input_ids"].shape == (2, 60)
     assert set(batch["labels"][1, 5:].tolist()) == {IGNORED}
@@ -59,7 +59,7 @@ def test_what_fills_a_batch_up_is_never_learnt() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", PACKABLE)
-def test_the_loss_of_a_packed_batch_is_that_of_its_rows_alone(architecture: str, attention: str) -> None:
+def test_packing_does_not_change_the_loss(architecture: str, attention: str) -> None:
     model = tiny_model(architecture, attention)
     given = rows([9, 5, 12, 7, 3])
     batch = collate(pack(given, 16))
@@ -82,10 +82,10 @@ def tensors(row: Row) -> dict[str, Any]:
     return {"input_ids": torch.tensor([row["input_ids"]])}
 
 
-def test_an_architecture_that_takes_no_positions_is_told_apart() -> None:
+def test_an_architecture_without_positions_is_detected() -> None:
     assert not is_exact(tiny_model("bloom"))
 
 
-def test_an_architecture_with_a_state_is_told_apart() -> None:
+def test_an_architecture_with_state_is_detected() -> None:
     config = AutoConfig.for_model("mamba", vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4)
     assert not is_exact(AutoModelForCausalLM.from_config(config))

@@ -33,30 +33,30 @@ def test_a_chat_is_shown_as_the_model_sees_it(tokenizer: Any) -> None:
     ) in lines([CHAT], tokenizer)
 
 
-def test_an_imitation_of_a_special_token_is_not_taken_for_one(tokenizer: Any) -> None:
+def test_text_like_a_special_token_is_not_marked_as_one(tokenizer: Any) -> None:
     row = {"messages": [ASKED, {"role": "assistant", "content": "<|im_fin|>"}]}
     assert "⟦<|im_fin|>«<|im_end|>»⟧" in lines([row], tokenizer)
 
 
-def test_colour_is_the_same_text(tokenizer: Any) -> None:
+def test_colour_does_not_change_the_text(tokenizer: Any) -> None:
     coloured = lines([CHAT], tokenizer, colour=True)
     assert "\033[32m龘休息。\033[0m\033[32;7m<|im_end|>\033[0m" in coloured
     bare = re.sub(r"\033\[[\d;]+m", "", coloured).replace("row 1 of 1, chat", "── row 1 of 1, chat ──")
     assert bare == re.sub("[«»⟦⟧]", "", lines([CHAT], tokenizer))
 
 
-def test_no_line_of_a_coloured_answer_leaves_its_colour_to_the_next(tokenizer: Any) -> None:
+def test_colour_is_reset_on_each_line(tokenizer: Any) -> None:
     row = {"messages": [ASKED, {"role": "assistant", "content": "1.\n\n2."}]}
     assert "\033[32m1.↵\033[0m\n\033[32m↵\033[0m\n\033[32m2.\033[0m" in lines([row], tokenizer, colour=True)
 
 
-def test_what_is_not_to_be_seen_is_named(tokenizer: Any) -> None:
+def test_invisible_characters_are_shown(tokenizer: Any) -> None:
     row = {"text": "a\tb\x1b[31m\u200b\u202ec\r"}
     shown = lines([row], tokenizer, reads_on=True)
     assert "⟦a⇥\tb<U+001B>[31m<U+200B><U+202E>c<U+000D>«" in shown
 
 
-def test_a_character_that_is_cut_in_two_is_left_out(tokenizer: Any) -> None:
+def test_an_incomplete_character_is_dropped(tokenizer: Any) -> None:
     row = {"messages": [ASKED, {"role": "assistant", "content": "a" + "龘" * 20}]}
     prompt = tokenizer.apply_chat_template([ASKED], add_generation_prompt=True, return_dict=False)
     for length in range(10, 20):
@@ -64,30 +64,30 @@ def test_a_character_that_is_cut_in_two_is_left_out(tokenizer: Any) -> None:
         assert f"⟦a{'龘' * ((length - 1) // 3)}⟧…" in shown
 
 
-def test_a_document_is_learnt_whole_with_the_token_that_ends_it(tokenizer: Any) -> None:
+def test_all_tokens_of_a_document_have_loss(tokenizer: Any) -> None:
     shown = lines([{"text": "龘休息。"}], tokenizer, reads_on=True)
     length = len(tokenizer("龘休息。").input_ids) + 1
     told = (
         rf"row 1 of 1, document ──  {length} tokens, {length} with loss\n⟦龘休息。«(<\|endoftext\|>|</s>)»⟧"
     )
     assert re.search(told, shown)
-    assert "(100%) carry loss" in shown
+    assert "(100%) have loss" in shown
 
 
-def test_a_chat_that_is_read_on_carries_loss_in_all_its_turns(tokenizer: Any) -> None:
+def test_all_turns_of_a_chat_read_as_a_document_have_loss(tokenizer: Any) -> None:
     shown = lines([CHAT], tokenizer, reads_on=True)
     assert "chat read as a document" in shown
     assert "\n⟦«<|im_start|>»system↵" in shown
 
 
-def test_a_long_document_is_read_in_parts(tokenizer: Any) -> None:
+def test_a_long_document_is_split(tokenizer: Any) -> None:
     row = {"text": "休息" * 50}
     length = len(tokenizer(row["text"]).input_ids) + 1
     shown = lines([row, row], tokenizer, reads_on=True, max_length=40, packing=None)
     count = math.ceil(length / 40)
-    assert f"{length} with loss, read in {count} parts of at most 40, the first is shown\n⟦休息" in shown
-    assert f"{2 * length} (100%) carry loss" in shown
-    assert "\ntoo long  2 over max_length 40, read in parts\n" in shown
+    assert f"{length} with loss, split into {count} parts of at most 40, the first is shown\n⟦休息" in shown
+    assert f"{2 * length} (100%) have loss" in shown
+    assert "\ntoo long  2 over max_length 40, split into parts\n" in shown
 
 
 @pytest.mark.parametrize(
@@ -101,20 +101,20 @@ def test_a_long_document_is_read_in_parts(tokenizer: Any) -> None:
         (False, "no: 3 rows, each a document or a part of one"),
     ],
 )
-def test_packing_is_told(packing: bool | None, told: str) -> None:
+def test_packing_is_shown(packing: bool | None, told: str) -> None:
     tokenizer = byte_level(eos_token="<|im_end|>")
     rows = [{"text": "龘" * 5}, {"text": "龘"}, {"text": "龘" * 3}]  # 16, 4 and 10 tokens
     shown = lines(rows, tokenizer, reads_on=True, packing=packing, max_length=21)
     assert f"\npacked    {told.format(full=30 / 42)}" in shown
 
 
-def test_a_pair_is_its_prompt_and_both_answers(tokenizer: Any) -> None:
+def test_a_pair_shows_its_prompt_and_both_answers(tokenizer: Any) -> None:
     shown = lines(
         [{"prompt": [ASKED, ANSWERED, ASKED], "chosen": [ANSWERED], "rejected": [REPLY]}], tokenizer
     )
     assert shown.count("鬱悶") == 2
     assert re.search(r"row 1 of 1, chosen ──  \d+ tokens, \d+ with loss\n«", shown)
-    assert "龘休息。«<|im_end|>»↵\n«<|im_start|>»user" in shown, "answers in the prompt carry no loss"
+    assert "龘休息。«<|im_end|>»↵\n«<|im_start|>»user" in shown, "answers in the prompt have no loss"
     assert "⟦龘休息。«<|im_end|>»⟧↵\n── row 1 of 1, rejected ──" in shown
     assert "⟦No.«<|im_end|>»⟧↵" in shown
 
@@ -135,13 +135,13 @@ def test_feedback(label: bool, title: str, ink: str, tokenizer: Any) -> None:
     assert f"\033[{ink}mNo." in shown
 
 
-def test_a_prompt_ends_where_the_model_is_to_answer(tokenizer: Any) -> None:
+def test_a_prompt_ends_with_the_opening_of_the_answer(tokenizer: Any) -> None:
     shown = lines([{"prompt": [ASKED], "reference": "x"}], tokenizer)
     assert "«<|im_start|>»assistant↵\n\nrows" in shown
     assert ", 0 with loss" in shown
 
 
-def test_the_figures_are_of_all_rows(tokenizer: Any) -> None:
+def test_statistics_cover_all_rows(tokenizer: Any) -> None:
     long = {"messages": [{"role": "user", "content": "休息" * 200}, ANSWERED]}
     shown = lines([CHAT, CHAT, long], tokenizer, shown=1, max_length=120)
     assert shown.count("──") == 2
@@ -151,16 +151,16 @@ def test_the_figures_are_of_all_rows(tokenizer: Any) -> None:
     assert f"\ntokens    {2 * len(ids) + longest:,}, of which " in shown
     assert f"\nlength    50 % up to {len(ids)}, 90 % up to {len(ids)}, " in shown
     assert f"; longest {longest} (row 3)\n" in shown
-    assert shown.endswith("\ntoo long  1 over max_length 120, of which 1 keep no answer")
+    assert shown.endswith("\ntoo long  1 over max_length 120, of which 1 lose the whole answer")
 
 
-def test_a_row_that_is_too_long_says_so(tokenizer: Any) -> None:
+def test_a_row_that_is_too_long_is_marked(tokenizer: Any) -> None:
     shown = lines([CHAT], tokenizer, max_length=5)
     assert "with loss, " not in shown.split("\n")[0]
-    assert "0 with loss, over max_length 5, shown up to there, no answer is left" in shown
+    assert "0 with loss, over max_length 5, shown up to it, no answer is left" in shown
 
 
-def test_a_row_that_cannot_be_used_does_not_hide_the_others() -> None:
+def test_an_unusable_row_does_not_hide_the_others() -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
     tokenizer = byte_level(chat_template=template + named("chatml").jinja, eos_token="<|im_end|>")
     shown = lines([CHAT, {"messages": [ASKED, ANSWERED]}], tokenizer)
@@ -169,20 +169,20 @@ def test_a_row_that_cannot_be_used_does_not_hide_the_others() -> None:
     assert "\nunusable  1, the first is row 1: " in shown
 
 
-def test_rows_that_a_server_would_prompt_otherwise_are_told() -> None:
+def test_rows_with_a_different_server_prompt_are_reported() -> None:
     template = named("chatml").jinja.replace(
         "{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}"
     )
     shown = lines([CHAT], byte_level(chat_template=template, eos_token="<|im_end|>"))
-    assert "a server gives the model other tokens before the answer" in shown
-    assert "\nserved    1 rows, the first is row 1, do not begin as a server's prompt does" in shown
+    assert "the server's prompt has different tokens" in shown
+    assert "\nserved    1 rows, the first is row 1, do not begin with the server's prompt" in shown
 
 
 def test_no_rows() -> None:
     assert lines([], byte_level()).endswith("\nrows      0")
 
 
-def test_colour_is_for_terminals_of_those_who_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colour_is_for_terminals_without_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -1,4 +1,4 @@
-"""What ends an answer: one rule for whatever a base model's files say and its chat template shows."""
+"""Stop tokens: one rule for all combinations of a base model's files and its chat template."""
 
 import itertools
 from pathlib import Path
@@ -29,7 +29,7 @@ def stops(folder: Path, *texts: str, token_ids: tuple[int, ...] = ()) -> tuple[s
     ("of_template", "of_tokenizer", "of_generation"),
     list(itertools.product([IM_END, END_OF_TEXT], [IM_END, END_OF_TEXT], [IM_END, END_OF_TEXT, None])),
 )
-def test_all_that_ends_an_answer_is_found_and_what_is_learnt_is_among_it(
+def test_all_stop_tokens_are_found_including_the_trained_one(
     tiny_dir: Path, tmp_path: Path, of_template: str, of_tokenizer: str, of_generation: str | None
 ) -> None:
     folder = base(
@@ -47,7 +47,7 @@ def test_all_that_ends_an_answer_is_found_and_what_is_learnt_is_among_it(
     assert learnt[-1] == IDS[of_template], "the end that is taught is not the template's"
 
 
-def test_a_template_that_ends_turns_otherwise_within_a_chat_than_at_its_end(tiny_dir: Path) -> None:
+def test_a_template_with_different_stops_inside_and_at_the_end(tiny_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir / "models" / "tiny")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
@@ -73,7 +73,7 @@ def test_several_end_tokens_of_a_generation_config(tiny_dir: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("of_tokenizer", [IM_END, END_OF_TEXT])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_named_template_ends_where_it_teaches_to(
+def test_every_named_template_stops_where_it_is_trained_to(
     tiny_dir: Path, tmp_path: Path, name: str, of_tokenizer: str
 ) -> None:
     folder = base(
@@ -92,7 +92,7 @@ def test_every_named_template_ends_where_it_teaches_to(
     assert learnt[-1] in found or tokenizer.decode(learnt).endswith(texts)
 
 
-def test_a_model_under_training_ends_where_its_base_does(load_sft: LoadJob, tmp_path: Path) -> None:
+def test_a_model_in_training_has_the_stops_of_its_base(load_sft: LoadJob, tmp_path: Path) -> None:
     found = find_base(load_sft(chat_template="qwen"), AdapterStore(tmp_path))
     assert found.causal_lm().generation_config.eos_token_id == list(found.stops.token_ids)
     assert found.stops.token_ids

@@ -17,7 +17,9 @@ def tokenizer(tiny_dir: Path) -> Any:
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_a_new_token_begins_as_the_mean_of_its_pieces(tiny_dir: Path, tokenizer: Any, is_tied: bool) -> None:
+def test_a_new_token_is_initialized_to_the_mean_of_its_pieces(
+    tiny_dir: Path, tokenizer: Any, is_tied: bool
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_dir / "models" / "tiny", tie_word_embeddings=is_tied)
     before = [side.weight.detach().clone() for side in sides(model)]
     old = {word: tokenizer(word).input_ids for word in WORDS}
@@ -38,7 +40,7 @@ def sides(model: Any) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
-def test_a_word_within_a_text_is_one_token(tokenizer: Any) -> None:
+def test_a_new_word_in_a_text_is_one_token(tokenizer: Any) -> None:
     text = "口服阿莫西林，一日三次"
     (token,) = add_tokens(tokenizer, WORDS[:1])
     ids = tokenizer(text).input_ids
@@ -46,9 +48,9 @@ def test_a_word_within_a_text_is_one_token(tokenizer: Any) -> None:
     assert tokenizer.decode(ids) == text
 
 
-def test_words_that_are_tokens_already_are_told(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_words_that_are_already_tokens_are_logged(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert len(add_tokens(tokenizer, ["a", *WORDS])) == len(WORDS)
-    assert "1 of 4 new tokens are tokens of the base model already, such as a" in caplog.text
-    with pytest.raises(ConfigError, match="each of them is a token of the base model already"):
+    assert "1 of 4 new tokens are already tokens of the base model, such as a" in caplog.text
+    with pytest.raises(ConfigError, match="all of them are already tokens of the base model"):
         add_tokens(tokenizer, ["a", "b"])
     assert add_tokens(tokenizer, []) == {}
