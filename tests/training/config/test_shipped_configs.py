@@ -22,7 +22,7 @@ from training.demo.corpus import write_corpus
 
 ROOT = Path(training.__file__).parents[1]
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
-DOCUMENTS = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*/*.md")])
 DATA_DIR = Path("xinglin-data")
 ROWS = 24
 
