@@ -7,7 +7,7 @@ continue from, and some rows of the demo's data. Only the settings that decide h
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from shutil import copytree
+from shutil import copy, copytree
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from training.demo.corpus import write_corpus
 
 ROOT = Path(training.__file__).parents[1]
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
-DOCUMENTS = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("en/*.md")])
 DATA_DIR = Path("xinglin-data")
 ROWS = 24
 
@@ -54,6 +54,8 @@ def named_there(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for file in (data_dir / "demo").iterdir():
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:ROWS]))
     copytree(tiny_dir / "models", data_dir / "models")
+    copytree(tiny_dir / "models" / "tiny", data_dir / "models" / "xinglin-demo")
+    copy(data_dir / "demo" / "leaflet.jsonl", folder / "mine.jsonl")
     for name, files, changes in (
         ("my-doctor", "doctor", {"max_steps": 2}),
         ("my-doctor-rm", "pairs", {"stage": "rm", "golden": None, "max_steps": 8}),
@@ -132,3 +134,8 @@ def test_the_job_publishes_its_adapter_or_base(job: dict[str, Any], here: Path, 
 
 def test_there_are_jobs_in_the_documents() -> None:
     assert any(jobs_in(document) for document in DOCUMENTS)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "en").glob("*.md")), ids=lambda page: page.stem)
+def test_both_languages_show_the_same_jobs(page: Path) -> None:
+    assert jobs_in(ROOT / "docs" / "zh" / page.name) == jobs_in(page)
