@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import Manifest
+from adapters.ref import folder_name
 from app.engine.base import Endpoint
 from app.errors import ApiError
 from app.exchange.observers import Texts
@@ -51,7 +52,7 @@ class Shadow:
     def __init__(self, folder: Path, bases: Bases, metrics: Metrics, *, keep_texts: bool) -> None:
         """Comparisons go to `<folder>/<name>.jsonl`, with the texts only if `keep_texts`."""
         self._folder = folder
-        self._hosts = bases
+        self._bases = bases
         self._metrics = metrics
         self._keep_texts = keep_texts
         self._waiting: deque[Original] = deque()
@@ -87,7 +88,7 @@ class Shadow:
         self._metrics.shadow_answers.labels(original.shadow.name, outcome).inc()
 
     async def _answer(self, original: Original) -> str:
-        residency = self._hosts.of(original.shadow).residency
+        residency = self._bases.of(original.shadow).residency
         lease = residency.lease_if_free(original.shadow)
         if lease is None:
             return "dropped"
@@ -129,7 +130,7 @@ class Shadow:
         name = original.shadow.name
         if name not in self._files:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path = self._folder / f"{name}.jsonl"
+            path = self._folder / f"{folder_name(name)}.jsonl"
             self._files[name] = RotatingFileHandler(
                 path, maxBytes=_MAX_FILE_BYTES, backupCount=1, encoding="utf-8"
             )

@@ -74,7 +74,11 @@ async def _operate(service: Service, folders: list[str]) -> None:
     pause = SECONDS / (len(folders) + len(ROLLBACKS_AFTER) + 1) / 2
     for number, folder in enumerate(folders, start=1):
         await asyncio.sleep(pause)
+        # The engine takes one adapter at a time: `doctor` is seen to wait for the other, however fast loading is.
+        other = asyncio.create_task(call("POST", "/v1/adapters", {"name": "other", "path": folder}))
+        await asyncio.sleep(0.02)
         await call("POST", "/v1/adapters", {"name": "doctor", "path": folder})
+        await other
         if number in ROLLBACKS_AFTER:
             await asyncio.sleep(pause)
             await call("POST", "/v1/adapters/doctor/rollback", {})
@@ -135,7 +139,6 @@ def test_swap_under_load(service: Service, folders: list[str], first: str) -> No
         )  # a rollback begins a new life
         steps = [LIFE.index(status) for status in life if status != GONE]
         assert steps == sorted(steps), (ref, seen)
-    assert {status for seen in report.lives.values() for status in seen} >= {*LIFE}, report.lives
     assert any(seen[:4] == [*LIFE] for seen in report.lives.values()), report.lives
     answered_by = Counter(who for who, _, _ in report.answers)
     assert len([who for who in answered_by if who.startswith("doctor@")]) >= REVISIONS // 2, answered_by
@@ -174,6 +177,7 @@ def test_swap_under_load(service: Service, folders: list[str], first: str) -> No
             assert given == {alone}, (who, question)
     for name in ("doctor", "leaflet"):
         store.remove_alias(name, "alone", actor="test")
+    assert service.call("DELETE", "/v1/adapters/other/aliases/default")[0] == 200
     assert service.call("PUT", "/v1/adapters/doctor/aliases/default", {"revision": first})[0] == 200
     service.wait_for(is_tidy)
     print(f"\n{len(report.answers)} answers by {dict(answered_by)}")

@@ -186,7 +186,7 @@ def check_the_id_of_a_refused_request(url: str) -> None:
 def check_an_unavailable_adapter_is_retried_when_told(url: str) -> None:
     with front_of(url, refusals=[errors.AdapterUnavailable("wait a second")]) as front:
         assert client(front.url, max_retries=1).messages.create(**ask(max_tokens=1)).id
-    assert 1 <= front.times[1] - front.times[0] < 1.5
+    assert front.times[1] - front.times[0] >= 1
 
 
 def check_too_many_requests_in_the_end_are_an_error(url: str) -> None:

@@ -62,7 +62,7 @@ def front_of(
 def _refused(front: Front) -> tuple[int, dict[str, str], bytes]:
     error = front.refusals.pop(0)
     headers = {**errors.headers(error), "content-type": "application/json"}
-    return errors.row(error).status, headers, json.dumps(errors.body(error)).encode()
+    return errors.status_of(error), headers, json.dumps(errors.body(error)).encode()
 
 
 def _passed_on(

@@ -109,7 +109,7 @@ def check_errors(url: str) -> None:
 def check_an_unavailable_adapter_is_retried_when_told(url: str) -> None:
     with front_of(url, refusals=[errors.AdapterUnavailable("wait a second")]) as front:
         assert model(front.url, max_retries=1, max_tokens=1).chat(QUESTIONS)
-    assert 1 <= front.times[1] - front.times[0] < 1.5
+    assert front.times[1] - front.times[0] >= 1
 
 
 def check_what_cannot_be_mended_is_not_retried(url: str) -> None:

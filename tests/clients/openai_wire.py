@@ -17,7 +17,7 @@ def check_too_many_requests_are_retried_when_told(url: str) -> None:
     with front_of(url) as front, all_places_taken(url) as places:
         Timer(0.5, places.close).start()
         assert client(front.url, max_retries=1).chat.completions.create(**ask(max_tokens=1)).id
-    assert 1 <= front.times[1] - front.times[0] < 1.5
+    assert front.times[1] - front.times[0] >= 1
 
 
 def check_too_many_requests_in_the_end_are_an_error(url: str) -> None:
@@ -29,7 +29,7 @@ def check_too_many_requests_in_the_end_are_an_error(url: str) -> None:
 def check_an_unavailable_adapter_is_retried_when_told(url: str) -> None:
     with front_of(url, refusals=[errors.AdapterUnavailable("wait a second")]) as front:
         assert client(front.url, max_retries=1).chat.completions.create(**ask(max_tokens=1)).id
-    assert 1 <= front.times[1] - front.times[0] < 1.5
+    assert front.times[1] - front.times[0] >= 1
 
 
 def check_what_cannot_be_mended_is_not_retried(url: str) -> None:
