@@ -85,7 +85,7 @@ class BaseModelSettings(BaseModel):
 
 
 class Settings(BaseModelSettings, BaseSettings):
-    """All settings; the README's table repeats these descriptions."""
+    """All settings; docs/reference.py writes docs/en/settings.md from these descriptions."""
 
     model_config = SettingsConfigDict(env_prefix="XINGLIN_", frozen=True, extra="forbid")
 

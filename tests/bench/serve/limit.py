@@ -57,9 +57,10 @@ async def _in_turns(data_dir: Path, service: Side, rounds: int, answers: int) ->
     settings = Settings.model_validate({"data_dir": data_dir})
     _prepare_process(settings)
     # After the environment is prepared: it imports vLLM.
-    from app.main import _build_engine  # noqa: PLC0415
+    from app.engine.build import build_engine  # noqa: PLC0415
+    from app.main import _engine_options  # noqa: PLC0415
 
-    engine: Any = await _build_engine(settings, *settings.bases())
+    engine: Any = await build_engine(_engine_options(settings, *settings.bases()))
     try:
         gc.collect()
         gc.freeze()  # as the service does
